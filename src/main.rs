@@ -1,1 +1,25 @@
-fn main() {}
+//! The program: parse, run, print the error on one line, exit with its code.
+
+use std::process::ExitCode;
+
+mod cli;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> ExitCode {
+    match cli::run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let chain: Vec<String> = error.chain().map(|e| e.to_string().replace('\n', " ")).collect();
+            let mut message = chain.first().cloned().unwrap_or_default();
+            // Library errors already hold their cause's text.
+            for cause in chain.iter().skip(1).filter(|cause| !chain[0].contains(cause.as_str())) {
+                message = format!("{message}: {cause}");
+            }
+            eprintln!("qtune: {message}");
+            let code = error.downcast_ref::<qtune::Error>().map(qtune::Error::exit_code).unwrap_or(1);
+            ExitCode::from(code)
+        }
+    }
+}

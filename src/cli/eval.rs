@@ -1,0 +1,97 @@
+//! `qtune eval`.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::Result;
+use clap::Args;
+use qtune::data::DataConfig;
+use qtune::models::{model_dir, open_vit, Vit};
+use qtune::train::{evaluate, peak_rss_bytes, Progress};
+use qtune::{hub, quantize, Error};
+use serde_json::json;
+
+use super::flags::Common;
+use super::{print, print_json};
+
+#[derive(Args, Debug)]
+pub struct Eval {
+    /// Model: a folder, a run of ours or a hub name; full precision or packed
+    model: PathBuf,
+    /// Images: an IDX pair, CIFAR-10, an image folder or archive [default: built-in glyphs]
+    #[arg(long, value_name = "PATH")]
+    data: Option<PathBuf>,
+    /// Images to evaluate on, where they lie elsewhere
+    #[arg(long, value_name = "PATH")]
+    eval_data: Option<PathBuf>,
+    /// Use the first N samples
+    #[arg(long, value_name = "N")]
+    limit_eval: Option<usize>,
+    /// Make what is skipped with a note an error
+    #[arg(long)]
+    strict: bool,
+    /// Samples in a forward pass
+    #[arg(long, value_name = "N", default_value_t = 250)]
+    batch_size: usize,
+    /// Seed of the built-in glyphs
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    #[command(flatten)]
+    common: Common,
+}
+
+impl Eval {
+    pub fn run(self) -> Result<()> {
+        let started = std::time::Instant::now();
+        let progress = self.common.progress();
+        let device = self.common.device()?;
+        if self.batch_size == 0 {
+            return Err(Error::usage("--batch-size 0: expected at least 1").into());
+        }
+        let dir = model_dir(&hub::resolve(&self.model.to_string_lossy())?);
+        let opened = open_vit(&dir, &device)?;
+        opened.notes.iter().for_each(|note| progress.note(note));
+        let data = DataConfig {
+            path: self.data.clone(),
+            eval_path: self.eval_data.clone(),
+            limit_eval: self.limit_eval,
+            strict: self.strict,
+            ..DataConfig::default()
+        };
+        let dataset = data.open(self.seed)?;
+        dataset.notes.iter().for_each(|note| progress.note(note));
+        let (classes, known) = (dataset.classes.len(), opened.config.classes.len());
+        if classes > known {
+            let message = format!("{}: found {classes} classes, the model knows {known}", dataset.name);
+            return Err(Error::usage(message).into());
+        }
+        let model = Vit::new(&opened.config, &opened.weights)?;
+        let preprocess = Arc::new(opened.preprocess);
+        let got = evaluate(&model, dataset.eval.clone(), preprocess, self.batch_size, &device, &progress)?;
+        if self.common.json {
+            let params: usize = opened.config.shapes().iter().map(|(_, s)| s.iter().product::<usize>()).sum();
+            let mut value = quantize::accuracy_json(&got);
+            let more = json!({
+                "command": "eval",
+                "method": if opened.quantization.is_some() { "packed" } else { "full precision" },
+                "model": self.model.display().to_string(),
+                "seed": self.seed,
+                "device": quantize::device_name(&device),
+                "threads": rayon::current_num_threads(),
+                "wall_s": started.elapsed().as_secs_f64(),
+                "steps": 0,
+                "peak_rss_bytes": peak_rss_bytes(),
+                "params_total": params,
+                "params_trainable": 0,
+                "version": env!("CARGO_PKG_VERSION"),
+                "commit": env!("QTUNE_COMMIT"),
+            });
+            value.extend(more.as_object().cloned().unwrap_or_default());
+            return print_json(&serde_json::Value::Object(value));
+        }
+        print(&format!(
+            "top-1 {:.2} %  top-5 {:.2} %  loss {:.4}  {} images, {:.0} a second",
+            got.top1, got.top5, got.loss, got.samples, got.samples_per_s
+        ))
+    }
+}

@@ -1,0 +1,122 @@
+//! Flags that mean the same in every command.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::Device;
+use clap::{Args, ValueEnum};
+use qtune::{Error, Result};
+
+use super::progress::{Lines, Verbosity};
+
+/// `--version`: with commit and the CPU or GPU features in use.
+pub fn version() -> &'static str {
+    static TEXT: std::sync::OnceLock<String> = std::sync::OnceLock::new();
+    TEXT.get_or_init(|| {
+        let mut features: Vec<&str> = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        {
+            let found = [
+                ("avx2", is_x86_feature_detected!("avx2")),
+                ("fma", is_x86_feature_detected!("fma")),
+                ("avx512f", is_x86_feature_detected!("avx512f")),
+                ("avx512vnni", is_x86_feature_detected!("avx512vnni")),
+            ];
+            features.extend(found.iter().filter(|(_, present)| *present).map(|(name, _)| *name));
+        }
+        if cfg!(feature = "cuda") {
+            features.push("cuda");
+        }
+        if cfg!(feature = "hub") {
+            features.push("hub");
+        }
+        let features = if features.is_empty() { "portable".to_string() } else { features.join(" ") };
+        format!("{} ({}, {features})", env!("CARGO_PKG_VERSION"), env!("QTUNE_COMMIT"))
+    })
+}
+
+#[derive(Args, Debug)]
+pub struct Common {
+    /// Device to compute on: cpu, cuda or cuda:N [default: cuda where built in and present]
+    #[arg(long, value_name = "DEVICE", global = true)]
+    pub device: Option<String>,
+    /// Threads to compute with [default: one for each core]
+    #[arg(long, value_name = "N", global = true)]
+    pub threads: Option<usize>,
+    /// Number format to compute in
+    #[arg(long, value_enum, default_value = "f32", global = true)]
+    pub dtype: Dtype,
+    /// Print one JSON object to stdout
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Print errors only
+    #[arg(short, long, global = true)]
+    pub quiet: bool,
+    /// Print more
+    #[arg(short, long, global = true)]
+    pub verbose: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+pub enum Dtype {
+    F32,
+    Bf16,
+    F16,
+}
+
+impl Common {
+    /// Sets up threads and device.
+    pub fn device(&self) -> Result<Device> {
+        if self.dtype != Dtype::F32 {
+            return Err(Error::usage(format!("--dtype {:?}: vision transformers run in f32", self.dtype)));
+        }
+        if let Some(threads) = self.threads {
+            if threads == 0 {
+                return Err(Error::usage("--threads 0: expected at least 1"));
+            }
+            // Set before any thread of ours or of candle's exists: both read it when they start theirs.
+            std::env::set_var("RAYON_NUM_THREADS", threads.to_string());
+        }
+        let name = self.device.as_deref();
+        let (kind, ordinal) = match name {
+            None => return default_device(),
+            Some(name) => match name.split_once(':') {
+                None => (name, 0),
+                Some((kind, n)) => {
+                    let n =
+                        n.parse().map_err(|_| Error::usage(format!("--device {name}: expected cuda:N")))?;
+                    (kind, n)
+                }
+            },
+        };
+        match kind {
+            "cpu" => Ok(Device::Cpu),
+            "cuda" if cfg!(feature = "cuda") => Ok(Device::new_cuda(ordinal)?),
+            "cuda" => Err(Error::usage("--device cuda: this qtune was built without the cuda feature")),
+            other => Err(Error::usage(format!("--device {other}: expected cpu, cuda or cuda:N"))),
+        }
+    }
+
+    /// Where progress goes.
+    pub fn progress(&self) -> Lines {
+        Lines::new(match (self.quiet, self.verbose) {
+            (true, _) => Verbosity::Quiet,
+            (false, true) => Verbosity::Loud,
+            (false, false) => Verbosity::Normal,
+        })
+    }
+}
+
+fn default_device() -> Result<Device> {
+    match cfg!(feature = "cuda") {
+        true => Ok(Device::cuda_if_available(0)?),
+        false => Ok(Device::Cpu),
+    }
+}
+
+/// A path that still names the same file when the run is resumed from elsewhere; hub names stay.
+pub fn anchored(path: &Path) -> PathBuf {
+    match path.exists() {
+        true => std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf()),
+        false => path.to_path_buf(),
+    }
+}

@@ -1,0 +1,140 @@
+//! `qtune inspect`.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use clap::Args;
+use qtune::models::{model_dir, read_config};
+use qtune::weights::format::QuantizationConfig;
+use qtune::weights::Checkpoint;
+use qtune::{files, hub};
+use serde_json::{json, Value};
+
+use super::flags::Common;
+use super::{bytes, print, print_json};
+
+#[derive(Args, Debug)]
+pub struct Inspect {
+    /// A model folder, a safetensors file, a run folder or a hub name
+    path: PathBuf,
+    #[command(flatten)]
+    common: Common,
+}
+
+struct Row {
+    name: String,
+    shape: Vec<usize>,
+    kind: String,
+    bytes: usize,
+}
+
+impl Inspect {
+    pub fn run(self) -> Result<()> {
+        let path = hub::resolve(&self.path.to_string_lossy())?;
+        let dir = model_dir(&path);
+        // A run that is not finished has no model yet: its full-precision start is there to look at.
+        let start = path.join("checkpoints").join("float");
+        let dir =
+            if dir == path && path.join("recipe.toml").exists() && start.exists() { start } else { dir };
+        let quantization = match dir.join("config.json").exists() {
+            true => {
+                let (file, config) = read_config(&dir)?;
+                QuantizationConfig::read(&file, &config)?
+            }
+            false => None,
+        };
+        let checkpoint = Checkpoint::open(&dir)?;
+        let rows = rows(&checkpoint, quantization.as_ref());
+        let stored: usize = rows.iter().map(|r| r.bytes).sum();
+        let elements: usize = rows.iter().map(|r| r.shape.iter().product::<usize>()).sum();
+        let summary = read_summary(&path)?;
+        if self.common.json {
+            let tensors: Vec<Value> = rows
+                .iter()
+                .map(|r| json!({"name": r.name, "shape": r.shape, "kind": r.kind, "bytes": r.bytes}))
+                .collect();
+            let activations = quantization.as_ref().map(|q| json!(q.activations));
+            return print_json(&json!({
+                "command": "inspect",
+                "path": dir.display().to_string(),
+                "tensors": tensors,
+                "activations": activations,
+                "params_total": elements,
+                "bytes": stored,
+                "metadata": checkpoint.metadata(),
+                "summary": summary,
+            }));
+        }
+        let width = rows.iter().map(|r| r.name.len()).max().unwrap_or(0);
+        let mut text = String::new();
+        for row in &rows {
+            let shape = row.shape.iter().map(usize::to_string).collect::<Vec<_>>().join(" x ");
+            text += &format!("{:width$}  {shape:>18}  {:<20} {:>10}\n", row.name, row.kind, bytes(row.bytes));
+        }
+        if let Some(quantization) = &quantization {
+            let bits = |v: &Value| v.get("bits").and_then(Value::as_u64).unwrap_or(0);
+            for (name, value) in &quantization.activations {
+                let centering = value.get("centering").and_then(Value::as_str).unwrap_or("").to_string();
+                text += &format!("{name:width$}  {:>18}  {} bits {centering}\n", "activation", bits(value));
+            }
+        }
+        text += &format!(
+            "{} tensors, {elements} parameters, {} ({:.2} bits a parameter)",
+            rows.len(),
+            bytes(stored),
+            8.0 * stored as f64 / elements.max(1) as f64
+        );
+        for (key, value) in checkpoint.metadata() {
+            text += &format!("\nmetadata {key}: {value}");
+        }
+        if let Some(figures) = summary {
+            let figure = |key: &str| figures.get(key).filter(|v| !v.is_null()).map(|v| format!("{key} {v}"));
+            let known = ["bits", "act_bits", "fp_top1", "q_top1", "steps", "oscillation", "compression"];
+            let shown: Vec<String> = known.iter().filter_map(|k| figure(k)).collect();
+            text += &format!("\nrun: {}", shown.join("  "));
+        }
+        print(&text)
+    }
+}
+
+fn read_summary(run: &Path) -> Result<Option<Value>> {
+    let path = run.join("summary.json");
+    match path.exists() {
+        true => Ok(serde_json::from_str(&files::read_text(&path)?).ok()),
+        false => Ok(None),
+    }
+}
+
+/// A row for each tensor; codes and scales of a packed weight are one, steps and shifts of taps are
+/// left to the list of activations.
+fn rows(checkpoint: &Checkpoint, quantization: Option<&QuantizationConfig>) -> Vec<Row> {
+    let mut rows = Vec::new();
+    let taps: Vec<&str> =
+        quantization.iter().flat_map(|q| q.activations.keys()).map(String::as_str).collect();
+    for name in checkpoint.names() {
+        let size = checkpoint.bytes(name).unwrap_or(0);
+        let packed = quantization.and_then(|q| {
+            let weight = name.strip_suffix(".codes")?;
+            q.weights.get(weight).map(|entry| (weight, entry))
+        });
+        if let Some((weight, entry)) = packed {
+            let scale = checkpoint.bytes(&format!("{weight}.scale")).unwrap_or(0);
+            let kind = serde_json::to_value(entry.grid.centering).unwrap_or_default();
+            let kind = format!("{} bits {}", entry.grid.bits, kind.as_str().unwrap_or_default());
+            rows.push(Row { name: weight.into(), shape: entry.shape.clone(), kind, bytes: size + scale });
+            continue;
+        }
+        let scale = quantization.is_some_and(|q| {
+            name.strip_suffix(".scale").is_some_and(|weight| q.weights.contains_key(weight))
+        });
+        if scale {
+            continue;
+        }
+        let tap = taps.iter().any(|tap| name.starts_with(*tap));
+        let dtype = checkpoint.dtype(name).map(|d| format!("{d:?}").to_lowercase()).unwrap_or_default();
+        let kind = if tap { format!("{dtype} of a tap") } else { dtype };
+        let shape = checkpoint.shape(name).unwrap_or_default().to_vec();
+        rows.push(Row { name: name.into(), shape, kind, bytes: size });
+    }
+    rows
+}

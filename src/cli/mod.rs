@@ -1,0 +1,82 @@
+//! The command line: flags to recipes, progress to stderr, results to stdout.
+
+mod eval;
+mod flags;
+mod inspect;
+mod predict;
+mod progress;
+mod quantize;
+
+use std::io::Write;
+
+use anyhow::Result;
+use clap::{CommandFactory, Parser, Subcommand};
+use serde_json::Value;
+
+#[derive(Parser, Debug)]
+#[command(
+    name = "qtune",
+    version = flags::version(),
+    about = "Makes transformers small and teaches them new things",
+    disable_help_subcommand = true
+)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Train a vision transformer for 2-, 3- or 4-bit weights, pack it and measure it
+    Quantize(Box<quantize::Quantize>),
+    /// Measure a full-precision or packed model: top-1, top-5, loss
+    Eval(eval::Eval),
+    /// Say what is in an image
+    Predict(predict::Predict),
+    /// List what a model, checkpoint or run holds
+    Inspect(inspect::Inspect),
+    /// Print shell completions
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Parses the command line and runs the command.
+pub fn run() -> Result<()> {
+    let args = Args::parse();
+    qtune::train::signal::watch()?;
+    match args.command {
+        Command::Quantize(command) => command.run(),
+        Command::Eval(command) => command.run(),
+        Command::Predict(command) => command.run(),
+        Command::Inspect(command) => command.run(),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Args::command(), "qtune", &mut std::io::stdout());
+            Ok(())
+        }
+    }
+}
+
+/// Prints a result to stdout; a reader that went away is no error.
+fn print(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    match writeln!(out, "{text}").and_then(|()| out.flush()) {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(e.into()),
+        _ => Ok(()),
+    }
+}
+
+/// Prints one JSON object.
+fn print_json(value: &Value) -> Result<()> {
+    print(&serde_json::to_string_pretty(value)?)
+}
+
+/// Bytes for people.
+fn bytes(n: usize) -> String {
+    match n {
+        0..1024 => format!("{n} B"),
+        1024..1_048_576 => format!("{:.1} KiB", n as f64 / 1024.0),
+        _ => format!("{:.1} MiB", n as f64 / 1_048_576.0),
+    }
+}

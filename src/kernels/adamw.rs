@@ -1,0 +1,251 @@
+//! One AdamW step of one tensor, in place, in one pass over memory.
+//!
+//! ```text
+//! m = beta1 m + (1 - beta1) g          v = beta2 v + (1 - beta2) g^2
+//! p = p (1 - lr wd) - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+//! ```
+//!
+//! p in f32 or f64, any shape; m and v in f32 beside it. The factors come from f64, the elements
+//! are computed in the type of p. Source: Loshchilov and Hutter 2019, algorithm 2, with the
+//! learning rate multiplied into the decay as PyTorch does.
+
+use super::cpu::{self, real, simd, Real};
+use candle_core::{bail, CpuStorage, DType, Device, InplaceOp2, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+use std::sync::Mutex;
+
+/// The settings of a step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamWParams {
+    /// Learning rate per step.
+    pub lr: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decoupled weight decay, per unit of learning rate.
+    pub weight_decay: f64,
+}
+
+impl Default for AdamWParams {
+    fn default() -> Self {
+        AdamWParams { lr: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 }
+    }
+}
+
+/// The running moments of one parameter, in f32 on the parameter's device.
+#[derive(Debug)]
+pub struct Moments {
+    shape: Shape,
+    state: State,
+}
+
+#[derive(Debug)]
+enum State {
+    Host { m: Vec<f32>, v: Vec<f32> },
+    Device { m: Tensor, v: Tensor },
+}
+
+impl Moments {
+    /// The moments before the first step.
+    pub fn zeros(shape: impl Into<Shape>, device: &Device) -> Result<Self> {
+        let shape = shape.into();
+        let state = if device.is_cpu() {
+            let count = shape.elem_count();
+            State::Host { m: vec![0.0; count], v: vec![0.0; count] }
+        } else {
+            let zeros = || Tensor::zeros(&shape, DType::F32, device);
+            State::Device { m: zeros()?, v: zeros()? }
+        };
+        Ok(Moments { shape, state })
+    }
+
+    /// (m, v) as f32 tensors in the parameter's shape, for a checkpoint.
+    pub fn export(&self) -> Result<(Tensor, Tensor)> {
+        match &self.state {
+            State::Host { m, v } => {
+                let tensor = |x: &[f32]| Tensor::from_slice(x, &self.shape, &Device::Cpu);
+                Ok((tensor(m)?, tensor(v)?))
+            }
+            State::Device { m, v } => Ok((m.clone(), v.clone())),
+        }
+    }
+
+    /// The moments that [`Moments::export`] gave, on the device of the tensors.
+    pub fn import(m: &Tensor, v: &Tensor) -> Result<Self> {
+        if m.dims() != v.dims() || m.dtype() != DType::F32 || v.dtype() != DType::F32 {
+            bail!(
+                "adamw: expected two moments of one shape in F32, got {:?} in {:?} and {:?} in {:?}",
+                m.dims(),
+                m.dtype(),
+                v.dims(),
+                v.dtype()
+            )
+        }
+        let state = if m.device().is_cpu() && v.device().is_cpu() {
+            let host = |x: &Tensor| x.flatten_all()?.to_vec1::<f32>();
+            State::Host { m: host(m)?, v: host(v)? }
+        } else if m.device().same_device(v.device()) {
+            State::Device { m: m.detach(), v: v.detach() }
+        } else {
+            bail!("adamw: expected two moments on one device")
+        };
+        Ok(Moments { shape: m.shape().clone(), state })
+    }
+
+    /// The shape of the parameter.
+    pub fn shape(&self) -> &Shape {
+        &self.shape
+    }
+}
+
+/// The step in plain candle ops: (p, m, v) after it. All in the dtype of p except m and v in f32.
+pub fn reference(
+    p: &Tensor,
+    grad: &Tensor,
+    (m, v): (&Tensor, &Tensor),
+    step: u64,
+    params: &AdamWParams,
+) -> Result<(Tensor, Tensor, Tensor)> {
+    let f = Factors::new(step, params);
+    let dtype = p.dtype();
+    let m = ((m.to_dtype(dtype)? * f.beta1)? + (grad * f.rest1)?)?;
+    let v = ((v.to_dtype(dtype)? * f.beta2)? + (grad.sqr()? * f.rest2)?)?;
+    let update = ((&m * f.rate)? / ((&v * f.correct2)?.sqrt()? + f.eps)?)?;
+    let p = ((p * f.keep)? - update)?;
+    Ok((p, m.to_dtype(DType::F32)?, v.to_dtype(DType::F32)?))
+}
+
+/// What one step multiplies with.
+#[derive(Clone, Copy)]
+struct Factors {
+    beta1: f64,
+    rest1: f64,
+    beta2: f64,
+    rest2: f64,
+    /// lr / (1 - beta1^t)
+    rate: f64,
+    /// 1 / (1 - beta2^t)
+    correct2: f64,
+    eps: f64,
+    /// 1 - lr wd
+    keep: f64,
+}
+
+impl Factors {
+    fn new(step: u64, p: &AdamWParams) -> Self {
+        let power = |beta: f64| beta.powf(step as f64);
+        Factors {
+            beta1: p.beta1,
+            rest1: 1.0 - p.beta1,
+            beta2: p.beta2,
+            rest2: 1.0 - p.beta2,
+            rate: p.lr / (1.0 - power(p.beta1)),
+            correct2: 1.0 / (1.0 - power(p.beta2)),
+            eps: p.eps,
+            keep: 1.0 - p.lr * p.weight_decay,
+        }
+    }
+}
+
+simd! {
+    fn update<T>(p: &mut [T], g: &[T], m: &mut [f32], v: &mut [f32], f: Factors) {
+        let of = T::from_f64;
+        let (beta1, rest1, beta2, rest2) = (of(f.beta1), of(f.rest1), of(f.beta2), of(f.rest2));
+        let (rate, correct2, eps, keep) = (of(f.rate), of(f.correct2), of(f.eps), of(f.keep));
+        for (((p, &g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
+            let m1 = T::from_f64(f64::from(*m)) * beta1 + g * rest1;
+            let v1 = T::from_f64(f64::from(*v)) * beta2 + g * g * rest2;
+            *m = m1.to_f64() as f32;
+            *v = v1.to_f64() as f32;
+            *p = *p * keep - m1 * rate / ((v1 * correct2).sqrt() + eps);
+        }
+    }
+}
+
+/// (p, dp): p is updated in place.
+struct AdamW<'a> {
+    factors: Factors,
+    // The op is shared while it runs, but the moments change; the lock is never contended.
+    moments: Mutex<(&'a mut [f32], &'a mut [f32])>,
+}
+
+impl InplaceOp2 for AdamW<'_> {
+    fn name(&self) -> &'static str {
+        "adamw"
+    }
+
+    fn cpu_fwd(&self, p: &mut CpuStorage, pl: &Layout, g: &CpuStorage, gl: &Layout) -> Result<()> {
+        let Some((from, to)) = pl.contiguous_offsets() else {
+            bail!("adamw: expected a contiguous parameter, got strides {:?}", pl.stride())
+        };
+        let mut moments = self.moments.lock().unwrap_or_else(|e| e.into_inner());
+        let (m, v) = &mut *moments;
+        fn run<T: Real>(p: &mut [T], g: &[T], m: &mut [f32], v: &mut [f32], f: Factors) {
+            p.par_chunks_mut(cpu::GRAIN)
+                .zip(g.par_chunks(cpu::GRAIN))
+                .zip(m.par_chunks_mut(cpu::GRAIN).zip(v.par_chunks_mut(cpu::GRAIN)))
+                .for_each(|((p, g), (m, v))| update(p, g, m, v, f));
+        }
+        real!(self.name(), g, T => {
+            let g = <T as Real>::slice(self.name(), g, gl)?;
+            let p = match p {
+                CpuStorage::F32(p) => cast_mut::<f32, T>(p),
+                CpuStorage::F64(p) => cast_mut::<f64, T>(p),
+                _ => None,
+            };
+            let Some(p) = p else { bail!("adamw: expected parameter and gradient in one dtype") };
+            run(&mut p[from..to], g, m, v, self.factors);
+            Ok(())
+        })
+    }
+}
+
+/// The same slice where `A` is `B`.
+fn cast_mut<A: 'static, B: 'static>(x: &mut Vec<A>) -> Option<&mut Vec<B>> {
+    (x as &mut dyn std::any::Any).downcast_mut()
+}
+
+/// One AdamW step of the parameter `p` (f32 or f64, contiguous), in place, number `step` counted
+/// from 1. `grad` has the shape and dtype of p, `moments` its shape.
+pub fn adamw_step(
+    p: &Tensor,
+    grad: &Tensor,
+    moments: &mut Moments,
+    step: u64,
+    params: &AdamWParams,
+) -> Result<()> {
+    let op = "adamw";
+    if grad.shape() != p.shape() || moments.shape() != p.shape() {
+        bail!(
+            "{op}: expected gradient and moments {:?}, got {:?} and {:?}",
+            p.dims(),
+            grad.dims(),
+            moments.shape().dims()
+        )
+    }
+    if step == 0 {
+        bail!("{op}: expected a step counted from 1, got 0")
+    }
+    if !matches!(p.dtype(), DType::F32 | DType::F64) {
+        bail!("{op}: expected a parameter in F32 or F64, got {:?}", p.dtype())
+    }
+    cpu::road(op, &[("p", p), ("grad", grad)])?;
+    let grad = grad.detach().contiguous()?;
+    match &mut moments.state {
+        State::Host { m, v } if p.device().is_cpu() => {
+            let fused = AdamW { factors: Factors::new(step, params), moments: Mutex::new((m, v)) };
+            p.inplace_op2(&grad, &fused)
+        }
+        State::Device { m, v } if p.device().same_device(m.device()) => {
+            let (new, m1, v1) = reference(&p.detach(), &grad, (m, v), step, params)?;
+            let count = p.elem_count();
+            p.reshape(count)?.slice_set(&new.reshape(count)?, 0, 0)?;
+            (*m, *v) = (m1, v1);
+            Ok(())
+        }
+        _ => bail!("{op}: expected the moments on the device of the parameter"),
+    }
+}

@@ -1,0 +1,382 @@
+//! What the CPU bodies share: the element types, the choice between kernel and reference, fixed
+//! chunking, and loops compiled once per instruction set.
+
+use candle_core::{bail, CpuStorage, DType, Layout, Result, Storage, Tensor, WithDType};
+use rayon::prelude::*;
+
+/// Elements per unit of parallel work. Part of the numerics: partial sums follow these borders.
+pub(super) const GRAIN: usize = 1 << 14;
+
+/// Rows of `width` elements per unit of parallel work; a function of the shape alone.
+pub(super) fn chunk_rows(width: usize) -> usize {
+    (GRAIN / width.max(1)).max(1)
+}
+
+/// Independent accumulators of a sum over a row. Part of the numerics, like [`GRAIN`].
+const LANES: usize = 16;
+
+/// The element types that have a CPU body.
+pub(super) trait Real: WithDType {
+    const ZERO: Self;
+    const ONE: Self;
+    /// `self * a + b`, rounded once.
+    fn fma(self, a: Self, b: Self) -> Self;
+    fn sqrt(self) -> Self;
+    fn ln(self) -> Self;
+    fn abs(self) -> Self;
+    /// Round half to even.
+    fn rne(self) -> Self;
+    /// `e^self` for `self <= 0`; NaN stays NaN.
+    fn exp_nonpos(self) -> Self;
+    /// The error function; NaN stays NaN.
+    fn erf(self) -> Self;
+    /// A storage of these elements.
+    fn store(elements: Vec<Self>) -> CpuStorage {
+        Self::to_cpu_storage_owned(elements)
+    }
+    /// The elements of a contiguous storage.
+    fn slice<'a>(op: &str, storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [Self]> {
+        let Some((from, to)) = layout.contiguous_offsets() else {
+            bail!("{op}: expected contiguous elements, got strides {:?}", layout.stride())
+        };
+        Ok(&Self::cpu_storage_as_slice(storage)?[from..to])
+    }
+}
+
+impl Real for f32 {
+    const ZERO: f32 = 0.0;
+    const ONE: f32 = 1.0;
+    #[inline(always)]
+    fn fma(self, a: f32, b: f32) -> f32 {
+        self.mul_add(a, b)
+    }
+    #[inline(always)]
+    fn sqrt(self) -> f32 {
+        f32::sqrt(self)
+    }
+    #[inline(always)]
+    fn ln(self) -> f32 {
+        f32::ln(self)
+    }
+    #[inline(always)]
+    fn abs(self) -> f32 {
+        f32::abs(self)
+    }
+    #[inline(always)]
+    fn rne(self) -> f32 {
+        self.round_ties_even()
+    }
+    /// Cody and Waite reduction, then the Cephes polynomial; below -87 the result is 0.
+    #[inline(always)]
+    fn exp_nonpos(self) -> f32 {
+        // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+        const MAGIC: f32 = 12_582_912.0;
+        const LN2_HI: f32 = 0.693_359_4;
+        const LN2_LO: f32 = -2.121_944_4e-4;
+        // Comparisons, not `max`: a NaN must come out as one.
+        let x = if self < -87.0 { -87.0 } else { self };
+        let shifted = x.mul_add(std::f32::consts::LOG2_E, MAGIC);
+        let n = shifted - MAGIC;
+        let r = n.mul_add(-LN2_LO, n.mul_add(-LN2_HI, x));
+        let mut p = 1.987_569_1e-4f32;
+        p = p.mul_add(r, 1.398_2e-3);
+        p = p.mul_add(r, 8.333_452e-3);
+        p = p.mul_add(r, 4.166_579_6e-2);
+        p = p.mul_add(r, 1.666_666_5e-1);
+        p = p.mul_add(r, 0.5);
+        let e = p.mul_add(r * r, r) + 1.0;
+        let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(0x3f80_0000));
+        if self < -87.0 {
+            0.0
+        } else {
+            e * power
+        }
+    }
+    /// Two polynomials of N. Juffa's (one in x^2 near 0, one for log(1 - erf)), both within an ulp.
+    #[inline(always)]
+    fn erf(self) -> f32 {
+        let t = f32::abs(self);
+        // erf(4) rounds to 1.
+        let t = if t > 4.0 { 4.0 } else { t };
+        let s = t * t;
+        let mut far = (-1.728_534_7e-5f32).mul_add(t, 3.831_971_3e-4);
+        let u = (-3.883_964_4e-3f32).mul_add(t, 2.425_462_2e-2);
+        far = far.mul_add(s, u);
+        far = far.mul_add(t, -1.067_777_9e-1);
+        far = far.mul_add(t, -6.348_468_7e-1);
+        far = far.mul_add(t, -1.287_175_1e-1);
+        far = far.mul_add(t, -t);
+        let far = 1.0 - far.exp_nonpos();
+        let mut near = -5.967_617e-4f32;
+        near = near.mul_add(s, 4.991_194e-3);
+        near = near.mul_add(s, -2.676_813_5e-2);
+        near = near.mul_add(s, 1.128_199_2e-1);
+        near = near.mul_add(s, -3.761_253_4e-1);
+        near = near.mul_add(s, 1.283_791_7e-1);
+        let near = near.mul_add(t, t);
+        let magnitude = if t > 0.927_734_4 { far } else { near };
+        magnitude.copysign(self)
+    }
+}
+
+impl Real for f64 {
+    const ZERO: f64 = 0.0;
+    const ONE: f64 = 1.0;
+    #[inline(always)]
+    fn fma(self, a: f64, b: f64) -> f64 {
+        self.mul_add(a, b)
+    }
+    #[inline(always)]
+    fn sqrt(self) -> f64 {
+        f64::sqrt(self)
+    }
+    #[inline(always)]
+    fn ln(self) -> f64 {
+        f64::ln(self)
+    }
+    #[inline(always)]
+    fn abs(self) -> f64 {
+        f64::abs(self)
+    }
+    #[inline(always)]
+    fn rne(self) -> f64 {
+        self.round_ties_even()
+    }
+    #[inline(always)]
+    fn exp_nonpos(self) -> f64 {
+        self.exp()
+    }
+    #[inline(always)]
+    fn erf(self) -> f64 {
+        candle_core::cpu::erf::erf_f64(self)
+    }
+}
+
+/// Runs `$body` with `$t` bound to the element type of a float storage.
+macro_rules! real {
+    ($op:expr, $storage:expr, $t:ident => $body:expr) => {
+        match $storage {
+            candle_core::CpuStorage::F32(_) => {
+                type $t = f32;
+                $body
+            }
+            candle_core::CpuStorage::F64(_) => {
+                type $t = f64;
+                $body
+            }
+            _ => candle_core::bail!("{}: expected elements of f32 or f64", $op),
+        }
+    };
+}
+pub(super) use real;
+
+/// The instruction sets a loop is compiled for.
+#[derive(Clone, Copy)]
+pub(super) enum Isa {
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    Baseline,
+}
+
+/// The best instruction set of this machine (the standard library caches the detection).
+#[inline]
+pub(super) fn isa() -> Isa {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+        {
+            return Isa::Avx512;
+        }
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            return Isa::Avx2;
+        }
+    }
+    Isa::Baseline
+}
+
+/// Defines a function over slices whose body is compiled per instruction set and chosen at run
+/// time. The body is plain Rust in a fixed order, so its value does not depend on the choice.
+macro_rules! simd {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident<T>($($arg:ident : $ty:ty),* $(,)?) $body:block) => {
+        $(#[$meta])*
+        #[allow(clippy::too_many_arguments)]
+        $vis fn $name<T: $crate::kernels::cpu::Real>($($arg: $ty),*) {
+            #[inline(always)]
+            fn body<T: $crate::kernels::cpu::Real>($($arg: $ty),*) $body
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512dq,avx512vl,avx2,fma")]
+            fn avx512<T: $crate::kernels::cpu::Real>($($arg: $ty),*) {
+                body::<T>($($arg),*)
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma")]
+            fn avx2<T: $crate::kernels::cpu::Real>($($arg: $ty),*) {
+                body::<T>($($arg),*)
+            }
+            match $crate::kernels::cpu::isa() {
+                // SAFETY: `isa` returned Avx512 only after detecting every feature enabled there.
+                #[cfg(target_arch = "x86_64")]
+                $crate::kernels::cpu::Isa::Avx512 => unsafe { avx512::<T>($($arg),*) },
+                // SAFETY: `isa` returned Avx2 only after detecting avx2 and fma.
+                #[cfg(target_arch = "x86_64")]
+                $crate::kernels::cpu::Isa::Avx2 => unsafe { avx2::<T>($($arg),*) },
+                $crate::kernels::cpu::Isa::Baseline => body::<T>($($arg),*),
+            }
+        }
+    };
+}
+pub(super) use simd;
+
+/// Sum of a row in a fixed order: lane by lane, then pairwise.
+#[inline(always)]
+pub(super) fn sum<T: Real>(x: &[T]) -> T {
+    let mut lanes = [T::ZERO; LANES];
+    let blocks = x.chunks_exact(LANES);
+    let tail = blocks.remainder();
+    for block in blocks {
+        for (lane, &v) in lanes.iter_mut().zip(block) {
+            *lane += v;
+        }
+    }
+    for (lane, &v) in lanes.iter_mut().zip(tail) {
+        *lane += v;
+    }
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            let other = lanes[i + half];
+            lanes[i] += other;
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
+/// Sum of products of two rows, in the order of [`sum`].
+#[inline(always)]
+pub(super) fn dot<T: Real>(x: &[T], y: &[T]) -> T {
+    let y = &y[..x.len()];
+    let mut lanes = [T::ZERO; LANES];
+    let (xs, ys) = (x.chunks_exact(LANES), y.chunks_exact(LANES));
+    let (xt, yt) = (xs.remainder(), ys.remainder());
+    for (xb, yb) in xs.zip(ys) {
+        for i in 0..LANES {
+            lanes[i] = xb[i].fma(yb[i], lanes[i]);
+        }
+    }
+    for i in 0..xt.len() {
+        lanes[i] = xt[i].fma(yt[i], lanes[i]);
+    }
+    sum(&lanes)
+}
+
+/// The largest element; NaN is skipped here and surfaces in what is computed from the row.
+#[inline(always)]
+pub(super) fn max<T: Real>(x: &[T]) -> T {
+    let mut lanes = [T::from_f64(f64::NEG_INFINITY); LANES];
+    let blocks = x.chunks_exact(LANES);
+    let tail = blocks.remainder();
+    for block in blocks {
+        for (lane, &v) in lanes.iter_mut().zip(block) {
+            *lane = if v > *lane { v } else { *lane };
+        }
+    }
+    for (lane, &v) in lanes.iter_mut().zip(tail) {
+        *lane = if v > *lane { v } else { *lane };
+    }
+    lanes.iter().fold(lanes[0], |a, &v| if v > a { v } else { a })
+}
+
+simd! {
+    /// Adds each row of `x` onto `sums`.
+    pub(super) fn add_rows<T>(x: &[T], sums: &mut [T]) {
+        let width = sums.len();
+        for row in x.chunks_exact(width) {
+            for (s, &v) in sums.iter_mut().zip(row) {
+                *s += v;
+            }
+        }
+    }
+}
+
+/// Sums over the leading dimensions of `x [rows, width]`, partial sums combined in index order.
+pub(super) fn column_sums<T: Real>(x: &[T], width: usize) -> Vec<T> {
+    if width == 0 || x.is_empty() {
+        return vec![T::ZERO; width];
+    }
+    let step = chunk_rows(width) * width;
+    let mut partial = vec![T::ZERO; x.len().div_ceil(step) * width];
+    partial.par_chunks_mut(width).zip(x.par_chunks(step)).for_each(|(sums, rows)| add_rows(rows, sums));
+    fold(&partial, width)
+}
+
+/// Adds partial sums `[parts, width]` in index order, in f64.
+pub(super) fn fold<T: Real>(partial: &[T], width: usize) -> Vec<T> {
+    let mut total = vec![0f64; width];
+    if width > 0 {
+        for part in partial.chunks_exact(width) {
+            for (t, v) in total.iter_mut().zip(part) {
+                *t += v.to_f64();
+            }
+        }
+    }
+    total.into_iter().map(T::from_f64).collect()
+}
+
+/// How an op is computed for the tensors at hand.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Road {
+    /// The CPU body.
+    Kernel,
+    /// Through f32 and back.
+    ThroughF32,
+    /// Plain candle ops.
+    Reference,
+}
+
+/// Checks that the named tensors share one float dtype and one device, and chooses the road.
+pub(super) fn road(op: &str, tensors: &[(&str, &Tensor)]) -> Result<Road> {
+    let (first, lead) = tensors[0];
+    for (name, t) in tensors {
+        if t.dtype() != lead.dtype() {
+            bail!("{op}: expected {name} in {:?} as {first} is, got {:?}", lead.dtype(), t.dtype())
+        }
+        if !t.device().same_device(lead.device()) {
+            bail!(
+                "{op}: expected {name} on {:?} as {first} is, got {:?}",
+                lead.device().location(),
+                t.device().location()
+            )
+        }
+    }
+    match lead.dtype() {
+        DType::F16 | DType::BF16 => Ok(Road::ThroughF32),
+        DType::F32 | DType::F64 if lead.device().is_cpu() => Ok(Road::Kernel),
+        DType::F32 | DType::F64 => Ok(Road::Reference),
+        other => bail!("{op}: expected {first} in f16, bf16, f32 or f64, got {other:?}"),
+    }
+}
+
+/// The CPU storage behind a tensor that an op carries along.
+pub(super) fn host<'a>(op: &str, storage: &'a Storage) -> Result<&'a CpuStorage> {
+    match storage {
+        Storage::Cpu(storage) => Ok(storage),
+        _ => bail!("{op}: expected a tensor on the CPU"),
+    }
+}
+
+/// The f32 form of a half-precision operand.
+pub(super) fn wide(t: &Tensor) -> Result<Tensor> {
+    t.to_dtype(DType::F32)
+}
+
+/// Part `[from, from + shape)` of a flat packed result, in its shape, without a copy.
+pub(super) fn unpack(packed: &Tensor, from: usize, shape: &candle_core::Shape) -> Result<Tensor> {
+    packed.narrow(0, from, shape.elem_count())?.reshape(shape)
+}

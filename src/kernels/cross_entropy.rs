@@ -1,0 +1,298 @@
+//! Cross-entropy against class ids or probabilities, a scalar mean over the batch.
+//!
+//! ```text
+//! L = mean_b sum_k -p_bk log softmax(z_b)_k     z [B, K], p [B, K] or the one-hot of u32 ids [B]
+//! dz = (softmax(z) * sum_k p_k - p) / B
+//! ```
+//!
+//! p need not sum to one and takes no gradient. f32 and f64 here, f16 and bf16 through f32. Source:
+//! ofq.md 6.1 (the soft term of distillation is `soft_cross_entropy(student, softmax(teacher))`).
+
+use super::cpu::{self, real, simd, Real, Road};
+use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, D};
+use rayon::prelude::*;
+
+fn log_softmax(z: &Tensor) -> Result<Tensor> {
+    let centred = z.broadcast_sub(&z.max_keepdim(D::Minus1)?.detach())?;
+    centred.broadcast_sub(&centred.exp()?.sum_keepdim(D::Minus1)?.log()?)
+}
+
+/// `cross_entropy` in plain candle ops.
+pub fn reference(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
+    log_softmax(logits)?.gather(&labels.unsqueeze(1)?, 1)?.mean_all()?.neg()
+}
+
+/// `soft_cross_entropy` in plain candle ops.
+pub fn reference_soft(logits: &Tensor, probs: &Tensor) -> Result<Tensor> {
+    (log_softmax(logits)? * probs.detach())?.sum(D::Minus1)?.mean_all()?.neg()
+}
+
+simd! {
+    /// `e = exp(z - max)` of each row, with (max, sum e) in `stats`.
+    fn exp_rows<T>(z: &[T], width: usize, e: &mut [T], stats: &mut [T]) {
+        for ((z, e), st) in z.chunks_exact(width).zip(e.chunks_exact_mut(width)).zip(stats.chunks_exact_mut(2)) {
+            let top = cpu::max(z);
+            for (e, &z) in e.iter_mut().zip(z) {
+                *e = (z - top).exp_nonpos();
+            }
+            st[0] = top;
+            st[1] = cpu::sum(e);
+        }
+    }
+}
+
+simd! {
+    /// The losses of rows against probabilities; `e` is scratch.
+    fn soft_loss_rows<T>(z: &[T], p: &[T], width: usize, e: &mut [T], stats: &[T], loss: &mut [f64]) {
+        let rows = z.chunks_exact(width).zip(p.chunks_exact(width)).zip(e.chunks_exact_mut(width));
+        for (((z, p), e), (st, loss)) in rows.zip(stats.chunks_exact(2).zip(loss)) {
+            let (top, log) = (st[0], st[1].ln());
+            for ((e, &z), &p) in e.iter_mut().zip(z).zip(p) {
+                // A class without probability costs nothing, whatever its logit.
+                *e = if p == T::ZERO { T::ZERO } else { p * (log - (z - top)) };
+            }
+            *loss = cpu::sum(e).to_f64();
+        }
+    }
+}
+
+simd! {
+    /// `dz = factor * (e / sum e * sum p - p)`; `dz` holds e on entry.
+    fn soft_grad_rows<T>(p: &[T], width: usize, stats: &[T], factor: T, dz: &mut [T]) {
+        for ((p, dz), st) in p.chunks_exact(width).zip(dz.chunks_exact_mut(width)).zip(stats.chunks_exact(2)) {
+            let share = cpu::sum(p) / st[1];
+            for (dz, &p) in dz.iter_mut().zip(p) {
+                *dz = factor * (*dz * share - p);
+            }
+        }
+    }
+}
+
+fn check_label(label: u32, row: usize, classes: usize) -> Result<()> {
+    if label as usize >= classes {
+        bail!("cross_entropy: expected labels below {classes}, got {label} at row {row}")
+    }
+    Ok(())
+}
+
+/// `e` and per-row (max, sum e), and the losses if `p` is given.
+fn rows_of<T: Real>(z: &[T], p: Option<&[T]>, width: usize) -> (Vec<T>, Vec<T>, Vec<f64>) {
+    let rows = z.len() / width;
+    let (mut e, mut stats, mut loss) = (vec![T::ZERO; z.len()], vec![T::ZERO; 2 * rows], vec![0f64; rows]);
+    let step = cpu::chunk_rows(width);
+    e.par_chunks_mut(step * width)
+        .zip(stats.par_chunks_mut(2 * step))
+        .zip(loss.par_chunks_mut(step))
+        .enumerate()
+        .for_each(|(i, ((e, stats), loss))| {
+            let at = i * step * width..i * step * width + e.len();
+            exp_rows(&z[at.clone()], width, e, stats);
+            if let Some(p) = p {
+                soft_loss_rows(&z[at.clone()], &p[at], width, e, stats, loss);
+            }
+        });
+    (e, stats, loss)
+}
+
+fn mean<T: Real>(losses: impl ExactSizeIterator<Item = f64>) -> Vec<T> {
+    let count = losses.len() as f64;
+    vec![T::from_f64(losses.sum::<f64>() / count)]
+}
+
+/// (logits, labels) to the mean loss.
+struct CrossEntropy;
+
+impl CustomOp2 for CrossEntropy {
+    fn name(&self) -> &'static str {
+        "cross-entropy"
+    }
+
+    fn cpu_fwd(
+        &self,
+        z: &CpuStorage,
+        zl: &Layout,
+        y: &CpuStorage,
+        yl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (_, width) = zl.shape().dims2()?;
+        let labels = labels_of(y, yl)?;
+        for (row, &label) in labels.iter().enumerate() {
+            check_label(label, row, width)?;
+        }
+        real!(self.name(), z, T => {
+            let z = <T as Real>::slice(self.name(), z, zl)?;
+            let (_, stats, _) = rows_of(z, None, width);
+            let losses = labels.iter().zip(z.chunks_exact(width)).zip(stats.chunks_exact(2));
+            let losses = losses.map(|((&label, z), st)| f64::from(st[1].ln() - (z[label as usize] - st[0])));
+            Ok((<T as Real>::store(mean::<T>(losses)), Shape::from(())))
+        })
+    }
+
+    fn bwd(
+        &self,
+        z: &Tensor,
+        y: &Tensor,
+        _l: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        Ok((Some(z.apply_op3_no_bwd(y, grad, &CrossEntropyGrad)?), None))
+    }
+}
+
+fn labels_of<'a>(y: &'a CpuStorage, yl: &Layout) -> Result<&'a [u32]> {
+    let Some((from, to)) = yl.contiguous_offsets() else {
+        bail!("cross_entropy: expected contiguous labels")
+    };
+    Ok(&y.as_slice::<u32>()?[from..to])
+}
+
+/// (logits, labels, dL) to the gradient of the logits.
+struct CrossEntropyGrad;
+
+impl CustomOp3 for CrossEntropyGrad {
+    fn name(&self) -> &'static str {
+        "cross-entropy-grad"
+    }
+
+    fn cpu_fwd(
+        &self,
+        z: &CpuStorage,
+        zl: &Layout,
+        y: &CpuStorage,
+        yl: &Layout,
+        g: &CpuStorage,
+        gl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (rows, width) = zl.shape().dims2()?;
+        let labels = labels_of(y, yl)?;
+        real!(self.name(), z, T => {
+            let z = <T as Real>::slice(self.name(), z, zl)?;
+            let factor = <T as Real>::slice(self.name(), g, gl)?[0] / rows as T;
+            let (mut dz, stats, _) = rows_of(z, None, width);
+            let step = cpu::chunk_rows(width);
+            dz.par_chunks_mut(step * width).enumerate().for_each(|(i, dz)| {
+                for (r, dz) in dz.chunks_exact_mut(width).enumerate() {
+                    let row = i * step + r;
+                    let share = factor / stats[2 * row + 1];
+                    dz.iter_mut().for_each(|d| *d *= share);
+                    dz[labels[row] as usize] -= factor;
+                }
+            });
+            Ok((<T as Real>::store(dz), zl.shape().clone()))
+        })
+    }
+}
+
+/// (logits, probs) to the mean loss.
+struct SoftCrossEntropy;
+
+impl CustomOp2 for SoftCrossEntropy {
+    fn name(&self) -> &'static str {
+        "soft-cross-entropy"
+    }
+
+    fn cpu_fwd(
+        &self,
+        z: &CpuStorage,
+        zl: &Layout,
+        p: &CpuStorage,
+        pl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (_, width) = zl.shape().dims2()?;
+        real!(self.name(), z, T => {
+            let (z, p) = (<T as Real>::slice(self.name(), z, zl)?, <T as Real>::slice(self.name(), p, pl)?);
+            let (_, _, loss) = rows_of(z, Some(p), width);
+            Ok((<T as Real>::store(mean::<T>(loss.into_iter())), Shape::from(())))
+        })
+    }
+
+    fn bwd(
+        &self,
+        z: &Tensor,
+        p: &Tensor,
+        _l: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        Ok((Some(z.apply_op3_no_bwd(p, grad, &SoftCrossEntropyGrad)?), None))
+    }
+}
+
+/// (logits, probs, dL) to the gradient of the logits.
+struct SoftCrossEntropyGrad;
+
+impl CustomOp3 for SoftCrossEntropyGrad {
+    fn name(&self) -> &'static str {
+        "soft-cross-entropy-grad"
+    }
+
+    fn cpu_fwd(
+        &self,
+        z: &CpuStorage,
+        zl: &Layout,
+        p: &CpuStorage,
+        pl: &Layout,
+        g: &CpuStorage,
+        gl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (rows, width) = zl.shape().dims2()?;
+        real!(self.name(), z, T => {
+            let (z, p) = (<T as Real>::slice(self.name(), z, zl)?, <T as Real>::slice(self.name(), p, pl)?);
+            let factor = <T as Real>::slice(self.name(), g, gl)?[0] / rows as T;
+            let (mut dz, stats, _) = rows_of(z, None, width);
+            let step = cpu::chunk_rows(width);
+            dz.par_chunks_mut(step * width)
+                .zip(p.par_chunks(step * width))
+                .zip(stats.par_chunks(2 * step))
+                .for_each(|((dz, p), stats)| soft_grad_rows(p, width, stats, factor, dz));
+            Ok((<T as Real>::store(dz), zl.shape().clone()))
+        })
+    }
+}
+
+fn check_logits(op: &str, logits: &Tensor) -> Result<(usize, usize)> {
+    match logits.dims() {
+        [b, k] if b * k > 0 => Ok((*b, *k)),
+        other => bail!("{op}: expected logits [B, K] with elements, got {other:?}"),
+    }
+}
+
+/// The mean cross-entropy of `logits: [B, K]` against class ids `labels: [B]` in u32, a scalar.
+/// A label of K or more is an error.
+pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
+    let op = "cross_entropy";
+    let (b, k) = check_logits(op, logits)?;
+    if labels.dims() != [b] || labels.dtype() != DType::U32 {
+        bail!("{op}: expected labels [{b}] in U32, got {:?} in {:?}", labels.dims(), labels.dtype())
+    }
+    if !labels.device().same_device(logits.device()) {
+        bail!("{op}: expected labels on the device of the logits, got {:?}", labels.device().location())
+    }
+    match cpu::road(op, &[("logits", logits)])? {
+        Road::Kernel => logits.contiguous()?.apply_op2(&labels.contiguous()?, CrossEntropy),
+        Road::ThroughF32 => cross_entropy(&cpu::wide(logits)?, labels)?.to_dtype(logits.dtype()),
+        Road::Reference => {
+            for (row, label) in labels.to_vec1::<u32>()?.into_iter().enumerate() {
+                check_label(label, row, k)?;
+            }
+            reference(logits, labels)
+        }
+    }
+}
+
+/// The mean over the batch of `sum_k -p_k log softmax(z)_k` for `logits: [B, K]` and
+/// `probs: [B, K]`, a scalar. The gradient reaches the logits only.
+pub fn soft_cross_entropy(logits: &Tensor, probs: &Tensor) -> Result<Tensor> {
+    let op = "soft_cross_entropy";
+    check_logits(op, logits)?;
+    if probs.dims() != logits.dims() {
+        bail!("{op}: expected probs {:?}, got {:?}", logits.dims(), probs.dims())
+    }
+    let probs = probs.detach();
+    match cpu::road(op, &[("logits", logits), ("probs", &probs)])? {
+        Road::Kernel => logits.contiguous()?.apply_op2(&probs.contiguous()?, SoftCrossEntropy),
+        Road::ThroughF32 => {
+            soft_cross_entropy(&cpu::wide(logits)?, &cpu::wide(&probs)?)?.to_dtype(logits.dtype())
+        }
+        Road::Reference => reference_soft(logits, &probs),
+    }
+}

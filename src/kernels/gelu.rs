@@ -1,0 +1,99 @@
+//! GELU in its erf form, elementwise.
+//!
+//! ```text
+//! y = x * Phi(x)     Phi(x) = (1 + erf(x / sqrt 2)) / 2     dy/dx = Phi(x) + x * exp(-x^2/2) / sqrt(2 pi)
+//! ```
+//!
+//! f32 and f64 here, f16 and bf16 through f32. Source: Hendrycks and Gimpel 2016, section 2.
+
+use super::cpu::{self, real, simd, Real, Road};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+/// GELU in plain candle ops.
+pub fn reference(x: &Tensor) -> Result<Tensor> {
+    let phi = (((x * std::f64::consts::FRAC_1_SQRT_2)?.erf()? + 1.0)? * 0.5)?;
+    x * phi
+}
+
+#[inline(always)]
+fn phi<T: Real>(x: T) -> T {
+    let half = T::from_f64(0.5);
+    half.fma((x * T::from_f64(std::f64::consts::FRAC_1_SQRT_2)).erf(), half)
+}
+
+simd! {
+    fn forward<T>(x: &[T], y: &mut [T]) {
+        for (y, &x) in y.iter_mut().zip(x) {
+            *y = x * phi(x);
+        }
+    }
+}
+
+simd! {
+    fn backward<T>(x: &[T], g: &[T], dx: &mut [T]) {
+        // 1 / sqrt(2 pi)
+        let peak = T::from_f64(0.398_942_280_401_432_7);
+        let half = T::from_f64(-0.5);
+        for ((dx, &x), &g) in dx.iter_mut().zip(x).zip(g) {
+            let density = peak * (x * x * half).exp_nonpos();
+            *dx = g * x.fma(density, phi(x));
+        }
+    }
+}
+
+struct Gelu;
+
+impl CustomOp1 for Gelu {
+    fn name(&self) -> &'static str {
+        "gelu"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout) -> Result<(CpuStorage, Shape)> {
+        real!(self.name(), x, T => {
+            let x = <T as Real>::slice(self.name(), x, xl)?;
+            let mut y = vec![T::ZERO; x.len()];
+            y.par_chunks_mut(cpu::GRAIN).zip(x.par_chunks(cpu::GRAIN)).for_each(|(y, x)| forward(x, y));
+            Ok((<T as Real>::store(y), xl.shape().clone()))
+        })
+    }
+
+    fn bwd(&self, x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(x.apply_op2_no_bwd(&grad.contiguous()?, &GeluGrad)?))
+    }
+}
+
+/// (x, dy) to dx.
+struct GeluGrad;
+
+impl CustomOp2 for GeluGrad {
+    fn name(&self) -> &'static str {
+        "gelu-grad"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        xl: &Layout,
+        g: &CpuStorage,
+        gl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        real!(self.name(), x, T => {
+            let (x, g) = (<T as Real>::slice(self.name(), x, xl)?, <T as Real>::slice(self.name(), g, gl)?);
+            let mut dx = vec![T::ZERO; x.len()];
+            dx.par_chunks_mut(cpu::GRAIN)
+                .zip(x.par_chunks(cpu::GRAIN).zip(g.par_chunks(cpu::GRAIN)))
+                .for_each(|(dx, (x, g))| backward(x, g, dx));
+            Ok((<T as Real>::store(dx), xl.shape().clone()))
+        })
+    }
+}
+
+/// GELU (erf form) of a tensor of any shape.
+pub fn gelu(x: &Tensor) -> Result<Tensor> {
+    match cpu::road("gelu", &[("x", x)])? {
+        Road::Kernel => x.contiguous()?.apply_op1(Gelu),
+        Road::ThroughF32 => gelu(&cpu::wide(x)?)?.to_dtype(x.dtype()),
+        Road::Reference => reference(x),
+    }
+}

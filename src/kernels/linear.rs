@@ -1,0 +1,464 @@
+//! Products with a weight, and biases.
+//!
+//! ```text
+//! linear        y = x w^T + b     x [.., K], w [N, K], b [N], y [.., N]
+//!               dx = dy w         dw = dy^T x         db = sum dy over the leading axes
+//! frozen_matmul y = x w^T         dx = dy w, and nothing for w
+//! add_bias      y = x + b         b's shape is a suffix of x's; db = sum dy over the leading axes
+//! ```
+//!
+//! f32 and f64 here, f16 and bf16 through f32. A gradient is computed only for an operand that a
+//! variable stands behind. Products go to the `gemm` crate by strides, so nothing is transposed in
+//! memory. The split into tiles, and of a long reduction into at most 16 parts that are added in
+//! order, depends on the shapes alone; each tile is a single-threaded product.
+
+use super::cpu::{self, real, simd, Real, Road};
+use candle_core::{bail, CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, D};
+use rayon::prelude::*;
+
+/// `linear` in plain candle ops.
+pub fn reference(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let y = x.broadcast_matmul(&w.t()?.broadcast_left(&x.dims()[..x.rank().saturating_sub(2)])?)?;
+    match bias {
+        Some(b) => y.broadcast_add(b),
+        None => Ok(y),
+    }
+}
+
+/// `add_bias` in plain candle ops.
+pub fn reference_add_bias(x: &Tensor, b: &Tensor) -> Result<Tensor> {
+    x.broadcast_add(b)
+}
+
+/// A matrix in a slice: element (i, j) lies at `data[i * rs + j * cs]`.
+#[derive(Clone, Copy)]
+pub(super) struct View<'a, T> {
+    pub data: &'a [T],
+    pub rs: usize,
+    pub cs: usize,
+}
+
+impl<'a, T> View<'a, T> {
+    /// A row-major matrix of `cols` columns.
+    pub fn rows(data: &'a [T], cols: usize) -> Self {
+        View { data, rs: cols, cs: 1 }
+    }
+
+    /// The transpose.
+    pub fn t(self) -> Self {
+        View { data: self.data, rs: self.cs, cs: self.rs }
+    }
+
+    fn fits(&self, rows: usize, cols: usize) -> bool {
+        rows == 0 || cols == 0 || (rows - 1) * self.rs + (cols - 1) * self.cs < self.data.len()
+    }
+}
+
+/// One place in a result that several tiles write, each its own elements.
+#[derive(Clone, Copy)]
+struct Place<T>(*mut T);
+
+// SAFETY: a `Place` is only written through by `tile`, whose caller hands every tile its own elements.
+unsafe impl<T: Send> Send for Place<T> {}
+// SAFETY: as above; no element is shared between threads.
+unsafe impl<T: Send> Sync for Place<T> {}
+
+/// `dst [m, n] = scale * a [m, k] b [k, n]`, or added onto it, on one thread; dst has rows `stride` apart.
+///
+/// # Safety
+/// `dst + i * stride + j` must be valid for writes (and initialised if `add`) for every i < m, j < n,
+/// and not accessed by another thread meanwhile.
+unsafe fn tile<T: Real>(
+    (m, n, k): (usize, usize, usize),
+    dst: Place<T>,
+    stride: usize,
+    a: View<T>,
+    b: View<T>,
+    scale: T,
+    add: bool,
+) {
+    assert!(a.fits(m, k) && b.fits(k, n), "operands of a product lie outside their slices");
+    // SAFETY: the assertion covers every read, the caller's contract every write.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            dst.0,
+            1,
+            stride as isize,
+            add,
+            a.data.as_ptr(),
+            a.cs as isize,
+            a.rs as isize,
+            b.data.as_ptr(),
+            b.cs as isize,
+            b.rs as isize,
+            T::ONE,
+            scale,
+            false,
+            false,
+            false,
+            gemm::Parallelism::None,
+        );
+    }
+}
+
+/// `dst [m, n] = scale * a [m, k] b [k, n]` on one thread, rows of dst `stride` apart.
+pub(super) fn product<T: Real>(
+    (m, n, k): (usize, usize, usize),
+    dst: &mut [T],
+    stride: usize,
+    a: View<T>,
+    b: View<T>,
+    scale: T,
+) {
+    if m == 0 || n == 0 {
+        return;
+    }
+    assert!(n <= stride && (m - 1) * stride + n <= dst.len(), "result of a product lies outside its slice");
+    // SAFETY: the assertion keeps every write inside `dst`, which is borrowed exclusively.
+    unsafe { tile((m, n, k), Place(dst.as_mut_ptr()), stride, a, b, scale, false) }
+}
+
+/// Multiply-adds that make a unit of parallel work.
+const TILE_WORK: usize = 1 << 21;
+/// A reduction this long over a small result is split, and into at most this many parts.
+const LONG: usize = 1024;
+const PARTS: usize = 16;
+
+/// `a [m, k] b [k, n] (+ bias [n])`, row-major, on all threads.
+pub(super) fn matmul<T: Real>(
+    (m, n, k): (usize, usize, usize),
+    a: View<T>,
+    b: View<T>,
+    bias: Option<&[T]>,
+) -> Vec<T> {
+    assert!(a.fits(m, k) && b.fits(k, n), "operands of a product lie outside their slices");
+    if m == 0 || n == 0 || k == 0 {
+        let row = bias.map_or_else(|| vec![T::ZERO; n], <[T]>::to_vec);
+        return row.repeat(m);
+    }
+    if bias.is_none() && k > LONG && m * n <= 1 << 17 {
+        return long_product((m, n, k), a, b);
+    }
+    let tm = (TILE_WORK / (n * k)).clamp(128, 4096).next_multiple_of(16).min(m);
+    let tn = if tm * n * k > 4 * TILE_WORK {
+        (4 * TILE_WORK / (tm * k)).max(128).next_multiple_of(64).min(n)
+    } else {
+        n
+    };
+    let mut out: Vec<T> = Vec::with_capacity(m * n);
+    let place = Place(out.as_mut_ptr());
+    let across = n.div_ceil(tn);
+    (0..m.div_ceil(tm) * across).into_par_iter().for_each(|t| {
+        let place = place; // the whole wrapper, not its pointer, goes into the closure
+        let (i, j) = (t / across * tm, t % across * tn);
+        let (rows, cols) = (tm.min(m - i), tn.min(n - j));
+        // SAFETY: rows [i, i + rows) and columns [j, j + cols) lie in the m * n elements reserved
+        // above and belong to this tile alone; with a bias each is written before it is added to.
+        unsafe {
+            let corner = place.0.add(i * n + j);
+            if let Some(bias) = bias {
+                for r in 0..rows {
+                    std::ptr::copy_nonoverlapping(bias[j..j + cols].as_ptr(), corner.add(r * n), cols);
+                }
+            }
+            let a = View { data: &a.data[i * a.rs..], ..a };
+            let b = View { data: &b.data[j * b.cs..], ..b };
+            tile((rows, cols, k), Place(corner), n, a, b, T::ONE, bias.is_some());
+        }
+    });
+    // SAFETY: the tiles cover all of [0, m) x [0, n), and each product wrote all of its elements.
+    unsafe { out.set_len(m * n) };
+    out
+}
+
+/// A small result over a long reduction: parts of the reduction in parallel, added in order.
+fn long_product<T: Real>((m, n, k): (usize, usize, usize), a: View<T>, b: View<T>) -> Vec<T> {
+    let part = k.div_ceil(PARTS).max(LONG / 2);
+    let size = m * n;
+    let mut partial = vec![T::ZERO; k.div_ceil(part) * size];
+    partial.par_chunks_mut(size).enumerate().for_each(|(p, dst)| {
+        let from = p * part;
+        let a = View { data: &a.data[from * a.cs..], ..a };
+        let b = View { data: &b.data[from * b.rs..], ..b };
+        product((m, n, part.min(k - from)), dst, n, a, b, T::ONE);
+    });
+    let (out, rest) = partial.split_at_mut(size);
+    out.par_chunks_mut(cpu::GRAIN).enumerate().for_each(|(i, out)| {
+        for other in rest.chunks_exact(size) {
+            let from = i * cpu::GRAIN;
+            cpu::add_rows(&other[from..from + out.len()], out);
+        }
+    });
+    partial.truncate(size);
+    partial
+}
+
+/// Which of the three products of a linear layer.
+#[derive(Clone, Copy)]
+enum Product {
+    /// x [R, K], w [N, K] to [R, N].
+    Forward,
+    /// g [R, N], w [N, K] to [R, K].
+    Input,
+    /// g [R, N], x [R, K] to [N, K].
+    Weight,
+}
+
+impl Product {
+    fn run<T: Real>(self, a: &[T], al: &Layout, b: &[T], bl: &Layout, bias: Option<&[T]>) -> (Vec<T>, Shape) {
+        let last = |l: &Layout| l.dims().last().copied().unwrap_or(1);
+        let (ac, bc) = (last(al), last(bl));
+        let lead = |l: &Layout| l.dims()[..l.dims().len() - 1].to_vec();
+        let rows: usize = lead(al).iter().product();
+        let (av, bv) = (View::rows(a, ac), View::rows(b, bc));
+        match self {
+            Product::Forward => {
+                let n = bl.dims()[0];
+                let mut dims = lead(al);
+                dims.push(n);
+                (matmul((rows, n, ac), av, bv.t(), bias), Shape::from(dims))
+            }
+            Product::Input => {
+                let mut dims = lead(al);
+                dims.push(bc);
+                (matmul((rows, bc, ac), av, bv, None), Shape::from(dims))
+            }
+            Product::Weight => (matmul((ac, bc, rows), av.t(), bv, None), Shape::from((ac, bc))),
+        }
+    }
+}
+
+impl CustomOp2 for Product {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn cpu_fwd(
+        &self,
+        a: &CpuStorage,
+        al: &Layout,
+        b: &CpuStorage,
+        bl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let name = CustomOp2::name(self);
+        real!(name, a, T => {
+            let (a, b) = (<T as Real>::slice(name, a, al)?, <T as Real>::slice(name, b, bl)?);
+            let (y, shape) = self.run(a, al, b, bl, None);
+            Ok((<T as Real>::store(y), shape))
+        })
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        _y: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let (dx, dw) = gradients(x, w, &grad.contiguous()?)?;
+        Ok((dx, dw))
+    }
+}
+
+fn gradients(x: &Tensor, w: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    let dx = x.track_op().then(|| grad.apply_op2_no_bwd(w, &Product::Input)).transpose()?;
+    let dw = w.track_op().then(|| grad.apply_op2_no_bwd(x, &Product::Weight)).transpose()?;
+    Ok((dx, dw))
+}
+
+/// (x, w, bias) to y.
+struct Linear;
+
+impl CustomOp3 for Linear {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        xl: &Layout,
+        w: &CpuStorage,
+        wl: &Layout,
+        b: &CpuStorage,
+        bl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let name = self.name();
+        real!(name, x, T => {
+            let (x, w) = (<T as Real>::slice(name, x, xl)?, <T as Real>::slice(name, w, wl)?);
+            let (y, shape) = Product::Forward.run(x, xl, w, wl, Some(<T as Real>::slice(name, b, bl)?));
+            Ok((<T as Real>::store(y), shape))
+        })
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        b: &Tensor,
+        _y: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let grad = grad.contiguous()?;
+        let (dx, dw) = gradients(x, w, &grad)?;
+        let db = b.track_op().then(|| grad.apply_op1_no_bwd(&ColumnSums(b.shape().clone()))).transpose()?;
+        Ok((dx, dw, db))
+    }
+}
+
+/// Sums over the leading axes, down to a shape that is a suffix.
+struct ColumnSums(Shape);
+
+impl CustomOp1 for ColumnSums {
+    fn name(&self) -> &'static str {
+        "column-sums"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout) -> Result<(CpuStorage, Shape)> {
+        real!(self.name(), x, T => {
+            let x = <T as Real>::slice(self.name(), x, xl)?;
+            Ok((<T as Real>::store(cpu::column_sums(x, self.0.elem_count())), self.0.clone()))
+        })
+    }
+}
+
+/// x to x w^T with a weight that takes no gradient.
+struct Frozen {
+    w: Tensor,
+    product: Product,
+}
+
+impl CustomOp1 for Frozen {
+    fn name(&self) -> &'static str {
+        "frozen-matmul"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (w, wl) = self.w.storage_and_layout();
+        CustomOp2::cpu_fwd(&self.product, x, xl, cpu::host(self.name(), &w)?, wl)
+    }
+
+    fn bwd(&self, _x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let op = Frozen { w: self.w.clone(), product: Product::Input };
+        Ok(Some(grad.contiguous()?.apply_op1_no_bwd(&op)?))
+    }
+}
+
+fn check(op: &str, x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<()> {
+    let (n, k) = match w.dims() {
+        [n, k] => (*n, *k),
+        other => bail!("{op}: expected w [out, in], got {other:?}"),
+    };
+    if x.rank() < 2 || x.dim(D::Minus1)? != k {
+        bail!("{op}: expected x [.., {k}] for w [{n}, {k}], got {:?}", x.dims())
+    }
+    if let Some(b) = bias {
+        if b.dims() != [n] {
+            bail!("{op}: expected bias [{n}], got {:?}", b.dims())
+        }
+    }
+    Ok(())
+}
+
+/// `x w^T + bias` for `x: [.., K]` (two axes or more), `w: [N, K]`, `bias: [N]`.
+pub fn linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let op = "linear";
+    check(op, x, w, bias)?;
+    let mut named = vec![("x", x), ("w", w)];
+    named.extend(bias.map(|b| ("bias", b)));
+    match cpu::road(op, &named)? {
+        Road::Kernel => {
+            let (x, w) = (x.contiguous()?, w.contiguous()?);
+            match bias {
+                Some(b) => x.apply_op3(&w, &b.contiguous()?, Linear),
+                None => x.apply_op2(&w, Product::Forward),
+            }
+        }
+        Road::ThroughF32 => {
+            let bias = bias.map(cpu::wide).transpose()?;
+            linear(&cpu::wide(x)?, &cpu::wide(w)?, bias.as_ref())?.to_dtype(x.dtype())
+        }
+        Road::Reference => reference(x, w, bias),
+    }
+}
+
+/// `x w^T` for `x: [.., K]` and a frozen `w: [N, K]`: the backward gives dx only, and the graph
+/// behind w is not touched.
+pub fn frozen_matmul(x: &Tensor, w: &Tensor) -> Result<Tensor> {
+    let op = "frozen_matmul";
+    check(op, x, w, None)?;
+    let w = w.detach();
+    match cpu::road(op, &[("x", x), ("w", &w)])? {
+        Road::Kernel => x.contiguous()?.apply_op1(Frozen { w: w.contiguous()?, product: Product::Forward }),
+        Road::ThroughF32 => frozen_matmul(&cpu::wide(x)?, &cpu::wide(&w)?)?.to_dtype(x.dtype()),
+        Road::Reference => reference(x, &w, None),
+    }
+}
+
+simd! {
+    fn add_rows_into<T>(x: &[T], b: &[T], y: &mut [T]) {
+        let width = b.len();
+        for (x, y) in x.chunks_exact(width).zip(y.chunks_exact_mut(width)) {
+            for ((y, &x), &b) in y.iter_mut().zip(x).zip(b) {
+                *y = x + b;
+            }
+        }
+    }
+}
+
+struct AddBias;
+
+impl CustomOp2 for AddBias {
+    fn name(&self) -> &'static str {
+        "add-bias"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        xl: &Layout,
+        b: &CpuStorage,
+        bl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        real!(self.name(), x, T => {
+            let (x, b) = (<T as Real>::slice(self.name(), x, xl)?, <T as Real>::slice(self.name(), b, bl)?);
+            let mut y = vec![T::ZERO; x.len()];
+            if !b.is_empty() {
+                let step = cpu::chunk_rows(b.len()) * b.len();
+                y.par_chunks_mut(step).zip(x.par_chunks(step)).for_each(|(y, x)| add_rows_into(x, b, y));
+            }
+            Ok((<T as Real>::store(y), xl.shape().clone()))
+        })
+    }
+
+    fn bwd(
+        &self,
+        _x: &Tensor,
+        b: &Tensor,
+        _y: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let db = if b.track_op() {
+            Some(grad.contiguous()?.apply_op1_no_bwd(&ColumnSums(b.shape().clone()))?)
+        } else {
+            None
+        };
+        Ok((Some(grad.clone()), db))
+    }
+}
+
+/// `x + b`, where the shape of b is a suffix of the shape of x.
+pub fn add_bias(x: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let op = "add_bias";
+    if !x.dims().ends_with(b.dims()) {
+        bail!("{op}: expected a bias whose shape ends that of x {:?}, got {:?}", x.dims(), b.dims())
+    }
+    match cpu::road(op, &[("x", x), ("b", b)])? {
+        Road::Kernel => x.contiguous()?.apply_op2(&b.contiguous()?, AddBias),
+        Road::ThroughF32 => add_bias(&cpu::wide(x)?, &cpu::wide(b)?)?.to_dtype(x.dtype()),
+        Road::Reference => reference_add_bias(x, b),
+    }
+}

@@ -1,0 +1,49 @@
+//! The differentiable ops: each file is the whole story of one op, on every device.
+//!
+//! A file holds, in this order: the equation and its source, `reference` (plain candle ops, slow
+//! and obvious, differentiable everywhere), the custom op with its CPU body and its backward, and
+//! one public function that checks shapes and dtypes and chooses. On the CPU f32 and f64 take the
+//! kernel, f16 and bf16 are computed through f32; other devices take the reference.
+//!
+//! Every CPU body cuts its work into chunks that depend on shapes alone and adds partial sums in
+//! index order, so a result is the same to the bit for any number of threads.
+
+mod adamw;
+mod attention;
+mod cpu;
+mod cross_entropy;
+mod fake_quant;
+mod gelu;
+mod linear;
+mod norm;
+mod packed_matmul;
+mod patchify;
+mod softmax;
+#[cfg(test)]
+mod testing;
+
+pub use adamw::{adamw_step, AdamWParams, Moments};
+pub use attention::{attention_mix, attention_probs};
+pub use cross_entropy::{cross_entropy, soft_cross_entropy};
+pub use fake_quant::{
+    dequantize, lsq, lsq_codes, lsq_init, quantize, statsq, statsq_codes, statsq_scale, Levels, SCALE_FLOOR,
+};
+pub use gelu::gelu;
+pub use linear::{add_bias, frozen_matmul, linear};
+pub use norm::layer_norm;
+pub use packed_matmul::{packed_codes_matmul, packed_matmul, PackedRows};
+pub use patchify::patchify;
+pub use softmax::softmax;
+
+/// The plain candle forms of the ops, as oracles for tests and benches.
+pub mod reference {
+    pub use super::adamw::reference as adamw_step;
+    pub use super::attention::{reference_mix as attention_mix, reference_probs as attention_probs};
+    pub use super::cross_entropy::{reference as cross_entropy, reference_soft as soft_cross_entropy};
+    pub use super::fake_quant::{reference_lsq as lsq, reference_statsq as statsq};
+    pub use super::gelu::reference as gelu;
+    pub use super::linear::{reference as linear, reference_add_bias as add_bias};
+    pub use super::norm::reference as layer_norm;
+    pub use super::packed_matmul::reference as packed_matmul;
+    pub use super::softmax::reference as softmax;
+}

@@ -1,0 +1,185 @@
+//! Layer normalization over the last axis.
+//!
+//! ```text
+//! xh = (x - mean) / sqrt(var + eps)     y = xh * w + b        x [.., C], w [C], b [C]
+//! with u = dy * w:  dx = (u - mean(u) - xh * mean(u * xh)) / sqrt(var + eps)
+//! dw = sum dy * xh     db = sum dy      over the leading axes
+//! ```
+//!
+//! The variance is the biased one, in two passes. f32 and f64 here, f16 and bf16 through f32.
+//! Source: Ba, Kiros and Hinton 2016, section 3.
+
+use super::cpu::{self, real, simd, Real, Road};
+use candle_core::{bail, CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, D};
+use rayon::prelude::*;
+
+/// Layer normalization in plain candle ops.
+pub fn reference(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor> {
+    let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+    let var = centred.sqr()?.mean_keepdim(D::Minus1)?;
+    centred.broadcast_div(&(var + eps)?.sqrt()?)?.broadcast_mul(w)?.broadcast_add(b)
+}
+
+/// (mean, 1 / sqrt(var + eps)) of a row; `scratch` has its length.
+#[inline(always)]
+fn statistics<T: Real>(x: &[T], eps: T, scratch: &mut [T]) -> (T, T) {
+    let count = T::from_f64(x.len() as f64);
+    let mean = cpu::sum(x) / count;
+    for (c, &x) in scratch.iter_mut().zip(x) {
+        *c = x - mean;
+    }
+    let var = cpu::dot(scratch, scratch) / count;
+    (mean, T::ONE / (var + eps).sqrt())
+}
+
+simd! {
+    fn forward_rows<T>(x: &[T], w: &[T], b: &[T], eps: T, y: &mut [T]) {
+        let width = w.len();
+        let b = &b[..width];
+        for (x, y) in x.chunks_exact(width).zip(y.chunks_exact_mut(width)) {
+            let (_, r) = statistics(x, eps, y);
+            for c in 0..width {
+                y[c] = (y[c] * r).fma(w[c], b[c]);
+            }
+        }
+    }
+}
+
+simd! {
+    fn backward_rows<T>(
+        x: &[T], w: &[T], g: &[T], eps: T, dx: &mut [T], dw: &mut [T], db: &mut [T], xh: &mut [T],
+    ) {
+        let width = w.len();
+        let (xh, dw, db) = (&mut xh[..width], &mut dw[..width], &mut db[..width]);
+        let inv = T::ONE / T::from_f64(width as f64);
+        for ((x, g), dx) in x.chunks_exact(width).zip(g.chunks_exact(width)).zip(dx.chunks_exact_mut(width)) {
+            let (_, r) = statistics(x, eps, xh);
+            for c in 0..width {
+                let n = xh[c] * r;
+                xh[c] = n;
+                dw[c] = g[c].fma(n, dw[c]);
+                db[c] += g[c];
+                dx[c] = g[c] * w[c];
+            }
+            let mean_u = cpu::sum(dx) * inv;
+            let mean_ux = cpu::dot(dx, xh) * inv;
+            for c in 0..width {
+                dx[c] = (dx[c] - mean_u - xh[c] * mean_ux) * r;
+            }
+        }
+    }
+}
+
+/// (x, w, b) to y.
+#[derive(Clone, Copy)]
+struct LayerNorm {
+    eps: f64,
+}
+
+impl CustomOp3 for LayerNorm {
+    fn name(&self) -> &'static str {
+        "layer-norm"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        xl: &Layout,
+        w: &CpuStorage,
+        wl: &Layout,
+        b: &CpuStorage,
+        bl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let name = self.name();
+        real!(name, x, T => {
+            let x = <T as Real>::slice(name, x, xl)?;
+            let (w, b) = (<T as Real>::slice(name, w, wl)?, <T as Real>::slice(name, b, bl)?);
+            let step = cpu::chunk_rows(w.len()) * w.len();
+            let mut y = vec![T::ZERO; x.len()];
+            y.par_chunks_mut(step)
+                .zip(x.par_chunks(step))
+                .for_each(|(y, x)| forward_rows(x, w, b, self.eps as T, y));
+            Ok((<T as Real>::store(y), xl.shape().clone()))
+        })
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        b: &Tensor,
+        _y: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let packed = x.apply_op3_no_bwd(w, &grad.contiguous()?, &LayerNormGrad(*self))?;
+        let (count, width) = (x.elem_count(), w.elem_count());
+        Ok((
+            Some(cpu::unpack(&packed, 0, x.shape())?),
+            Some(cpu::unpack(&packed, count, w.shape())?),
+            Some(cpu::unpack(&packed, count + width, b.shape())?),
+        ))
+    }
+}
+
+/// (x, w, dy) to dx, dw and db in one flat result.
+struct LayerNormGrad(LayerNorm);
+
+impl CustomOp3 for LayerNormGrad {
+    fn name(&self) -> &'static str {
+        "layer-norm-grad"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        xl: &Layout,
+        w: &CpuStorage,
+        wl: &Layout,
+        g: &CpuStorage,
+        gl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let name = self.name();
+        real!(name, x, T => {
+            let (x, g) = (<T as Real>::slice(name, x, xl)?, <T as Real>::slice(name, g, gl)?);
+            let w = <T as Real>::slice(name, w, wl)?;
+            let (count, width) = (x.len(), w.len());
+            let step = cpu::chunk_rows(width) * width;
+            let mut out = vec![T::ZERO; count + 2 * width];
+            let mut partial = vec![T::ZERO; count.div_ceil(step) * 2 * width];
+            out[..count]
+                .par_chunks_mut(step)
+                .zip(x.par_chunks(step))
+                .zip(g.par_chunks(step))
+                .zip(partial.par_chunks_mut(2 * width))
+                .for_each(|(((dx, x), g), sums)| {
+                    let (dw, db) = sums.split_at_mut(width);
+                    let mut xh = vec![T::ZERO; width];
+                    backward_rows(x, w, g, self.0.eps as T, dx, dw, db, &mut xh);
+                });
+            out[count..].copy_from_slice(&cpu::fold(&partial, 2 * width));
+            let shape = Shape::from(out.len());
+            Ok((<T as Real>::store(out), shape))
+        })
+    }
+}
+
+/// Layer normalization of `x: [.., C]` over its last axis with `w: [C]` and `b: [C]`.
+pub fn layer_norm(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor> {
+    let op = "layer_norm";
+    let width = x.dims().last().copied().unwrap_or(0);
+    if width == 0 {
+        bail!("{op}: expected x [.., C], got {:?}", x.dims())
+    }
+    for (name, t) in [("w", w), ("b", b)] {
+        if t.dims() != [width] {
+            bail!("{op}: expected {name} [{width}], got {:?}", t.dims())
+        }
+    }
+    match cpu::road(op, &[("x", x), ("w", w), ("b", b)])? {
+        Road::Kernel => x.contiguous()?.apply_op3(&w.contiguous()?, &b.contiguous()?, LayerNorm { eps }),
+        Road::ThroughF32 => {
+            layer_norm(&cpu::wide(x)?, &cpu::wide(w)?, &cpu::wide(b)?, eps)?.to_dtype(x.dtype())
+        }
+        Road::Reference => reference(x, w, b, eps),
+    }
+}

@@ -1,0 +1,112 @@
+//! Softmax over the last axis.
+//!
+//! ```text
+//! y_k = exp(x_k - max x) / sum_j exp(x_j - max x)     dx = y * (dy - sum_j dy_j y_j)
+//! ```
+//!
+//! f32 and f64 here, f16 and bf16 through f32. A row with a NaN, or of -inf alone, gives NaN.
+
+use super::cpu::{self, real, simd, Real, Road};
+use candle_core::{bail, CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, D};
+use rayon::prelude::*;
+
+/// Softmax in plain candle ops.
+pub fn reference(x: &Tensor) -> Result<Tensor> {
+    let e = x.broadcast_sub(&x.max_keepdim(D::Minus1)?.detach())?.exp()?;
+    e.broadcast_div(&e.sum_keepdim(D::Minus1)?)
+}
+
+simd! {
+    /// Softmax of each row, in place.
+    pub(super) fn softmax_rows<T>(x: &mut [T], width: usize) {
+        for row in x.chunks_exact_mut(width) {
+            let top = cpu::max(row);
+            for v in row {
+                *v -= top;
+            }
+        }
+        // One loop over all rows: short rows would leave most of each vector empty.
+        for v in x.iter_mut() {
+            *v = v.exp_nonpos();
+        }
+        for row in x.chunks_exact_mut(width) {
+            let r = T::ONE / cpu::sum(row);
+            for v in row {
+                *v *= r;
+            }
+        }
+    }
+}
+
+simd! {
+    /// `dx = factor * y * (g - sum g y)` of each row.
+    pub(super) fn softmax_rows_grad<T>(y: &[T], g: &[T], width: usize, factor: T, dx: &mut [T]) {
+        for ((y, g), dx) in y.chunks_exact(width).zip(g.chunks_exact(width)).zip(dx.chunks_exact_mut(width)) {
+            let mean = cpu::dot(y, g);
+            for ((dx, &y), &g) in dx.iter_mut().zip(y).zip(g) {
+                *dx = factor * y * (g - mean);
+            }
+        }
+    }
+}
+
+struct Softmax;
+
+impl CustomOp1 for Softmax {
+    fn name(&self) -> &'static str {
+        "softmax"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout) -> Result<(CpuStorage, Shape)> {
+        let width = xl.dims().last().copied().unwrap_or(1);
+        real!(self.name(), x, T => {
+            let mut y = <T as Real>::slice(self.name(), x, xl)?.to_vec();
+            y.par_chunks_mut(cpu::chunk_rows(width) * width).for_each(|y| softmax_rows(y, width));
+            Ok((<T as Real>::store(y), xl.shape().clone()))
+        })
+    }
+
+    fn bwd(&self, _x: &Tensor, y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(y.apply_op2_no_bwd(&grad.contiguous()?, &SoftmaxGrad)?))
+    }
+}
+
+/// (y, dy) to dx.
+struct SoftmaxGrad;
+
+impl CustomOp2 for SoftmaxGrad {
+    fn name(&self) -> &'static str {
+        "softmax-grad"
+    }
+
+    fn cpu_fwd(
+        &self,
+        y: &CpuStorage,
+        yl: &Layout,
+        g: &CpuStorage,
+        gl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let width = yl.dims().last().copied().unwrap_or(1);
+        real!(self.name(), y, T => {
+            let (y, g) = (<T as Real>::slice(self.name(), y, yl)?, <T as Real>::slice(self.name(), g, gl)?);
+            let mut dx = vec![T::ZERO; y.len()];
+            let step = cpu::chunk_rows(width) * width;
+            dx.par_chunks_mut(step)
+                .zip(y.par_chunks(step).zip(g.par_chunks(step)))
+                .for_each(|(dx, (y, g))| softmax_rows_grad(y, g, width, T::ONE, dx));
+            Ok((<T as Real>::store(dx), yl.shape().clone()))
+        })
+    }
+}
+
+/// Softmax of `x: [.., K]` over its last axis.
+pub fn softmax(x: &Tensor) -> Result<Tensor> {
+    if x.dims().last().copied().unwrap_or(0) == 0 {
+        bail!("softmax: expected x [.., K], got {:?}", x.dims())
+    }
+    match cpu::road("softmax", &[("x", x)])? {
+        Road::Kernel => x.contiguous()?.apply_op1(Softmax),
+        Road::ThroughF32 => softmax(&cpu::wide(x)?)?.to_dtype(x.dtype()),
+        Road::Reference => reference(x),
+    }
+}

@@ -1,0 +1,127 @@
+//! Models, and how they are opened: plain, packed, ours or somebody else's.
+
+pub mod import;
+pub mod names;
+pub mod nn;
+pub mod vit;
+pub mod vit_config;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use candle_core::Device;
+use serde_json::Value;
+
+pub use import::{import_vit, Imported, Want};
+pub use vit::Vit;
+pub use vit_config::VitConfig;
+
+use crate::data::Preprocess;
+use crate::transform::ActQuant;
+use crate::weights::format::QuantizationConfig;
+use crate::weights::{Checkpoint, Transform, Weights};
+use crate::{files, Error, Result};
+
+/// A model read from a folder.
+#[derive(Debug)]
+pub struct Opened {
+    /// Sizes and labels.
+    pub config: VitConfig,
+    /// Its weights, dense or packed, and the rules on its taps.
+    pub weights: Weights,
+    /// What the file says of the quantization, where it is quantized.
+    pub quantization: Option<QuantizationConfig>,
+    /// How images become tensors.
+    pub preprocess: Preprocess,
+    /// What is worth a line.
+    pub notes: Vec<String>,
+}
+
+/// The folder of a model that a user named: the folder itself, or `model/` of a run folder.
+pub fn model_dir(path: &Path) -> PathBuf {
+    let inner = path.join("model");
+    match !path.join("config.json").exists() && inner.join("config.json").exists() {
+        true => inner,
+        false => path.to_path_buf(),
+    }
+}
+
+/// config.json of a model folder.
+pub fn read_config(dir: &Path) -> Result<(PathBuf, Value)> {
+    let path = dir.join("config.json");
+    let text = files::read_text(&path)?;
+    let value = serde_json::from_str(&text).map_err(|e| Error::input(&path, e.to_string()))?;
+    Ok((path, value))
+}
+
+/// The weights of a model folder, dense or packed, for any model: `open_weights(dir)?.var_builder(..)`.
+pub fn open_weights(dir: &Path, device: &Device) -> Result<Weights> {
+    let (path, config) = read_config(dir)?;
+    let checkpoint = Checkpoint::open(dir)?;
+    match QuantizationConfig::read(&path, &config)? {
+        Some(quantization) => quantization.open(&checkpoint, device, &revive),
+        None => Ok(Weights::from_checkpoint(Arc::new(checkpoint), device)),
+    }
+}
+
+fn revive(
+    name: &str,
+    description: &Value,
+    read: &dyn Fn(&str) -> Result<Option<candle_core::Tensor>>,
+) -> Result<Arc<dyn Transform>> {
+    Ok(Arc::new(ActQuant::revive(name, description, read, false)?))
+}
+
+/// Opens a vision transformer, full precision or packed, for evaluation.
+pub fn open_vit(dir: &Path, device: &Device) -> Result<Opened> {
+    let (path, json) = if dir.join("config.json").exists() {
+        read_config(dir)?
+    } else {
+        (dir.join("config.json"), Value::Null)
+    };
+    let Some(quantization) = QuantizationConfig::read(&path, &json)? else {
+        let want = Want { image_size: None, classes: None, seed: 0 };
+        let Imported { config, tensors, notes, .. } = import_vit(dir, &want, device)?;
+        let preprocess = preprocess_for(dir, &config)?;
+        let weights = Weights::from_tensors(tensors);
+        return Ok(Opened { config, weights, quantization: None, preprocess, notes });
+    };
+    let config = VitConfig::from_hf(&path, &json)?;
+    config.check()?;
+    let checkpoint = Checkpoint::open(dir)?;
+    let weights = quantization.open(&checkpoint, device, &revive)?;
+    let mut expected = std::collections::HashSet::new();
+    for (name, shape) in config.shapes() {
+        let found = weights.get(&name)?.shape()?;
+        if found != shape {
+            return Err(Error::tensor(&name, format!("found shape {found:?}, expected {shape:?}")));
+        }
+        expected.insert(name);
+    }
+    let extra = weights.iter().find(|(name, _)| !expected.contains(*name)).map(|(name, _)| name.to_string());
+    if let Some(name) = extra {
+        return Err(Error::tensor(
+            name,
+            format!("found in {}, but the model has no such tensor", dir.display()),
+        ));
+    }
+    let preprocess = preprocess_for(dir, &config)?;
+    Ok(Opened { config, weights, quantization: Some(quantization), preprocess, notes: Vec::new() })
+}
+
+/// How the images of a model become tensors: its preprocessor_config.json, what timm says, or
+/// (x / 255 - 0.5) / 0.5.
+pub fn preprocess_for(dir: &Path, config: &VitConfig) -> Result<Preprocess> {
+    let (height, width) = config.image_size;
+    if let Some(found) = Preprocess::load(dir, height, width, config.channels)? {
+        return Ok(found);
+    }
+    let mut plain = Preprocess::default_for(height, width, config.channels);
+    if let Some(timm) = import::timm_preprocess(dir)? {
+        if timm.mean.len() == config.channels && timm.std.len() == config.channels {
+            plain.mean = timm.mean.iter().map(|&v| v as f32).collect();
+            plain.std = timm.std.iter().map(|&v| v as f32).collect();
+        }
+    }
+    Ok(plain)
+}

@@ -1,0 +1,225 @@
+//! Vision transformers: ViT (Dosovitskiy et al. 2021) and DeiT (Touvron et al. 2021), pre-norm blocks,
+//! a class token and, in distilled DeiT, a distillation token.
+//!
+//! Tensor names are those of Hugging Face's `ViTForImageClassification` and `DeiTForImageClassification`.
+//! Taps stand where ofq.md 2.4 places activation quantizers, without query-key reparameterization.
+
+use candle_core::Tensor;
+
+use super::nn::{LayerNorm, Linear};
+use super::vit_config::VitConfig;
+use crate::weights::{Granularity, Signedness, Site, Tap, Weight, Weights};
+use crate::{kernels, Error, On, Result};
+
+const fn site(granularity: Granularity, signedness: Signedness, shifted: bool, edge: bool) -> Site {
+    Site { granularity, signedness, shifted, edge }
+}
+
+/// Input of a linear layer, query and key: a step for each token.
+const TOKEN: Site = site(Granularity::Token, Signedness::Signed, true, false);
+/// Value: a step for each channel, so that it stays out of the sum over tokens.
+const VALUE: Site = site(Granularity::Channel, Signedness::Signed, true, false);
+/// Softmax output: a step for each query token, nothing negative, no shift.
+const SOFTMAX: Site = site(Granularity::Token, Signedness::Unsigned, false, false);
+/// GELU output: unsigned, what is negative clips unless the shift lifts it.
+const GELU: Site = site(Granularity::Token, Signedness::Unsigned, true, false);
+/// The image: a step for each colour, shifts for each pixel.
+const IMAGE: Site = site(Granularity::Token, Signedness::Data, true, true);
+/// Input of a classifier: one step.
+const HEAD: Site = site(Granularity::Tensor, Signedness::Signed, true, true);
+
+/// What the model says of a batch: logits `[batch, classes]`.
+#[derive(Debug)]
+pub struct VitOutput {
+    /// Of the class token.
+    pub class: Tensor,
+    /// Of the distillation token, where the model has a head for it.
+    pub distillation: Option<Tensor>,
+}
+
+impl VitOutput {
+    /// The answer at inference: the mean of the heads.
+    pub fn logits(&self) -> Result<Tensor> {
+        match &self.distillation {
+            None => Ok(self.class.clone()),
+            Some(distillation) => Ok(((&self.class + distillation)? * 0.5)?),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Head {
+    input: Tap,
+    linear: Linear,
+}
+
+impl Head {
+    fn new(weights: &Weights, name: &str) -> Result<Self> {
+        Ok(Head {
+            input: weights.tap(format!("{name}.input_quant"), HEAD),
+            linear: Linear::new(weights, name, true)?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.linear.forward(&self.input.forward(x)?)
+    }
+}
+
+#[derive(Debug)]
+struct Block {
+    norm_before: LayerNorm,
+    input: Tap,
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    query_out: Tap,
+    key_out: Tap,
+    value_out: Tap,
+    softmax_out: Tap,
+    context: Tap,
+    output: Linear,
+    norm_after: LayerNorm,
+    up_in: Tap,
+    up: Linear,
+    down_in: Tap,
+    down: Linear,
+    heads: usize,
+    scale: f64,
+}
+
+impl Block {
+    fn new(weights: &Weights, config: &VitConfig, name: &str) -> Result<Self> {
+        let attention = format!("{name}.attention.attention");
+        let tap = |suffix: &str, site| weights.tap(format!("{name}.{suffix}"), site);
+        let projection = |part: &str| Linear::new(weights, &format!("{attention}.{part}"), config.qkv_bias);
+        let dense = |part: &str| Linear::new(weights, &format!("{name}.{part}.dense"), true);
+        Ok(Block {
+            norm_before: LayerNorm::new(weights, &format!("{name}.layernorm_before"), config.eps)?,
+            input: tap("attention.attention.input_quant", TOKEN),
+            query: projection("query")?,
+            key: projection("key")?,
+            value: projection("value")?,
+            query_out: tap("attention.attention.query_quant", TOKEN),
+            key_out: tap("attention.attention.key_quant", TOKEN),
+            value_out: tap("attention.attention.value_quant", VALUE),
+            softmax_out: tap("attention.attention.softmax_quant", SOFTMAX),
+            context: tap("attention.output.dense.input_quant", TOKEN),
+            output: dense("attention.output")?,
+            norm_after: LayerNorm::new(weights, &format!("{name}.layernorm_after"), config.eps)?,
+            up_in: tap("intermediate.dense.input_quant", TOKEN),
+            up: dense("intermediate")?,
+            down_in: tap("output.dense.input_quant", GELU),
+            down: dense("output")?,
+            heads: config.heads,
+            scale: ((config.hidden / config.heads) as f64).powf(-0.5),
+        })
+    }
+
+    /// `h: [batch, tokens, channels]`.
+    fn forward(&self, h: &Tensor) -> Result<Tensor> {
+        let x = self.input.forward(&self.norm_before.forward(h)?)?;
+        let q = self.query_out.forward(&self.query.forward(&x)?)?.tensor()?;
+        let k = self.key_out.forward(&self.key.forward(&x)?)?.tensor()?;
+        let v = self.value_out.forward(&self.value.forward(&x)?)?.tensor()?;
+        let p = kernels::attention_probs(&q, &k, self.heads, self.scale)?;
+        let p = self.softmax_out.forward(&p)?.tensor()?; // [batch, heads, tokens, tokens]
+        let context = self.context.forward(&kernels::attention_mix(&p, &v, self.heads)?)?;
+        let h = (h + self.output.forward(&context)?)?;
+        let x = self.up_in.forward(&self.norm_after.forward(&h)?)?;
+        let x = self.down_in.forward(&kernels::gelu(&self.up.forward(&x)?)?)?;
+        Ok((&h + self.down.forward(&x)?)?)
+    }
+}
+
+/// A vision transformer with its classifier.
+#[derive(Debug)]
+pub struct Vit {
+    config: VitConfig,
+    image: Tap,
+    projection: Linear,
+    class_token: Weight,
+    distillation_token: Option<Weight>,
+    positions: Weight,
+    blocks: Vec<Block>,
+    norm: LayerNorm,
+    head: Head,
+    distillation_head: Option<Head>,
+}
+
+impl Vit {
+    /// Builds the model over `weights`, under Hugging Face's names.
+    pub fn new(config: &VitConfig, weights: &Weights) -> Result<Self> {
+        config.check()?;
+        let prefix = config.prefix();
+        let embeddings = format!("{prefix}.embeddings");
+        let projection = format!("{embeddings}.patch_embeddings.projection");
+        let token = |name: &str| weights.get(&format!("{embeddings}.{name}")).cloned();
+        let block = |i| Block::new(weights, config, &format!("{prefix}.encoder.layer.{i}"));
+        let head = if config.two_heads { "cls_classifier" } else { "classifier" };
+        let distillation_head = config.two_heads.then(|| Head::new(weights, "distillation_classifier"));
+        Ok(Vit {
+            image: weights.tap(format!("{projection}.input_quant"), IMAGE),
+            projection: Linear::new(weights, &projection, true)?,
+            class_token: token("cls_token")?,
+            distillation_token: config.distilled.then(|| token("distillation_token")).transpose()?,
+            positions: token("position_embeddings")?,
+            blocks: (0..config.layers).map(block).collect::<Result<_>>()?,
+            norm: LayerNorm::new(weights, &format!("{prefix}.layernorm"), config.eps)?,
+            head: Head::new(weights, head)?,
+            distillation_head: distillation_head.transpose()?,
+            config: config.clone(),
+        })
+    }
+
+    /// The model's sizes.
+    pub fn config(&self) -> &VitConfig {
+        &self.config
+    }
+
+    /// Runs the model on `images [batch, channels, height, width]`, normalised. Another image size than
+    /// the model's is an error.
+    pub fn forward(&self, images: &Tensor) -> Result<VitOutput> {
+        let (batch, channels, height, width) = images.dims4().on("images")?;
+        let (rows, cols) = self.config.image_size;
+        if (channels, height, width) != (self.config.channels, rows, cols) {
+            return Err(Error::Run(format!(
+                "images: found {channels} x {height} x {width}, expected {} x {rows} x {cols}",
+                self.config.channels
+            )));
+        }
+        // A step for each colour and a shift for each pixel: [batch, colours, pixels].
+        let flat = images.reshape((batch, channels, height * width))?;
+        let images = self.image.forward(&flat)?.tensor()?.reshape(images.shape())?;
+        let patches = kernels::patchify(&images, self.config.patch_size)?;
+        let patches = self.projection.forward_float(&patches)?;
+        let hidden = self.config.hidden;
+        let token = |w: &Weight| -> Result<Tensor> {
+            Ok(w.tensor()?.reshape((1, 1, hidden))?.broadcast_as((batch, 1, hidden))?)
+        };
+        let mut parts = vec![token(&self.class_token)?];
+        if let Some(distillation) = &self.distillation_token {
+            parts.push(token(distillation)?);
+        }
+        parts.push(patches);
+        let positions = self.positions.tensor()?.reshape((self.config.tokens(), hidden))?;
+        let mut h = kernels::add_bias(&Tensor::cat(&parts, 1)?, &positions)?;
+        for block in &self.blocks {
+            h = block.forward(&h)?;
+        }
+        // The norm acts on each token alone, so only the tokens that are read go through it.
+        let read = h.narrow(1, 0, 1 + usize::from(self.config.two_heads))?.contiguous()?;
+        let read = self.norm.forward(&read)?;
+        let at = |i: usize| -> Result<Tensor> { Ok(read.narrow(1, i, 1)?.squeeze(1)?.contiguous()?) };
+        Ok(VitOutput {
+            class: self.head.forward(&at(0)?)?,
+            distillation: self.distillation_head.as_ref().map(|head| head.forward(&at(1)?)).transpose()?,
+        })
+    }
+
+    /// Trainables whose gradient is zero by the maths: a shift that is added to every key adds the same
+    /// number to all logits of a query, and the softmax removes it.
+    pub fn dead(&self, param: &str) -> bool {
+        param.ends_with(".key_quant.shift_out")
+    }
+}

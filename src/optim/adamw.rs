@@ -1,0 +1,86 @@
+//! AdamW (Loshchilov and Hutter 2019, algorithm 2); the arithmetic is [`kernels::adamw_step`].
+
+use candle_core::Tensor;
+use indexmap::IndexMap;
+use serde::{Deserialize, Serialize};
+
+use super::{tokens, Optimizer};
+use crate::kernels::{self, AdamWParams, Moments};
+use crate::weights::Param;
+use crate::{On, Result};
+
+/// Settings of [`AdamW`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AdamWConfig {
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decoupled weight decay, per step and per unit of learning rate.
+    pub weight_decay: f64,
+    /// Patterns of parameters without weight decay.
+    pub no_decay: Vec<String>,
+}
+
+impl Default for AdamWConfig {
+    fn default() -> Self {
+        AdamWConfig { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, no_decay: tokens() }
+    }
+}
+
+/// The rule: moments of each parameter, and how often it was moved.
+#[derive(Debug)]
+pub struct AdamW {
+    config: AdamWConfig,
+    moments: IndexMap<String, (Moments, u64)>,
+}
+
+impl AdamW {
+    /// With zero moments.
+    pub fn new(config: AdamWConfig) -> Self {
+        AdamW { config, moments: IndexMap::new() }
+    }
+}
+
+impl Optimizer for AdamW {
+    fn update(&mut self, param: &Param, grad: &Tensor, lr: f64, decay: bool) -> Result<()> {
+        if !self.moments.contains_key(&param.name) {
+            let moments = Moments::zeros(param.var.shape(), param.var.device())?;
+            self.moments.insert(param.name.clone(), (moments, 0));
+        }
+        let AdamWConfig { beta1, beta2, eps, weight_decay, .. } = self.config;
+        let weight_decay = if decay { weight_decay } else { 0.0 };
+        let settings = AdamWParams { lr, beta1, beta2, eps, weight_decay };
+        if let Some((moments, steps)) = self.moments.get_mut(&param.name) {
+            *steps += 1;
+            kernels::adamw_step(param.var.as_tensor(), grad, moments, *steps, &settings).on(&param.name)?;
+        }
+        Ok(())
+    }
+
+    fn state(&self) -> Result<Vec<(String, Tensor)>> {
+        let mut tensors = Vec::with_capacity(3 * self.moments.len());
+        for (name, (moments, steps)) in &self.moments {
+            let (m, v) = moments.export()?;
+            let steps = Tensor::new(&[*steps as u32], &candle_core::Device::Cpu)?;
+            tensors.extend([
+                (format!("{name}#m"), m),
+                (format!("{name}#v"), v),
+                (format!("{name}#steps"), steps),
+            ]);
+        }
+        Ok(tensors)
+    }
+
+    fn restore(&mut self, params: &[Param], read: &dyn Fn(&str) -> Result<Tensor>) -> Result<()> {
+        for Param { name, .. } in params {
+            let moments = Moments::import(&read(&format!("{name}#m"))?, &read(&format!("{name}#v"))?)?;
+            let steps = read(&format!("{name}#steps"))?.flatten_all()?.get(0)?.to_scalar::<u32>()?;
+            self.moments.insert(name.clone(), (moments, u64::from(steps)));
+        }
+        Ok(())
+    }
+}

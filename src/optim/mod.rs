@@ -1,0 +1,74 @@
+//! Update rules for one tensor; walking, clipping and schedules live in the trainer.
+
+pub mod adamw;
+pub mod schedule;
+pub mod sgd;
+
+use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
+
+pub use schedule::{Rate, Schedule};
+
+use crate::select::matches;
+use crate::weights::Param;
+use crate::Result;
+
+/// An update rule and its state, one entry for each parameter that it has seen.
+pub trait Optimizer: Send {
+    /// Moves `param` in place along `grad` at learning rate `lr`; `decay` tells whether weight decay
+    /// acts on it.
+    fn update(&mut self, param: &Param, grad: &Tensor, lr: f64, decay: bool) -> Result<()>;
+
+    /// The state as named tensors, `PARAMETER#PART`, in the order in which parameters were first seen.
+    fn state(&self) -> Result<Vec<(String, Tensor)>>;
+
+    /// Takes back what [`Optimizer::state`] gave for `params`.
+    fn restore(&mut self, params: &[Param], read: &dyn Fn(&str) -> Result<Tensor>) -> Result<()>;
+}
+
+/// `[optimizer]` in a recipe.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum OptimizerConfig {
+    /// Adam with decoupled weight decay.
+    Adamw(adamw::AdamWConfig),
+    /// Stochastic gradient descent with momentum.
+    Sgd(sgd::SgdConfig),
+}
+
+impl OptimizerConfig {
+    /// The rule, with empty state.
+    pub fn build(&self) -> Box<dyn Optimizer> {
+        match self {
+            OptimizerConfig::Adamw(config) => Box::new(adamw::AdamW::new(config.clone())),
+            OptimizerConfig::Sgd(config) => Box::new(sgd::Sgd::new(config.clone())),
+        }
+    }
+
+    fn no_decay(&self) -> &[String] {
+        match self {
+            OptimizerConfig::Adamw(config) => &config.no_decay,
+            OptimizerConfig::Sgd(config) => &config.no_decay,
+        }
+    }
+
+    /// Bytes of state that the rule keeps for each f32 element.
+    pub fn state_bytes(&self) -> usize {
+        match self {
+            OptimizerConfig::Adamw(_) => 8,
+            OptimizerConfig::Sgd(config) if config.momentum == 0.0 => 0,
+            OptimizerConfig::Sgd(_) => 4,
+        }
+    }
+
+    /// Whether weight decay acts on `param`: not on anything of one axis (biases, norms, steps,
+    /// shifts), nor on what `no_decay` names.
+    pub fn decays(&self, param: &Param) -> bool {
+        param.var.rank() > 1 && !self.no_decay().iter().any(|pattern| matches(pattern, &param.name))
+    }
+}
+
+/// Tokens and position embeddings: no weight decay, as in DeiT.
+fn tokens() -> Vec<String> {
+    ["*cls_token", "*distillation_token", "*position_embeddings"].map(String::from).to_vec()
+}

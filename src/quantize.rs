@@ -1,0 +1,681 @@
+//! The road of `qtune quantize`: a model, trained or read; quantizers laid over it; training with them;
+//! packed, written, read back and measured.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use candle_core::{Device, Tensor};
+use indexmap::IndexMap;
+use serde_json::{json, Map, Value};
+
+use crate::data::{Dataset, Preprocess};
+use crate::models::vit::Vit;
+use crate::models::{self, import_vit, open_vit, Imported, VitConfig, Want};
+use crate::optim::Optimizer;
+use crate::random::Random;
+use crate::recipe::{DistillKind, ModelConfig, Recipe, VitSource, When};
+use crate::select::select;
+use crate::train::{
+    epoch_steps, peak_rss_bytes, phase_steps, resume, Accuracy, Classify, Metrics, Phase, Progress, Quiet,
+    Tracker, Trainer,
+};
+use crate::transform::ActQuant;
+use crate::weights::format::{stored_tensors, QuantizationConfig};
+use crate::weights::{checkpoint, Calibration, Weights};
+use crate::{files, hub, Error, Result};
+
+/// The model that a run starts from.
+#[derive(Debug)]
+pub struct Start {
+    /// Sizes and labels.
+    pub config: VitConfig,
+    /// Dense weights.
+    pub weights: Weights,
+    /// How images become tensors.
+    pub preprocess: Preprocess,
+    /// Whether the model, or its classifier, starts from random numbers.
+    pub untrained: bool,
+    /// What is worth a line.
+    pub notes: Vec<String>,
+    /// How summary.json calls the model.
+    pub name: String,
+}
+
+/// The data of a recipe: `None` where a pretrained model is packed without any.
+pub fn open_data(recipe: &Recipe) -> Result<Option<Dataset>> {
+    let ModelConfig::Vit(source) = &recipe.model;
+    if source.path.is_some() && recipe.data.path.is_none() {
+        return Ok(None);
+    }
+    recipe.data.open(recipe.seed).map(Some)
+}
+
+/// Reads or makes the model that a recipe starts from.
+pub fn start(recipe: &Recipe, dataset: Option<&Dataset>, device: &Device) -> Result<Start> {
+    let ModelConfig::Vit(source) = &recipe.model;
+    match &source.path {
+        Some(path) => pretrained(recipe, source, path, dataset, device),
+        None => {
+            let dataset = dataset.ok_or_else(|| Error::usage("a new model needs data"))?;
+            new_model(recipe, source, dataset, device)
+        }
+    }
+}
+
+fn pretrained(
+    recipe: &Recipe,
+    source: &VitSource,
+    path: &Path,
+    dataset: Option<&Dataset>,
+    device: &Device,
+) -> Result<Start> {
+    let dir = models::model_dir(&hub::resolve(&path.to_string_lossy())?);
+    let want = Want {
+        image_size: source.image_size.map(|size| (size, size)),
+        classes: dataset.map(|d| d.classes.clone()),
+        seed: recipe.seed,
+    };
+    let Imported { config, tensors, notes, new_head, .. } = import_vit(&dir, &want, device)?;
+    let preprocess = models::preprocess_for(&dir, &config)?;
+    let name = path.display().to_string();
+    let weights = Weights::from_tensors(tensors);
+    Ok(Start { config, weights, preprocess, untrained: new_head, notes, name })
+}
+
+fn new_model(recipe: &Recipe, source: &VitSource, dataset: &Dataset, device: &Device) -> Result<Start> {
+    let first = dataset.train.image(0)?;
+    let natural = match (first.width, first.height) {
+        (w, h) if w == h && w <= 64 => w,
+        _ => 64,
+    };
+    let size = source.image_size.unwrap_or(natural);
+    let patch = source.patch_size.unwrap_or((size / 8).max(4));
+    let config = VitConfig {
+        image_size: (size, size),
+        patch_size: patch,
+        channels: first.channels,
+        hidden: source.hidden,
+        layers: source.layers,
+        heads: source.heads,
+        mlp: source.mlp,
+        eps: 1e-6,
+        qkv_bias: true,
+        distilled: false,
+        two_heads: false,
+        classes: dataset.classes.clone(),
+    };
+    config.check()?;
+    let mut tensors = Vec::new();
+    for (name, shape) in config.shapes() {
+        tensors.push((name.clone(), initial(recipe.seed, &name, &shape, device)?));
+    }
+    let preprocess = Preprocess::default_for(size, size, config.channels);
+    let note = format!(
+        "new ViT: {size} px, patches of {patch}, {} x {} channels, {} heads, {} classes",
+        config.layers,
+        config.hidden,
+        config.heads,
+        config.classes.len()
+    );
+    Ok(Start {
+        config,
+        weights: Weights::from_tensors(tensors),
+        preprocess,
+        untrained: true,
+        notes: vec![note],
+        name: format!("new {}", recipe.name),
+    })
+}
+
+/// A fresh tensor: norms one, biases zero, tokens and the classifier from a truncated normal of 0.02,
+/// other matrices of 0.7 / sqrt(inputs), which keeps a pre-norm block's output near its input's size.
+fn initial(seed: u64, name: &str, shape: &[usize], device: &Device) -> Result<Tensor> {
+    let count: usize = shape.iter().product();
+    let norm = name.contains("layernorm");
+    let values: Vec<f32> = if name.ends_with(".bias") {
+        vec![0.0; count]
+    } else if norm {
+        vec![1.0; count]
+    } else {
+        let small = name.contains("token") || name.contains("position") || name.contains("classifier");
+        let inputs: usize = shape.iter().skip(1).product();
+        let std = if small { 0.02 } else { 0.7 / (inputs as f32).sqrt() };
+        let mut random = Random::new(seed, "initial", &[]);
+        random = Random::new(seed, &format!("initial:{name}"), &[u64::from(random.bits())]);
+        (0..count).map(|_| random.truncated_normal(std)).collect()
+    };
+    Ok(Tensor::from_vec(values, shape, device)?)
+}
+
+/// What each weight becomes: its name, its shape, and the index of the `[[transform]]` that is for it.
+pub fn targets(recipe: &Recipe, weights: &Weights) -> Result<IndexMap<String, usize>> {
+    let names: Vec<&str> = weights.iter().map(|(name, _)| name).collect();
+    let mut chosen: IndexMap<String, usize> = IndexMap::new();
+    for (index, transform) in recipe.transform.iter().enumerate() {
+        for name in select(&transform.targets, &names)? {
+            if let Some(other) = chosen.insert(name.to_string(), index) {
+                return Err(Error::usage(format!(
+                    "{name}: both transform.{other} and transform.{index} match it"
+                )));
+            }
+            let rank = weights.get(name)?.shape()?.len();
+            if rank < 2 {
+                return Err(Error::usage(format!(
+                    "{name}: found a tensor of rank {rank}, a weight quantizer needs a matrix"
+                )));
+            }
+        }
+    }
+    Ok(chosen)
+}
+
+/// Lays the recipe's weight quantizers over a store: for training, or, without training, with the
+/// steps of least squared error.
+fn lay_quantizers(
+    recipe: &Recipe,
+    weights: &mut Weights,
+    training: bool,
+    progress: &dyn Progress,
+) -> Result<()> {
+    let (mut zero_rows, mut rows) = (0usize, 0usize);
+    for (name, index) in targets(recipe, weights)? {
+        let config = &recipe.transform[index];
+        let w = weights.get(&name)?.tensor()?.detach();
+        checkpoint::check_finite(&name, &w)?;
+        let sums = w.abs()?.flatten_from(1)?.sum(1)?.to_vec1::<f32>()?;
+        zero_rows += sums.iter().filter(|s| **s == 0.0).count();
+        rows += sums.len();
+        let rule = match training {
+            true => config.kind.training(config.bits, &w)?,
+            false => config.kind.untrained(config.bits, &w)?,
+        };
+        weights.wrap(&name, rule)?;
+    }
+    if zero_rows > 0 {
+        progress.note(&format!("{zero_rows} of {rows} weight rows are all zero and stay zero"));
+    }
+    Ok(())
+}
+
+/// Hangs activation quantizers on every tap of the model, started from `images`.
+fn calibrate(
+    recipe: &Recipe,
+    config: &VitConfig,
+    weights: &mut Weights,
+    images: &Tensor,
+    progress: &dyn Progress,
+) -> Result<()> {
+    let activation = recipe.activation;
+    if activation.bits == 32 {
+        return Ok(());
+    }
+    let silent = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let seen = silent.clone();
+    let calibration = Calibration::new(Box::new(move |name, site, x| {
+        let bits = if site.edge { activation.edge_bits } else { activation.bits };
+        let (rule, zero) = ActQuant::start(bits, site, x)?;
+        if let (true, Ok(mut seen)) = (zero, seen.lock()) {
+            seen.push(name.to_string());
+        }
+        Ok(Some(Arc::new(rule)))
+    }));
+    let store = weights.folded()?.calibrating(calibration.clone());
+    Vit::new(config, &store)?.forward(images)?;
+    for (name, rule) in calibration.rules()? {
+        weights.hang(name, rule);
+    }
+    if let Ok(names) = silent.lock() {
+        for name in names.iter() {
+            progress.note(&format!("{name}: zero throughout at calibration, its step starts at 1e-5"));
+        }
+    }
+    Ok(())
+}
+
+/// Writes a model folder: config.json, model.safetensors, preprocessor_config.json. Returns the bytes of
+/// the safetensors file.
+pub fn write_model(
+    dir: &Path,
+    config: &VitConfig,
+    preprocess: &Preprocess,
+    weights: &Weights,
+) -> Result<u64> {
+    if dir.exists() {
+        files::discard(dir)?;
+    }
+    let staging = files::Staging::new(dir)?;
+    let mut json = config.to_hf();
+    let quantization = QuantizationConfig::of(weights);
+    if !quantization.weights.is_empty() {
+        if let Some(object) = json.as_object_mut() {
+            let value = serde_json::to_value(&quantization)
+                .map_err(|e| Error::Run(format!("quantization_config: {e}")))?;
+            object.insert("quantization_config".into(), value);
+        }
+    }
+    let pretty =
+        |value: &Value| serde_json::to_vec_pretty(value).map_err(|e| Error::Run(format!("config.json: {e}")));
+    let metadata = [("format".to_string(), "pt".to_string())].into();
+    let bytes =
+        checkpoint::save(&staging.path().join("model.safetensors"), &stored_tensors(weights)?, &metadata)?;
+    files::write_bytes(&staging.path().join("config.json"), &pretty(&json)?)?;
+    let processor = staging.path().join("preprocessor_config.json");
+    files::write_bytes(&processor, &pretty(&preprocess.to_json())?)?;
+    staging.commit()?;
+    Ok(bytes)
+}
+
+/// Whether the recipe quantizes without any training.
+fn untrained_quantization(recipe: &Recipe, samples: usize) -> bool {
+    recipe.phase.iter().filter(|p| p.quantize).all(|p| phase_steps(recipe, p, samples) == 0)
+}
+
+/// Runs a recipe in the folder `dir`, which exists and holds the resolved recipe; from its latest
+/// checkpoint where it has one. Returns what summary.json holds.
+pub fn run(recipe: &Recipe, dir: &Path, device: &Device, progress: &dyn Progress) -> Result<Value> {
+    let started = Instant::now();
+    let saved = resume::latest(dir)?;
+    let state = saved.as_ref().map(|s| s.state.clone()).unwrap_or_default();
+    let dataset = open_data(recipe)?;
+    let start = start(recipe, dataset.as_ref(), device)?;
+    let notes = dataset.iter().flat_map(|d| &d.notes).chain(&start.notes);
+    notes.for_each(|note| progress.note(note));
+    let Some(dataset) = dataset else {
+        return without_data(recipe, dir, start, started, device, progress);
+    };
+    let metrics = Metrics::open(&dir.join("metrics.jsonl"), state.metrics_lines)?;
+    if let Some(saved) = &saved {
+        progress.note(&format!("continuing from step {} ({})", state.step, saved.dir.display()));
+    }
+    let preprocess = Arc::new(start.preprocess.clone());
+    let mut trainer = Trainer {
+        recipe,
+        dir,
+        dataset: &dataset,
+        preprocess,
+        device,
+        progress,
+        metrics,
+        earlier_s: state.wall_s,
+        state,
+        started,
+        samples_per_s: 0.0,
+    };
+    let done = train_phases(&mut trainer, &start, saved, device)?;
+    finish(&mut trainer, &start, done)
+}
+
+/// The trained, still trainable student and the tracks of its weights.
+struct Trained {
+    weights: Weights,
+    tracker: Tracker,
+}
+
+fn float_dir(dir: &Path) -> PathBuf {
+    dir.join("checkpoints").join("float")
+}
+
+fn train_phases(
+    trainer: &mut Trainer<'_>,
+    start: &Start,
+    saved: Option<resume::Saved>,
+    device: &Device,
+) -> Result<Trained> {
+    let recipe = trainer.recipe;
+    let samples = trainer.dataset.train.len();
+    let untrained = untrained_quantization(recipe, samples);
+    let mut weights = start.weights.trainable()?;
+    let mut tracker = Tracker::default();
+    let mut quantized = false;
+    let mut resumed = saved;
+    let first = trainer.state.phase;
+    for (index, phase) in recipe.phase.iter().enumerate() {
+        let skip = phase.when == When::Untrained && !start.untrained;
+        let mut optimizer = recipe.optimizer.build();
+        if index < first && !(phase.quantize && !quantized) {
+            continue;
+        }
+        // What a phase needs to be in place, made once and read again on resume.
+        if phase.quantize && !quantized {
+            if index <= first && resumed.is_some() && trainer.state.full_precision.is_some() {
+                if let Some(saved) = &resumed {
+                    hang_saved(&mut weights, saved, device)?;
+                    if untrained {
+                        // Steps of least squared error belong to the weights that were trained.
+                        saved.restore(&weights.params(), device)?;
+                    }
+                }
+                lay_quantizers(recipe, &mut weights, !untrained, &Quiet)?;
+            } else {
+                begin_quantization(trainer, start, &mut weights, untrained)?;
+            }
+            quantized = true;
+        }
+        if index < first {
+            continue;
+        }
+        let restored = match resumed.take().filter(|_| index == first) {
+            Some(saved) => {
+                let params = weights.params();
+                saved.restore(&params, device)?;
+                if saved.has_optimizer() {
+                    optimizer.restore(&params, &|name| saved.optimizer(name, device))?;
+                }
+                tracker = Tracker::restore(&trainer.state.tracked, &|name| saved.oscillation(name))?;
+                true
+            }
+            None => false,
+        };
+        if skip {
+            trainer.progress.note(&format!("phase {}: skipped, the model is trained", phase.name));
+            continue;
+        }
+        if !restored {
+            trainer.state.phase = index;
+            trainer.state.phase_step = 0;
+            trainer.state.best = None;
+            trainer.save(&weights, optimizer.as_ref(), &tracker)?;
+        }
+        run_phase(trainer, start, index, &weights, &mut tracker, optimizer.as_mut())?;
+    }
+    Ok(Trained { weights, tracker })
+}
+
+/// Ends the full-precision part: evaluates and writes the model that quantization starts from, then
+/// lays the quantizers over it.
+fn begin_quantization(
+    trainer: &mut Trainer<'_>,
+    start: &Start,
+    weights: &mut Weights,
+    untrained: bool,
+) -> Result<()> {
+    let folded = weights.folded()?;
+    let path = float_dir(trainer.dir);
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent).map_err(|e| Error::io(parent, e))?;
+    }
+    trainer.state.fp_bytes = write_model(&path, &start.config, &start.preprocess, &folded)?;
+    let accuracy = trainer.evaluate(&start.config, &folded, "full precision")?;
+    trainer.progress.note(&format!("full precision: top-1 {:.2} %", accuracy.top1));
+    trainer.state.full_precision = Some(accuracy);
+    lay_quantizers(trainer.recipe, weights, !untrained, trainer.progress)?;
+    let images = trainer.first_batch()?.images;
+    calibrate(trainer.recipe, &start.config, weights, &images, trainer.progress)
+}
+
+/// Hangs the rules of a checkpoint on their taps, trainable.
+fn hang_saved(weights: &mut Weights, saved: &resume::Saved, device: &Device) -> Result<()> {
+    for (name, description) in &saved.state.taps {
+        let read = |suffix: &str| saved.tensor(&format!("{name}.{suffix}"), device);
+        weights.hang(name.clone(), Arc::new(ActQuant::revive(name, description, &read, true)?));
+    }
+    Ok(())
+}
+
+fn run_phase(
+    trainer: &mut Trainer<'_>,
+    start: &Start,
+    index: usize,
+    weights: &Weights,
+    tracker: &mut Tracker,
+    optimizer: &mut dyn Optimizer,
+) -> Result<()> {
+    let recipe = trainer.recipe;
+    let config = &recipe.phase[index];
+    let teacher = match (config.quantize, recipe.distill.kind) {
+        (false, _) | (_, DistillKind::None) => None,
+        (true, DistillKind::Soft) => Some(teacher(trainer, start)?),
+    };
+    let model = Vit::new(&start.config, weights)?;
+    let task = Classify { model, teacher, distill: recipe.distill.kind };
+    let phase = Phase { config, vit: &start.config, weights, task: &task, optimizer, tracker };
+    let before = trainer.state.phase_step;
+    trainer.run(phase)?;
+    match trainer.state.phase_step == before {
+        true => Ok(()),
+        false => trainer.save(weights, optimizer, tracker),
+    }
+}
+
+fn teacher(trainer: &Trainer<'_>, start: &Start) -> Result<Vit> {
+    let own = float_dir(trainer.dir);
+    let dir = match &trainer.recipe.distill.teacher {
+        Some(path) => models::model_dir(&hub::resolve(&path.to_string_lossy())?),
+        None => own,
+    };
+    let opened = open_vit(&dir, trainer.device)?;
+    let (found, expected) = (&opened.config, &start.config);
+    if found.classes.len() != expected.classes.len() || found.image_size != expected.image_size {
+        return Err(Error::input(
+            &dir,
+            format!(
+                "the teacher has {} classes at {:?} px, the student {} at {:?}",
+                found.classes.len(),
+                found.image_size,
+                expected.classes.len(),
+                expected.image_size
+            ),
+        ));
+    }
+    Vit::new(&opened.config, &opened.weights)
+}
+
+/// Packs, writes, reads back, measures, sums up.
+fn finish(trainer: &mut Trainer<'_>, start: &Start, trained: Trained) -> Result<Value> {
+    let Trained { weights, tracker } = trained;
+    let recipe = trainer.recipe;
+    let fake = trainer.evaluate(&start.config, &weights.folded()?, "fake-quantized")?;
+    let packed = weights.packed()?;
+    let dir = trainer.dir.join("model");
+    let packed_bytes = write_model(&dir, &start.config, &start.preprocess, &packed)?;
+    let read_back = open_vit(&dir, trainer.device)?;
+    let got = trainer.evaluate(&read_back.config, &read_back.weights, "packed")?;
+    let fp = trainer.state.full_precision.unwrap_or_default();
+    let params = weights.params();
+    let trainable: usize = params.iter().map(|p| p.var.elem_count()).sum();
+    let mut summary = summary_head(recipe, start, trainer.wall_s(), trainer.device);
+    let mut put = |key: &str, value: Value| summary.insert(key.to_string(), value);
+    put("steps", json!(trainer.state.step));
+    put("params_trainable", json!(trainable));
+    put("fp_top1", json!(fp.top1));
+    put("fp_top5", json!(fp.top5));
+    put("q_top1", json!(got.top1));
+    put("q_top5", json!(got.top5));
+    put("fake_quant_top1", json!(fake.top1));
+    put("eval_samples", json!(got.samples));
+    put("fp_bytes", json!(trainer.state.fp_bytes));
+    put("packed_bytes", json!(packed_bytes));
+    put("compression", json!(trainer.state.fp_bytes as f64 / packed_bytes.max(1) as f64));
+    put("oscillation", json!(tracker.figures().percent));
+    put("frozen", json!(0.0));
+    put("train_samples_per_s", json!(trainer.samples_per_s));
+    put("infer_samples_per_s_fp", json!(fp.samples_per_s));
+    put("infer_samples_per_s_packed", json!(got.samples_per_s));
+    write_summary(trainer.dir, summary)
+}
+
+/// Packs a pretrained model as it is, where there is no data to train or measure with.
+fn without_data(
+    recipe: &Recipe,
+    dir: &Path,
+    start: Start,
+    started: Instant,
+    device: &Device,
+    progress: &dyn Progress,
+) -> Result<Value> {
+    check_without_data(recipe)?;
+    let fp_bytes: usize =
+        start.config.shapes().iter().map(|(_, shape)| 4 * shape.iter().product::<usize>()).sum();
+    let mut weights = start.weights.clone();
+    lay_quantizers(recipe, &mut weights, false, progress)?;
+    let packed_bytes = write_model(&dir.join("model"), &start.config, &start.preprocess, &weights.packed()?)?;
+    let mut summary = summary_head(recipe, &start, started.elapsed().as_secs_f64(), device);
+    let mut put = |key: &str, value: Value| summary.insert(key.to_string(), value);
+    for key in ["fp_top1", "fp_top5", "q_top1", "q_top5", "train_samples_per_s"] {
+        put(key, Value::Null);
+    }
+    for key in ["infer_samples_per_s_fp", "infer_samples_per_s_packed"] {
+        put(key, Value::Null);
+    }
+    put("steps", json!(0));
+    put("params_trainable", json!(0));
+    put("fp_bytes", json!(fp_bytes));
+    put("packed_bytes", json!(packed_bytes));
+    put("compression", json!(fp_bytes as f64 / packed_bytes.max(1) as f64));
+    put("oscillation", json!(0.0));
+    put("frozen", json!(0.0));
+    write_summary(dir, summary)
+}
+
+/// Training, calibration and a new classifier need data.
+pub fn check_without_data(recipe: &Recipe) -> Result<()> {
+    if !untrained_quantization(recipe, 1) {
+        return Err(Error::usage("training needs images: give --data PATH, or --steps 0 to pack as it is"));
+    }
+    if recipe.activation.bits != 32 {
+        return Err(Error::usage(format!(
+            "activation.bits = {} needs images to calibrate on: give --data PATH",
+            recipe.activation.bits
+        )));
+    }
+    Ok(())
+}
+
+fn summary_head(recipe: &Recipe, start: &Start, wall_s: f64, device: &Device) -> Map<String, Value> {
+    let total: usize = start.config.shapes().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+    let head = json!({
+        "command": "quantize",
+        "method": match recipe.transform.first().map(|t| t.kind) {
+            Some(crate::transform::WeightQuant::Lsq) => "lsq",
+            _ => "statsq",
+        },
+        "recipe": recipe.name,
+        "model": start.name,
+        "seed": recipe.seed,
+        "device": device_name(device),
+        "threads": rayon::current_num_threads(),
+        "wall_s": wall_s,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "params_total": total,
+        "version": env!("CARGO_PKG_VERSION"),
+        "commit": env!("QTUNE_COMMIT"),
+        "bits": recipe.transform.first().map(|t| t.bits),
+        "act_bits": recipe.activation.bits,
+    });
+    head.as_object().cloned().unwrap_or_default()
+}
+
+fn write_summary(dir: &Path, summary: Map<String, Value>) -> Result<Value> {
+    let summary = Value::Object(summary);
+    let text = serde_json::to_vec_pretty(&summary).map_err(|e| Error::Run(format!("summary.json: {e}")))?;
+    files::write_bytes(&dir.join("summary.json"), &text)?;
+    Ok(summary)
+}
+
+/// What a recipe would do, without doing it.
+#[derive(Debug)]
+pub struct Plan {
+    /// Every tensor: name, shape, what becomes of it, bytes in the packed file.
+    pub tensors: Vec<(String, Vec<usize>, String, usize)>,
+    /// Parameters of the model.
+    pub params: usize,
+    /// Phases that would run: name and steps.
+    pub phases: Vec<(String, usize)>,
+    /// Estimated peak memory in bytes.
+    pub memory: usize,
+    /// What is worth a line.
+    pub notes: Vec<String>,
+}
+
+/// Plans a run.
+pub fn plan(recipe: &Recipe, device: &Device) -> Result<Plan> {
+    let dataset = open_data(recipe)?;
+    if dataset.is_none() {
+        check_without_data(recipe)?;
+    }
+    let start = start(recipe, dataset.as_ref(), device)?;
+    let chosen = targets(recipe, &start.weights)?;
+    let mut tensors = Vec::new();
+    for (name, shape) in start.config.shapes() {
+        let count: usize = shape.iter().product();
+        let (what, bytes) = match chosen.get(&name) {
+            Some(index) => {
+                let transform = &recipe.transform[*index];
+                let grid = transform.kind.grid(transform.bits)?;
+                let cols = count / shape[0];
+                let kind = match transform.kind {
+                    crate::transform::WeightQuant::Statsq => "statsq",
+                    crate::transform::WeightQuant::Lsq => "lsq",
+                };
+                (format!("{kind}, {} bits", transform.bits), shape[0] * (grid.row_bytes(cols) + 4))
+            }
+            None => ("f32".to_string(), 4 * count),
+        };
+        tensors.push((name, shape, what, bytes));
+    }
+    let samples = dataset.as_ref().map(|d| d.train.len()).unwrap_or(0);
+    let runs = recipe.phase.iter().filter(|p| p.when == When::Always || start.untrained);
+    let phases = runs.map(|p| (p.name.clone(), phase_steps(recipe, p, samples))).collect();
+    let params = tensors.iter().map(|t| t.1.iter().product::<usize>()).sum();
+    let memory = memory_estimate(recipe, &start.config, params);
+    let mut notes: Vec<String> = dataset.iter().flat_map(|d| d.notes.clone()).collect();
+    notes.extend(start.notes);
+    if samples > 0 {
+        notes.push(format!("{samples} training samples, {} steps an epoch", epoch_steps(recipe, samples)));
+    }
+    Ok(Plan { tensors, params, phases, memory, notes })
+}
+
+/// Peak memory of a run, in bytes: parameters with their gradients, moments and teacher, and the
+/// activations that a forward pass of one batch leaves behind for its backward pass.
+fn memory_estimate(recipe: &Recipe, config: &VitConfig, params: usize) -> usize {
+    let (tokens, c, m) = (config.tokens(), config.hidden, config.mlp);
+    let quantized = recipe.activation.bits != 32;
+    // Per block: both norms, q, k, v, mix, projection, two residuals, MLP in, GELU, MLP out.
+    let mut per_token = 10 * c + 2 * m;
+    let mut probabilities = config.heads * tokens;
+    if quantized {
+        // Each tap keeps what it quantized and, where shifted, the sum with the shift.
+        per_token += 2 * (6 * c + m);
+        probabilities *= 2;
+    }
+    let sample = tokens * (config.layers * (per_token + probabilities) + 4 * c);
+    // Backward holds the gradients of one block beside what forward left.
+    let transient = tokens * (per_token + probabilities);
+    let activations = 4 * recipe.train.batch_size * (sample + transient);
+    let state = params * (4 * 4 + recipe.optimizer.state_bytes());
+    let program = 48 << 20;
+    program + state + activations
+}
+
+/// A device as summary.json calls it: `cpu`, `cuda:0`.
+pub fn device_name(device: &Device) -> String {
+    match device.location() {
+        candle_core::DeviceLocation::Cpu => "cpu".into(),
+        candle_core::DeviceLocation::Cuda { gpu_id } => format!("cuda:{gpu_id}"),
+        candle_core::DeviceLocation::Metal { gpu_id } => format!("metal:{gpu_id}"),
+    }
+}
+
+/// Tells whether a finished run lies in `dir`, and gives its summary.
+pub fn finished(dir: &Path) -> Result<Option<Value>> {
+    let path = dir.join("summary.json");
+    if !path.exists() {
+        return Ok(None);
+    }
+    let text = files::read_text(&path)?;
+    serde_json::from_str(&text).map(Some).map_err(|e| Error::input(&path, e.to_string()))
+}
+
+/// The figures of an evaluation as summary keys.
+pub fn accuracy_json(accuracy: &Accuracy) -> Map<String, Value> {
+    let value = json!({
+        "top1": accuracy.top1,
+        "top5": accuracy.top5,
+        "loss": accuracy.loss,
+        "samples": accuracy.samples,
+        "samples_per_s": accuracy.samples_per_s,
+    });
+    value.as_object().cloned().unwrap_or_default()
+}

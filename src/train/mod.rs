@@ -1,0 +1,350 @@
+//! The trainer: phases as data, one loop for all of them.
+
+pub mod metrics;
+pub mod oscillation;
+pub mod resume;
+pub mod signal;
+pub mod step;
+pub mod task;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use candle_core::{Device, Tensor};
+use serde_json::{json, Map, Value};
+
+pub use metrics::{peak_rss_bytes, Metrics};
+pub use oscillation::Tracker;
+pub use resume::State;
+pub use task::{evaluate, Accuracy, Classify};
+
+use crate::data::{epoch_order, Batch, Dataset, Loader, Preprocess};
+use crate::models::vit::Vit;
+use crate::models::VitConfig;
+use crate::optim::{Optimizer, Rate};
+use crate::recipe::{PhaseConfig, Recipe};
+use crate::weights::{Expr, Param, Weights};
+use crate::{Error, Result};
+
+/// Who hears of a run while it goes on.
+pub trait Progress: Send + Sync {
+    /// One line worth keeping.
+    fn note(&self, line: &str);
+    /// Something that takes a while begins: what, and of how many units.
+    fn start(&self, what: &str, total: usize);
+    /// So many units are done; what there is to say of it.
+    fn tick(&self, done: usize, message: &str);
+    /// It is over.
+    fn finish(&self);
+}
+
+/// Nobody.
+#[derive(Debug)]
+pub struct Quiet;
+
+impl Progress for Quiet {
+    fn note(&self, _line: &str) {}
+    fn start(&self, _what: &str, _total: usize) {}
+    fn tick(&self, _done: usize, _message: &str) {}
+    fn finish(&self) {}
+}
+
+/// A run in the middle of its work: what all phases share.
+pub struct Trainer<'a> {
+    /// The resolved recipe.
+    pub recipe: &'a Recipe,
+    /// The run's folder.
+    pub dir: &'a Path,
+    /// The images.
+    pub dataset: &'a Dataset,
+    /// How images become tensors.
+    pub preprocess: Arc<Preprocess>,
+    /// Where tensors live.
+    pub device: &'a Device,
+    /// Who hears of it.
+    pub progress: &'a dyn Progress,
+    /// The run's metrics.
+    pub metrics: Metrics,
+    /// Where the run stands.
+    pub state: State,
+    /// When this process took the run up.
+    pub started: Instant,
+    /// Seconds that earlier processes spent on it.
+    pub earlier_s: f64,
+    /// Samples a second of the last phase's training.
+    pub samples_per_s: f64,
+}
+
+/// What a phase trains, and with what.
+pub struct Phase<'a> {
+    /// Its settings.
+    pub config: &'a PhaseConfig,
+    /// The model's sizes.
+    pub vit: &'a VitConfig,
+    /// The trainable store that the task's model reads.
+    pub weights: &'a Weights,
+    /// Loss and model.
+    pub task: &'a Classify,
+    /// The update rule.
+    pub optimizer: &'a mut dyn Optimizer,
+    /// The tracks of the quantized weights.
+    pub tracker: &'a mut Tracker,
+}
+
+/// Steps of one epoch over `samples` samples.
+pub fn epoch_steps(recipe: &Recipe, samples: usize) -> usize {
+    samples.div_ceil(recipe.train.batch_size * recipe.train.accumulate).max(1)
+}
+
+/// Steps of a phase over `samples` samples.
+pub fn phase_steps(recipe: &Recipe, phase: &PhaseConfig, samples: usize) -> usize {
+    let of_epochs = (phase.epochs * epoch_steps(recipe, samples) as f64).round() as usize;
+    phase.steps.unwrap_or(of_epochs)
+}
+
+fn rate(recipe: &Recipe, phase: &PhaseConfig, samples: usize) -> Rate {
+    let epoch_steps = epoch_steps(recipe, samples);
+    let steps = phase_steps(recipe, phase, samples);
+    let warmup = phase.warmup + (phase.warmup_epochs * epoch_steps as f64).round() as usize;
+    Rate {
+        schedule: phase.schedule,
+        lr: phase.lr,
+        min_lr: phase.min_lr,
+        warmup_steps: warmup.min(steps),
+        warmup_lr: phase.warmup_lr,
+        steps,
+        epoch_steps,
+        epochs: phase.cosine_span.unwrap_or(phase.epochs),
+    }
+}
+
+/// The integer codes of every weight that a rule puts on a grid.
+pub fn codes(weights: &Weights) -> Result<Vec<(String, Tensor)>> {
+    let mut codes = Vec::new();
+    for (name, weight) in weights.iter() {
+        if let Expr::Node { .. } = weight.expr() {
+            codes.extend(weight.quantize()?.map(|q| (name.to_string(), q.codes)));
+        }
+    }
+    Ok(codes)
+}
+
+impl Trainer<'_> {
+    /// The number of an epoch of a phase, distinct over the run: it addresses the random streams.
+    fn stream(&self, epoch: usize) -> u64 {
+        ((self.state.phase as u64) << 32) | epoch as u64
+    }
+
+    fn loader(&self, epoch: usize, skip: usize) -> Loader {
+        let order = epoch_order(self.dataset.train.len(), self.recipe.seed, self.stream(epoch));
+        let order = order[skip.min(order.len())..].to_vec();
+        Loader::new(
+            self.dataset.train.clone(),
+            self.preprocess.clone(),
+            Some(self.recipe.augment.clone()),
+            order,
+            self.recipe.train.batch_size,
+            self.recipe.seed,
+            self.stream(epoch),
+            rayon::current_num_threads().clamp(1, 4),
+            self.device,
+        )
+    }
+
+    /// The first batch of the phase: what calibration sees.
+    pub fn first_batch(&self) -> Result<Batch> {
+        self.loader(0, 0).next().unwrap_or_else(|| Err(Error::Run("training data: found no samples".into())))
+    }
+
+    /// Seconds that the run took up to now.
+    pub fn wall_s(&self) -> f64 {
+        self.earlier_s + self.started.elapsed().as_secs_f64()
+    }
+
+    /// Saves a checkpoint of where the run stands.
+    pub fn save(&mut self, weights: &Weights, optimizer: &dyn Optimizer, tracker: &Tracker) -> Result<()> {
+        self.metrics.sync()?;
+        self.state.metrics_lines = self.metrics.lines();
+        self.state.wall_s = self.wall_s();
+        self.state.taps = weights.taps().map(|(name, rule)| (name.to_string(), rule.describe())).collect();
+        self.state.tracked = tracker.names();
+        let keep = self.recipe.train.keep;
+        resume::save(self.dir, &self.state, weights, optimizer.state()?, tracker.state()?, keep)
+    }
+
+    /// Evaluates a frozen store and writes the line that says so.
+    pub fn evaluate(&mut self, config: &VitConfig, weights: &Weights, what: &str) -> Result<Accuracy> {
+        let model = Vit::new(config, weights)?;
+        let batch = self.recipe.train.eval_batch_size;
+        let eval = self.dataset.eval.clone();
+        let got = evaluate(&model, eval, self.preprocess.clone(), batch, self.device, self.progress)
+            .map_err(|e| self.stopped(e))?;
+        let mut line = Map::new();
+        line.insert("step".into(), json!(self.state.step));
+        line.insert("split".into(), json!("eval"));
+        line.insert("what".into(), json!(what));
+        line.insert("loss".into(), json!(got.loss));
+        line.insert("top1".into(), json!(got.top1));
+        line.insert("top5".into(), json!(got.top5));
+        line.insert("samples".into(), json!(got.samples));
+        line.insert("samples_per_s".into(), json!(got.samples_per_s));
+        line.insert("peak_rss_bytes".into(), json!(peak_rss_bytes()));
+        self.metrics.write(line)?;
+        Ok(got)
+    }
+
+    /// A stop in the middle of an evaluation: the last checkpoint is what a resume starts from.
+    fn stopped(&self, error: Error) -> Error {
+        match error {
+            Error::Stopped { signal, .. } => Error::Stopped { signal, resume: Some(self.dir.to_path_buf()) },
+            other => other,
+        }
+    }
+
+    /// Trains one phase from where the state stands to its end.
+    pub fn run(&mut self, phase: Phase<'_>) -> Result<()> {
+        let Phase { config, vit, weights, task, optimizer, tracker } = phase;
+        let recipe = self.recipe;
+        let samples = self.dataset.train.len();
+        let rate = rate(recipe, config, samples);
+        let params = weights.params();
+        let group = recipe.train.batch_size * recipe.train.accumulate;
+        let mut loader: Option<Loader> = None;
+        let (mut seen, mut seconds) = (0usize, 0f64);
+        self.progress.start(&config.name, rate.steps);
+        while self.state.phase_step < rate.steps {
+            let at = self.state.phase_step;
+            let (epoch, within) = (at / rate.epoch_steps, at % rate.epoch_steps);
+            if within == 0 || loader.is_none() {
+                loader = Some(self.loader(epoch, within * group));
+            }
+            let begun = Instant::now();
+            let mut batches = Vec::with_capacity(recipe.train.accumulate);
+            if let Some(loader) = &mut loader {
+                for batch in loader.take(recipe.train.accumulate) {
+                    batches.push(batch?);
+                }
+            }
+            if batches.is_empty() {
+                return Err(Error::Run(format!("epoch {epoch}: the data ended before step {at}")));
+            }
+            let lr = rate.at(at);
+            let clip = recipe.train.clip;
+            let first = at == 0;
+            let config_rule = &recipe.optimizer;
+            let (step, still) =
+                step::take(task, &batches, &params, optimizer, config_rule, lr, clip, first, self.device)
+                    .map_err(|e| match e {
+                        Error::Run(message) => {
+                            Error::Run(format!("phase {}, step {at}: {message}", config.name))
+                        }
+                        other => other,
+                    })?;
+            if config.quantize {
+                tracker.observe(codes(weights)?)?;
+            }
+            self.say_still(task, lr, &params, &still);
+            seconds += begun.elapsed().as_secs_f64();
+            seen += step.samples;
+            self.samples_per_s = seen as f64 / seconds.max(1e-9);
+            self.state.phase_step += 1;
+            self.state.step += 1;
+            let done = self.state.phase_step;
+            let message = format!(
+                "loss {:.4}  top-1 {:.1} %  lr {lr:.1e}  {:.0} images/s",
+                step.loss, step.top1, self.samples_per_s
+            );
+            self.progress.tick(done, &message);
+            let last = done == rate.steps;
+            if done % recipe.train.log_steps == 0 || last {
+                self.log(config, &step, lr, epoch, within, rate.epoch_steps, tracker)?;
+            }
+            let due = recipe.train.eval_steps;
+            if last || (due > 0 && done % due == 0) {
+                let got = self.evaluate(vit, &weights.folded()?, &config.name)?;
+                if self.state.best.is_none_or(|(best, _)| got.top1 > best) {
+                    self.state.best = Some((got.top1, self.state.step));
+                }
+                self.progress.start(&config.name, rate.steps);
+                self.progress.tick(done, &message);
+            }
+            let checkpoint = match recipe.train.checkpoint_steps {
+                0 => within + 1 == rate.epoch_steps,
+                n => done % n == 0,
+            };
+            let best = self.state.best.is_some_and(|(_, step)| step == self.state.step);
+            let stop = signal::asked();
+            if (checkpoint || best || stop.is_some()) && !last {
+                self.save(weights, optimizer, tracker)?;
+            }
+            if let Some(signal) = stop.filter(|_| !last) {
+                self.progress.finish();
+                return Err(Error::Stopped { signal, resume: Some(self.dir.to_path_buf()) });
+            }
+        }
+        self.progress.finish();
+        Ok(())
+    }
+
+    fn say_still(&self, task: &Classify, lr: f64, params: &[Param], still: &[String]) {
+        let (dead, odd): (Vec<&String>, Vec<&String>) = still.iter().partition(|name| task.model.dead(name));
+        if !dead.is_empty() {
+            self.progress.note(&format!(
+                "{} of {} trainables did not move, as the maths has it: {}",
+                dead.len(),
+                params.len(),
+                shorten(&dead)
+            ));
+        }
+        if !odd.is_empty() && lr > 0.0 {
+            self.progress.note(&format!(
+                "{} of {} trainables had a zero gradient or did not move at the first step: {}",
+                odd.len(),
+                params.len(),
+                shorten(&odd)
+            ));
+        }
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn log(
+        &mut self,
+        phase: &PhaseConfig,
+        step: &step::Step,
+        lr: f64,
+        epoch: usize,
+        within: usize,
+        epoch_steps: usize,
+        tracker: &Tracker,
+    ) -> Result<()> {
+        let mut line = Map::new();
+        let mut put = |key: &str, value: Value| line.insert(key.to_string(), value);
+        put("step", json!(self.state.step));
+        put("epoch", json!(epoch as f64 + (within + 1) as f64 / epoch_steps as f64));
+        put("split", json!("train"));
+        put("phase", json!(phase.name));
+        put("loss", json!(step.loss));
+        put("top1", json!(step.top1));
+        put("lr", json!(lr));
+        put("grad_norm", json!(step.grad_norm));
+        if phase.quantize {
+            let figures = tracker.figures();
+            put("oscillation", json!(figures.percent));
+            put("osc_ema_mean", json!(figures.ema_mean));
+            put("flip_rate", json!(figures.flip_rate));
+        }
+        put("samples_per_s", json!(self.samples_per_s));
+        put("peak_rss_bytes", json!(peak_rss_bytes()));
+        self.metrics.write(line)
+    }
+}
+
+/// The first three names and how many more there are.
+fn shorten(names: &[&String]) -> String {
+    let shown: Vec<&str> = names.iter().take(3).map(|n| n.as_str()).collect();
+    match names.len().saturating_sub(3) {
+        0 => shown.join(", "),
+        more => format!("{} and {more} more", shown.join(", ")),
+    }
+}

@@ -1,0 +1,187 @@
+//! How often quantized weights change their minds: the oscillation measure of Nagel et al. 2022
+//! ("Overcoming oscillations in quantization-aware training", section 3), as ofq.md 5 states it.
+//!
+//! A weight oscillates when its integer code changes in the direction opposite to its previous change,
+//! however long ago that was. An exponential mean of these events, momentum 0.01, says how often.
+
+use candle_core::{DType, Device, Tensor};
+use indexmap::IndexMap;
+use rayon::prelude::*;
+
+use crate::{Error, Result};
+
+/// Momentum of the exponential mean.
+pub const MOMENTUM: f32 = 0.01;
+/// A weight counts as oscillating when its mean lies above this.
+pub const OSCILLATES: f32 = 0.005;
+
+/// The history of the codes of one weight.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Track {
+    last: Vec<i8>,
+    direction: Vec<i8>,
+    ema: Vec<f32>,
+    total: Vec<u32>,
+}
+
+impl Track {
+    /// Takes in the codes of a step: whole numbers from -128 to 127. The first call only remembers
+    /// them. Returns how many changed.
+    pub fn observe(&mut self, codes: &[f32], momentum: f32) -> usize {
+        if self.last.len() != codes.len() {
+            let n = codes.len();
+            let last = codes.iter().map(|&k| k as i8).collect();
+            *self = Track { last, direction: vec![0; n], ema: vec![0.0; n], total: vec![0; n] };
+            return 0;
+        }
+        let history = self.last.iter_mut().zip(&mut self.direction).zip(&mut self.ema).zip(&mut self.total);
+        let mut changed = 0;
+        for ((((last, direction), ema), total), &code) in history.zip(codes) {
+            let code = code as i8;
+            let way = (i16::from(*last) - i16::from(code)).signum() as i8;
+            let turned = way * *direction == -1;
+            *ema = momentum * f32::from(u8::from(turned)) + (1.0 - momentum) * *ema;
+            *total += u32::from(turned);
+            if way != 0 {
+                *direction = way;
+                *last = code;
+                changed += 1;
+            }
+        }
+        changed
+    }
+
+    /// The exponential means, in the order of the codes.
+    pub fn ema(&self) -> &[f32] {
+        &self.ema
+    }
+
+    /// How often each code turned.
+    pub fn total(&self) -> &[u32] {
+        &self.total
+    }
+
+    /// The direction of the last change of each code: sign of the code before minus the code after.
+    pub fn direction(&self) -> &[i8] {
+        &self.direction
+    }
+}
+
+/// What the tracks of all weights say together.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Oscillation {
+    /// Mean of the exponential means.
+    pub ema_mean: f64,
+    /// Percent of weights whose mean lies above [`OSCILLATES`].
+    pub percent: f64,
+    /// Share of codes that changed at the last step.
+    pub flip_rate: f64,
+}
+
+/// The tracks of all quantized weights, by name.
+#[derive(Clone, Debug, Default)]
+pub struct Tracker {
+    tracks: IndexMap<String, Track>,
+    changed: usize,
+}
+
+impl Tracker {
+    /// Takes in the codes of every quantized weight after a step.
+    pub fn observe(&mut self, codes: Vec<(String, Tensor)>) -> Result<()> {
+        let mut values = IndexMap::with_capacity(codes.len());
+        for (name, codes) in codes {
+            self.tracks.entry(name.clone()).or_default();
+            values.insert(name, codes.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?);
+        }
+        let mut work: Vec<(&mut Track, &Vec<f32>)> =
+            self.tracks.iter_mut().filter_map(|(name, track)| Some((track, values.get(name)?))).collect();
+        let changed = work.par_iter_mut().map(|(track, codes)| track.observe(codes, MOMENTUM));
+        self.changed = changed.sum();
+        Ok(())
+    }
+
+    /// The names of the tracked weights, in order.
+    pub fn names(&self) -> Vec<String> {
+        self.tracks.keys().cloned().collect()
+    }
+
+    /// The figures over all weights.
+    pub fn figures(&self) -> Oscillation {
+        let n: usize = self.tracks.values().map(|t| t.ema.len()).sum();
+        let each = || self.tracks.values().flat_map(|t| &t.ema);
+        let share = |count: f64| if n == 0 { 0.0 } else { count / n as f64 };
+        Oscillation {
+            ema_mean: share(each().map(|&e| f64::from(e)).sum()),
+            percent: 100.0 * share(each().filter(|e| **e > OSCILLATES).count() as f64),
+            flip_rate: share(self.changed as f64),
+        }
+    }
+
+    /// The state as named tensors.
+    pub fn state(&self) -> Result<Vec<(String, Tensor)>> {
+        let mut tensors = Vec::new();
+        for (name, track) in &self.tracks {
+            let n = track.last.len();
+            let bytes =
+                |v: &[i8]| Tensor::from_vec(v.iter().map(|&x| x as u8).collect::<Vec<u8>>(), n, &Device::Cpu);
+            tensors.push((format!("{name}#code"), bytes(&track.last)?));
+            tensors.push((format!("{name}#direction"), bytes(&track.direction)?));
+            tensors.push((format!("{name}#ema"), Tensor::from_slice(&track.ema, n, &Device::Cpu)?));
+            tensors.push((format!("{name}#total"), Tensor::from_slice(&track.total, n, &Device::Cpu)?));
+        }
+        Ok(tensors)
+    }
+
+    /// Takes back what [`Tracker::state`] gave.
+    pub fn restore(names: &[String], read: &dyn Fn(&str) -> Result<Tensor>) -> Result<Self> {
+        let mut tracks = IndexMap::new();
+        for name in names {
+            let bytes = |part: &str| -> Result<Vec<i8>> {
+                let values = read(&format!("{name}#{part}"))?.to_vec1::<u8>()?;
+                Ok(values.into_iter().map(|x| x as i8).collect())
+            };
+            let (last, direction) = (bytes("code")?, bytes("direction")?);
+            let ema = read(&format!("{name}#ema"))?.to_vec1::<f32>()?;
+            let total = read(&format!("{name}#total"))?.to_vec1::<u32>()?;
+            let lengths = [last.len(), direction.len(), ema.len(), total.len()];
+            if lengths.iter().any(|n| *n != lengths[0]) {
+                return Err(Error::tensor(name, format!("tracker state of unequal lengths {lengths:?}")));
+            }
+            tracks.insert(name.clone(), Track { last, direction, ema, total });
+        }
+        Ok(Tracker { tracks, changed: 0 })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn turns_by_hand() {
+        let mut track = Track::default();
+        let steps = [0.0, 1.0, 1.0, 0.0, -1.0, 0.0]; // up, -, down (turn), down, up (turn)
+        let changed: Vec<usize> = steps.iter().map(|&k| track.observe(&[k], 0.5)).collect();
+        assert_eq!(changed, [0, 1, 0, 1, 1, 1]);
+        assert_eq!(track.total, [2]);
+        // ema: 0, 0, 0.5, 0.25, 0.625
+        assert_eq!(track.ema, [0.625]);
+        assert_eq!(track.direction, [-1]);
+    }
+
+    #[test]
+    fn state_survives_a_round_trip() {
+        let mut tracker = Tracker::default();
+        let codes =
+            |v: &[f32]| vec![("w".to_string(), Tensor::from_slice(v, v.len(), &Device::Cpu).unwrap())];
+        for v in [[0f32, -2.0, 1.0], [1.0, -2.0, 0.0], [0.0, -1.0, 0.0]] {
+            tracker.observe(codes(&v)).unwrap();
+        }
+        assert!((tracker.figures().flip_rate - 2.0 / 3.0).abs() < 1e-9);
+        assert!((tracker.figures().percent - 100.0 / 3.0).abs() < 1e-9);
+        let state: std::collections::HashMap<String, Tensor> = tracker.state().unwrap().into_iter().collect();
+        let read = |name: &str| Ok(state[name].clone());
+        let back = Tracker::restore(&["w".to_string()], &read).unwrap();
+        assert_eq!(back.tracks, tracker.tracks);
+    }
+}

@@ -1,0 +1,189 @@
+//! Learned-step activation quantizers with learned shifts.
+//!
+//! `A(x) = Q(x + β_in) + β_out` with `Q` the LSQ quantizer of Esser et al. 2020 and both shifts vectors
+//! along the last axis that start at zero (ofq.md 2.1 to 2.3; the shifts as in the published OFQ code).
+
+use std::sync::Arc;
+
+use candle_core::{DType, Tensor, Var};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::lsq::{trainable, STEP_FLOOR};
+use crate::weights::{Centering, Granularity, Grid, Quantized, Role, Signedness, Site, Transform};
+use crate::{kernels, Error, Result};
+
+/// What a file says of an activation quantizer.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Description {
+    bits: u8,
+    centering: Centering,
+    /// -2: one step for each token, -1: for each channel; none: one step.
+    axis: Option<i8>,
+    shifted: bool,
+}
+
+/// An activation quantizer on a tap.
+#[derive(Clone, Debug)]
+pub struct ActQuant {
+    grid: Grid,
+    axis: Option<i8>,
+    step: Tensor,
+    shift_in: Option<Tensor>,
+    shift_out: Option<Tensor>,
+}
+
+impl ActQuant {
+    /// Starts a quantizer of `bits` bits for `site` from the activation `x` seen there: step
+    /// `f mean|x| / sqrt(qp)` over the elements that share it, `f` 4 for unsigned grids with a step for
+    /// each token or channel and 2 otherwise; shifts zero. The second result tells that `x` was zero
+    /// throughout, so that the step sits at its floor of 1e-5.
+    pub fn start(bits: u8, site: Site, x: &Tensor) -> Result<(Self, bool)> {
+        let x = x.detach().to_dtype(DType::F32)?;
+        let unsigned = match site.signedness {
+            Signedness::Signed => false,
+            Signedness::Unsigned => true,
+            Signedness::Data => x.flatten_all()?.min(0)?.to_scalar::<f32>()? >= -1e-5,
+        };
+        let grid = Grid::new(bits, if unsigned { Centering::Unsigned } else { Centering::Signed })?;
+        let axis = match site.granularity {
+            Granularity::Token => Some(-2),
+            Granularity::Channel => Some(-1),
+            Granularity::Tensor => None,
+        };
+        // The published code starts the image's and the head's quantizers with 2, signed or not.
+        let factor = if unsigned && !site.edge { 4.0 } else { 2.0 };
+        let step = kernels::lsq_init(&x, grid.levels(), absolute(axis, x.rank())?, factor)?;
+        let silent = x.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()? == 0.0;
+        let shift = || -> Result<Option<Tensor>> {
+            let zeros = x.narrow(0, 0, 1)?.flatten_all()?.narrow(0, 0, x.dim(x.rank() - 1)?)?.zeros_like()?;
+            Ok(if site.shifted { Some(Var::from_tensor(&zeros)?.as_tensor().clone()) } else { None })
+        };
+        let step = Var::from_tensor(&step)?.as_tensor().clone();
+        Ok((ActQuant { grid, axis, step, shift_in: shift()?, shift_out: shift()? }, silent))
+    }
+
+    /// Builds a quantizer from what a file says and holds: `read` gives the tensor with a suffix.
+    /// Trainable where `training`.
+    pub fn revive(
+        name: &str,
+        description: &Value,
+        read: &dyn Fn(&str) -> Result<Option<Tensor>>,
+        training: bool,
+    ) -> Result<Self> {
+        let description: Description = serde_json::from_value(description.clone())
+            .map_err(|e| Error::tensor(name, format!("activation quantizer: {e}")))?;
+        let part = |suffix: &str, wanted: bool| -> Result<Option<Tensor>> {
+            let tensor = read(suffix)?;
+            if tensor.is_none() && wanted {
+                return Err(Error::tensor(format!("{name}.{suffix}"), "not found, expected a rank 1 tensor"));
+            }
+            if let Some(t) = tensor.as_ref().filter(|t| t.rank() != 1 || t.dtype() != DType::F32) {
+                let found = format!("found {:?} {:?}, expected F32 of rank 1", t.dtype(), t.dims());
+                return Err(Error::tensor(format!("{name}.{suffix}"), found));
+            }
+            Ok(match tensor {
+                Some(t) if training => Some(Var::from_tensor(&t)?.as_tensor().clone()),
+                tensor => tensor,
+            })
+        };
+        let step = part("scale", true)?.ok_or_else(|| Error::tensor(name, "no scale"))?;
+        Ok(ActQuant {
+            grid: Grid::new(description.bits, description.centering)?,
+            axis: description.axis,
+            step,
+            shift_in: part("shift_in", description.shifted)?,
+            shift_out: part("shift_out", description.shifted)?,
+        })
+    }
+
+    fn axis(&self, x: &Tensor) -> Result<Option<usize>> {
+        let axis = absolute(self.axis, x.rank())?;
+        let (found, expected) = (axis.map(|a| x.dims()[a]).unwrap_or(1), self.step.elem_count());
+        if found != expected {
+            let what = if self.axis == Some(-2) { "tokens" } else { "channels" };
+            return Err(Error::Run(format!(
+                "found {found} {what}, but the quantizer was calibrated for {expected}: a model with \
+                 quantized activations keeps the image size it was trained at"
+            )));
+        }
+        if let Some(shift) = &self.shift_in {
+            let channels = x.dim(x.rank() - 1)?;
+            if shift.elem_count() != channels {
+                let expected = shift.elem_count();
+                return Err(Error::Run(format!("found {channels} channels, the shifts have {expected}")));
+            }
+        }
+        Ok(axis)
+    }
+}
+
+/// An axis counted from the end, counted from the front.
+fn absolute(axis: Option<i8>, rank: usize) -> Result<Option<usize>> {
+    let Some(axis) = axis else { return Ok(None) };
+    let back = usize::from(axis.unsigned_abs());
+    if axis >= 0 || back > rank {
+        return Err(Error::Run(format!("axis {axis} of a tensor of rank {rank}: expected -1 or -2")));
+    }
+    Ok(Some(rank - back))
+}
+
+impl Transform for ActQuant {
+    fn kind(&self) -> &'static str {
+        "lsq_activation"
+    }
+
+    fn apply(&self, inputs: &[Tensor]) -> Result<Tensor> {
+        let x = &inputs[0];
+        let axis = self.axis(x)?;
+        let y = kernels::lsq(x, &self.step, self.shift_in.as_ref(), self.grid.levels(), axis)?;
+        match &self.shift_out {
+            Some(shift) => Ok(kernels::add_bias(&y, shift)?),
+            None => Ok(y),
+        }
+    }
+
+    fn params(&self) -> Vec<(&'static str, Var, Role)> {
+        let mut params: Vec<_> = trainable("scale", &self.step, Role::ActivationStep).into_iter().collect();
+        let shifts = [("shift_in", &self.shift_in), ("shift_out", &self.shift_out)];
+        for (suffix, shift) in shifts {
+            params.extend(shift.as_ref().and_then(|t| trainable(suffix, t, Role::Plain)));
+        }
+        params
+    }
+
+    fn tensors(&self) -> Vec<(&'static str, Tensor)> {
+        let mut tensors = vec![("scale", self.step.detach())];
+        tensors.extend(self.shift_in.as_ref().map(|t| ("shift_in", t.detach())));
+        tensors.extend(self.shift_out.as_ref().map(|t| ("shift_out", t.detach())));
+        tensors
+    }
+
+    fn frozen(&self) -> Result<std::sync::Arc<dyn Transform>> {
+        Ok(Arc::new(ActQuant {
+            grid: self.grid,
+            axis: self.axis,
+            step: self.step.detach(),
+            shift_in: self.shift_in.as_ref().map(Tensor::detach),
+            shift_out: self.shift_out.as_ref().map(Tensor::detach),
+        }))
+    }
+
+    fn quantize(&self, inputs: &[Tensor]) -> Result<Option<Quantized>> {
+        let x = &inputs[0];
+        let axis = self.axis(x)?;
+        let codes = kernels::lsq_codes(x, &self.step, self.shift_in.as_ref(), self.grid.levels(), axis)?;
+        Ok(Some(Quantized { codes, step: self.step.detach().maximum(STEP_FLOOR)?, axis, grid: self.grid }))
+    }
+
+    fn shift_out(&self) -> Option<Tensor> {
+        self.shift_out.clone()
+    }
+
+    fn describe(&self) -> Value {
+        let shifted = self.shift_in.is_some();
+        let (bits, centering) = (self.grid.bits, self.grid.centering);
+        serde_json::to_value(Description { bits, centering, axis: self.axis, shifted }).unwrap_or_default()
+    }
+}

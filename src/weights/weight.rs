@@ -1,0 +1,196 @@
+//! A named weight is an expression: stored, or computed from other weights.
+
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor, Var};
+
+use super::checkpoint::Checkpoint;
+use super::packed::{Packed, Quantized};
+use crate::{kernels, Result};
+
+/// What a trainable is for, where the trainer must know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// A weight, a bias, a shift: its gradient is the mean over the samples of a step.
+    Plain,
+    /// The step of an activation quantizer. LSQ scales its gradient by one over the root of the number
+    /// of elements that share it, the samples of the forward pass among them (ofq.md 2.1), so a step
+    /// that is split into several passes has to put the scale right.
+    ActivationStep,
+}
+
+/// A rule that makes a weight of other weights, or a quantized activation of an activation.
+///
+/// It is immutable: its `Var`s are its only state. `apply` alone makes a method right everywhere,
+/// the other readings make it cheap or small.
+pub trait Transform: Send + Sync + Debug {
+    /// The name that recipes and files use.
+    fn kind(&self) -> &'static str;
+
+    /// The equation: the dense result, differentiable in the inputs and the transform's own `Var`s.
+    fn apply(&self, inputs: &[Tensor]) -> Result<Tensor>;
+
+    /// `x [.., in]` times the transposed result, `[.., out]`.
+    fn matmul(&self, x: &Tensor, inputs: &[Weight]) -> Result<Tensor> {
+        let inputs = inputs.iter().map(Weight::tensor).collect::<Result<Vec<_>>>()?;
+        Ok(kernels::linear(x, &self.apply(&inputs)?, None)?)
+    }
+
+    /// Its trainables: what to append to the weight's name, the `Var`, its role.
+    fn params(&self) -> Vec<(&'static str, Var, Role)> {
+        Vec::new()
+    }
+
+    /// Its stored tensors, trainable or not, under the same suffixes.
+    fn tensors(&self) -> Vec<(&'static str, Tensor)> {
+        self.params().into_iter().map(|(suffix, var, _)| (suffix, var.as_detached_tensor())).collect()
+    }
+
+    /// The same rule without trainables, for evaluation.
+    fn frozen(&self) -> Result<Arc<dyn Transform>>;
+
+    /// Codes and steps where the result lies on a grid; `None` where it does not.
+    fn quantize(&self, _inputs: &[Tensor]) -> Result<Option<Quantized>> {
+        Ok(None)
+    }
+
+    /// What an activation quantizer adds to its dequantized codes, along the last axis.
+    fn shift_out(&self) -> Option<Tensor> {
+        None
+    }
+
+    /// How a file describes an activation quantizer: bits, levels, axis.
+    fn describe(&self) -> serde_json::Value {
+        serde_json::Value::Null
+    }
+}
+
+/// The forms of a weight.
+#[derive(Debug)]
+pub enum Expr {
+    /// A frozen dense tensor.
+    Dense(Tensor),
+    /// A frozen tensor that is still in its file and read when asked for.
+    Stored {
+        /// The file.
+        checkpoint: Arc<Checkpoint>,
+        /// The name in the file.
+        name: String,
+        /// Where to read it to.
+        device: Device,
+    },
+    /// A trainable tensor.
+    Latent(Var),
+    /// Frozen codes with their steps.
+    Packed(Packed),
+    /// A rule over other weights.
+    Node {
+        /// The rule.
+        transform: Arc<dyn Transform>,
+        /// What it is applied to.
+        inputs: Vec<Weight>,
+    },
+}
+
+/// A weight: cheap to clone, shared by the store and the model.
+#[derive(Clone, Debug)]
+pub struct Weight(Arc<Expr>);
+
+impl From<Expr> for Weight {
+    fn from(expr: Expr) -> Self {
+        Weight(Arc::new(expr))
+    }
+}
+
+impl Weight {
+    /// A frozen dense weight.
+    pub fn dense(tensor: Tensor) -> Self {
+        Expr::Dense(tensor).into()
+    }
+
+    /// A trainable weight that starts from `tensor` (copied).
+    pub fn latent(tensor: &Tensor) -> Result<Self> {
+        Ok(Expr::Latent(Var::from_tensor(&tensor.detach().copy()?)?).into())
+    }
+
+    /// `transform` applied to this weight.
+    pub fn wrap(&self, transform: Arc<dyn Transform>) -> Self {
+        Expr::Node { transform, inputs: vec![self.clone()] }.into()
+    }
+
+    /// The expression itself.
+    pub fn expr(&self) -> &Expr {
+        &self.0
+    }
+
+    /// First reading: the dense matrix `[out, in]` (or any other shape), differentiable.
+    pub fn tensor(&self) -> Result<Tensor> {
+        match self.expr() {
+            Expr::Dense(tensor) => Ok(tensor.clone()),
+            Expr::Stored { checkpoint, name, device } => checkpoint.tensor(name, device),
+            Expr::Latent(var) => Ok(var.as_tensor().clone()),
+            Expr::Packed(packed) => packed.tensor(),
+            Expr::Node { transform, inputs } => {
+                let inputs = inputs.iter().map(Weight::tensor).collect::<Result<Vec<_>>>()?;
+                transform.apply(&inputs)
+            }
+        }
+    }
+
+    /// Second reading: `x [.., in]` times the transposed weight, `[.., out]`, without building the
+    /// matrix where a kernel avoids it and without a gradient for a frozen one.
+    pub fn matmul(&self, x: &Tensor) -> Result<Tensor> {
+        match self.expr() {
+            Expr::Dense(w) => Ok(kernels::frozen_matmul(x, w)?),
+            Expr::Stored { .. } => Ok(kernels::frozen_matmul(x, &self.tensor()?)?),
+            Expr::Latent(w) => Ok(kernels::linear(x, w.as_tensor(), None)?),
+            Expr::Packed(packed) => Ok(kernels::packed_matmul(x, packed.rows())?),
+            Expr::Node { transform, inputs } => transform.matmul(x, inputs),
+        }
+    }
+
+    /// The weight's shape.
+    pub fn shape(&self) -> Result<Vec<usize>> {
+        match self.expr() {
+            Expr::Packed(packed) => Ok(packed.shape().to_vec()),
+            Expr::Stored { checkpoint, name, .. } if checkpoint.shape(name).is_some() => {
+                Ok(checkpoint.shape(name).unwrap_or_default().to_vec())
+            }
+            _ => Ok(self.tensor()?.dims().to_vec()),
+        }
+    }
+
+    /// Codes and steps where the outermost rule puts the weight on a grid.
+    pub fn quantize(&self) -> Result<Option<Quantized>> {
+        match self.expr() {
+            Expr::Node { transform, inputs } => {
+                let inputs = inputs.iter().map(|w| Ok(w.tensor()?.detach())).collect::<Result<Vec<_>>>()?;
+                transform.quantize(&inputs)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// The trainables in it: suffix after the weight's name (empty for the latent itself), `Var`, role.
+    pub fn params(&self) -> Vec<(String, Var, Role)> {
+        match self.expr() {
+            Expr::Latent(var) => vec![(String::new(), var.clone(), Role::Plain)],
+            Expr::Node { transform, inputs } => {
+                let mut params: Vec<_> = inputs.iter().flat_map(Weight::params).collect();
+                let own = transform.params().into_iter();
+                params.extend(own.map(|(suffix, var, role)| (format!(".{suffix}"), var, role)));
+                params
+            }
+            Expr::Dense(_) | Expr::Stored { .. } | Expr::Packed(_) => Vec::new(),
+        }
+    }
+
+    /// The value of now as a frozen dense leaf; packed leaves stay packed.
+    pub fn folded(&self) -> Result<Self> {
+        match self.expr() {
+            Expr::Dense(_) | Expr::Packed(_) => Ok(self.clone()),
+            _ => Ok(Weight::dense(self.tensor()?.detach())),
+        }
+    }
+}
