@@ -309,3 +309,148 @@ fn what_is(start: &[u8]) -> String {
     }
     text.to_string()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::{decode::png, DataConfig, Dataset, Image};
+    use std::io::Write;
+
+    fn pixel(value: u8) -> Vec<u8> {
+        png(&Image { width: 1, height: 1, channels: 1, pixels: vec![value] })
+    }
+
+    /// A tar of files (a name that ends with `/` is a folder), with names taken as they are.
+    fn tar(entries: &[(&str, &[u8])]) -> Vec<u8> {
+        let mut out = tar::Builder::new(Vec::new());
+        for (name, content) in entries {
+            let mut header = tar::Header::new_gnu();
+            header.as_old_mut().name[..name.len()].copy_from_slice(name.as_bytes());
+            let kind = if name.ends_with('/') { tar::EntryType::Directory } else { tar::EntryType::Regular };
+            header.set_entry_type(kind);
+            header.set_size(content.len() as u64);
+            header.set_cksum();
+            out.append(&header, *content).unwrap();
+        }
+        out.into_inner().unwrap()
+    }
+
+    fn gzip(bytes: &[u8]) -> Vec<u8> {
+        let mut out = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        out.write_all(bytes).unwrap();
+        out.finish().unwrap()
+    }
+
+    fn open(dir: &Path, name: &str, bytes: &[u8], strict: bool) -> Result<Dataset> {
+        std::fs::write(dir.join(name), bytes).unwrap();
+        DataConfig { path: Some(dir.join(name)), strict, ..Default::default() }.open(0)
+    }
+
+    fn refused(name: &str, bytes: &[u8]) -> String {
+        let dir = tempfile::tempdir().unwrap();
+        let error = open(dir.path(), name, bytes, false).err().expect("this archive is bad");
+        assert_eq!(error.exit_code(), 4, "{error}");
+        let text = error.to_string();
+        assert!(text.contains(name), "{text}");
+        text
+    }
+
+    /// Four images, one below an absolute and one below a climbing name, and a repeated name.
+    fn odd(images: &[Vec<u8>]) -> Vec<u8> {
+        let names = ["x/train/a/1.png", "x/train/b/1.png", "/etc/a/2.png", "../a/3.png", "x/train/a/1.png"];
+        let mut entries: Vec<(&str, &[u8])> = names.iter().zip(images).map(|(n, i)| (*n, &i[..])).collect();
+        entries.extend([
+            ("x/val/b/9.png", &images[5][..]),
+            ("x/train/a/._1.png", b"junk"),
+            ("x/words.txt", b""),
+        ]);
+        tar(&entries)
+    }
+
+    #[test]
+    fn archives_are_told_by_content_and_names_cannot_climb() {
+        let images: Vec<Vec<u8>> = (0..6).map(pixel).collect();
+        let plain = odd(&images);
+        let dir = tempfile::tempdir().unwrap();
+        for bytes in [plain.clone(), gzip(&plain)] {
+            let data = open(dir.path(), "no-ending", &bytes, false).unwrap();
+            assert_eq!((data.train.len(), data.eval.len()), (2, 1));
+            assert_eq!(data.train.image(0).unwrap().pixels, [4], "the later entry of a name wins");
+            assert!(data.notes[0].contains("2 entries with absolute names"), "{:?}", data.notes);
+            assert!(open(dir.path(), "no-ending", &bytes, true).is_err());
+        }
+    }
+
+    #[test]
+    fn truncated_and_lying_archives_are_refused() {
+        let noise: Vec<u8> = (0..3000u32).map(|i| (i * i % 251) as u8).collect();
+        let whole = tar(&[("a/1.png", &pixel(1)), ("b/2.png", &noise)]);
+        let cut = &whole[..2500];
+        assert!(
+            refused("x.tar", cut).contains("b/2.png should have 3000 bytes"),
+            "{}",
+            refused("x.tar", cut)
+        );
+        assert!(refused("x.tar.gz", &gzip(cut)).contains("b/2.png should have 3000 bytes"));
+        let zipped = gzip(&whole);
+        assert!(refused("x.tar.gz", &zipped[..zipped.len() - 40]).contains("damaged"));
+        // A header that claims an exabyte.
+        let mut lying = whole.clone();
+        let mut header = tar::Header::new_gnu();
+        header.set_path("a/1.png").unwrap();
+        header.set_size(1 << 60);
+        header.set_cksum();
+        lying[..512].copy_from_slice(header.as_bytes());
+        assert!(refused("x.tar", &lying).contains("1152921504606846976 bytes"));
+        assert!(refused("x.tar.gz", &gzip(&lying)).contains("1152921504606846976 bytes"));
+        // A damaged second header.
+        let mut broken = whole;
+        broken[1024 + 20] ^= 0x55;
+        refused("x.tar", &broken);
+        assert!(refused("x.tar", &[0; 1024]).contains("no images"));
+    }
+
+    #[test]
+    fn other_files_are_told_by_name() {
+        assert!(refused("x.tar", b"PK\x03\x04....").contains("zip"));
+        assert!(refused("x.jpg", &[0xff, 0xd8, 0xff, 0xe0]).contains("one JPEG"));
+        assert!(refused("x", &[0, 0, 8, 3, 0, 0]).contains("one IDX file"));
+        assert!(refused("x.gz", &gzip(&[0, 0, 8, 3, 0, 0])).contains("gzip of one IDX file"));
+        assert!(refused("x.parquet", b"PAR1").contains("Parquet"));
+        assert!(refused("x", b"").contains("empty"));
+        assert!(refused("x", b"hello").contains("neither a folder nor a tar"));
+    }
+
+    #[test]
+    fn a_folder_of_archives_is_opened_with_a_note() {
+        let class = |split: &str, n: u8| {
+            let names = ["a/1", "b/1", "b/2"].map(|name| format!("{split}/{name}.png"));
+            let images: Vec<Vec<u8>> = (n..n + 3).map(pixel).collect();
+            tar(&names.iter().zip(&images).map(|(n, i)| (&n[..], &i[..])).collect::<Vec<_>>())
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let open = || DataConfig { path: Some(dir.path().into()), ..Default::default() }.open(0);
+        std::fs::write(dir.path().join("set-train.tar"), class("train", 10)).unwrap();
+        assert!(open().unwrap().notes[0].contains("its one archive set-train.tar"));
+        std::fs::write(dir.path().join("set-test.tgz"), gzip(&class("test", 20))).unwrap();
+        let data = open().unwrap();
+        assert_eq!(data.train.image(0).unwrap().pixels, [10]);
+        assert_eq!(data.eval.image(1).unwrap().pixels, [21]);
+        assert!(data.notes[0].contains("set-test.tgz"), "{:?}", data.notes);
+        std::fs::rename(dir.path().join("set-test.tgz"), dir.path().join("other.tgz")).unwrap();
+        assert!(open().err().unwrap().to_string().contains("no images found"));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn links_that_lead_back_up_end() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("a")).unwrap();
+        std::fs::write(dir.path().join("a/1.png"), pixel(1)).unwrap();
+        std::os::unix::fs::symlink(dir.path(), dir.path().join("a/up")).unwrap();
+        std::os::unix::fs::symlink("/nowhere/at/all", dir.path().join("a/gone")).unwrap();
+        let files = Files::open(dir.path()).unwrap();
+        assert_eq!(files.names(), ["a/1.png"]);
+        assert_eq!(files.left_out, ["1 links or special files left out"]);
+    }
+}

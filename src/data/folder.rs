@@ -80,7 +80,8 @@ fn part(files: &Arc<Files>, prefix: &str, notes: &mut Notes) -> Result<Option<Pa
             None => loose += 1,
         }
     }
-    let path = if prefix.is_empty() { files.path.clone() } else { files.path.join(prefix) };
+    let path =
+        if prefix.is_empty() { files.path.clone() } else { files.path.join(prefix.trim_end_matches('/')) };
     if loose > 0 {
         notes.leave_out(&path, format!("{loose} images outside of any class folder left out"))?;
     }

@@ -89,6 +89,9 @@ impl Part {
                 (" of each class", Content::Encoded(files.clone(), rest), Content::Encoded(files, held))
             }
             Content::Ready(source) => {
+                if source.len() < 2 {
+                    return Err(Error::input(path, "one image: none can be held out to evaluate on"));
+                }
                 let first = (source.len() - tenth(source.len())) as u32;
                 let view = |range: std::ops::Range<u32>| -> Content {
                     let view = View { inner: source.clone(), indices: range.collect(), relabel: None };

@@ -216,7 +216,7 @@ mod tests {
         assert!(near(&apply(&p, &rgb), &expected), "{:?}", apply(&p, &rgb));
         let three = apply(&Preprocess::default_for(1, 2, 3), &gray(1, 2, &[0, 255]));
         assert!(near(&three, &[-1.0, 1.0, -1.0, 1.0, -1.0, 1.0]), "{three:?}");
-        assert_eq!(apply(&bytes(1, 2, 1), &rgb), [42.0, 198.0]); // 0.587 * 51 + 0.114 * 102 = 41.6
+        assert_eq!(apply(&bytes(1, 2, 1), &rgb), [42.0, 213.0]); // 0.587 * 51 + 0.114 * 102 = 41.6
     }
 
     #[test]

@@ -191,21 +191,12 @@ impl InplaceOp2 for AdamW<'_> {
         }
         real!(self.name(), g, T => {
             let g = <T as Real>::slice(self.name(), g, gl)?;
-            let p = match p {
-                CpuStorage::F32(p) => cast_mut::<f32, T>(p),
-                CpuStorage::F64(p) => cast_mut::<f64, T>(p),
-                _ => None,
-            };
+            let p = T::elements_mut(p);
             let Some(p) = p else { bail!("adamw: expected parameter and gradient in one dtype") };
             run(&mut p[from..to], g, m, v, self.factors);
             Ok(())
         })
     }
-}
-
-/// The same slice where `A` is `B`.
-fn cast_mut<A: 'static, B: 'static>(x: &mut Vec<A>) -> Option<&mut Vec<B>> {
-    (x as &mut dyn std::any::Any).downcast_mut()
 }
 
 /// One AdamW step of the parameter `p` (f32 or f64, contiguous), in place, number `step` counted
@@ -247,5 +238,82 @@ pub fn adamw_step(
             Ok(())
         }
         _ => bail!("{op}: expected the moments on the device of the parameter"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::*;
+    use super::*;
+    use candle_core::Var;
+
+    const PARAMS: AdamWParams =
+        AdamWParams { lr: 0.02, beta1: 0.9, beta2: 0.99, eps: 1e-6, weight_decay: 0.1 };
+
+    #[test]
+    fn follows_the_reference() {
+        for (dtype, tolerance) in [(DType::F32, F32), (DType::F64, F32)] {
+            for shape in [vec![], vec![1], vec![3, 5], vec![7, 13], vec![20_001]] {
+                let p = Var::from_tensor(&values(&shape, 1).to_dtype(dtype).unwrap()).unwrap();
+                let mut moments = Moments::zeros(shape.clone(), &Device::Cpu).unwrap();
+                let (m, v) = moments.export().unwrap();
+                let (mut want, mut m, mut v) = (p.as_tensor().copy().unwrap().detach(), m, v);
+                for step in 1..=4 {
+                    let g = values(&shape, 10 + step).to_dtype(dtype).unwrap();
+                    adamw_step(&p, &g, &mut moments, step, &PARAMS).unwrap();
+                    (want, m, v) = reference(&want, &g, (&m, &v), step, &PARAMS).unwrap();
+                }
+                close("parameter", &p, &want, tolerance);
+                let (gm, gv) = moments.export().unwrap();
+                close("first moment", &gm, &m, F32);
+                close("second moment", &gv, &v, F32);
+            }
+        }
+    }
+
+    #[test]
+    fn by_hand() {
+        // At step 1 the corrected moments are g and g^2: the update is lr * sign(g) for eps 0.
+        let p = Var::new(&[1f32, -2.0], &Device::Cpu).unwrap();
+        let g = Tensor::new(&[3f32, -5.0], &Device::Cpu).unwrap();
+        let mut moments = Moments::zeros(2, &Device::Cpu).unwrap();
+        let params = AdamWParams { lr: 0.5, eps: 0.0, weight_decay: 0.25, ..PARAMS };
+        adamw_step(&p, &g, &mut moments, 1, &params).unwrap();
+        let want = Tensor::new(&[1.0 * 0.875 - 0.5, -2.0 * 0.875 + 0.5], &Device::Cpu).unwrap();
+        close("step", &p, &want, F32);
+    }
+
+    #[test]
+    fn export_and_import_continue_to_the_bit() {
+        let start = values(&[50], 1).to_dtype(DType::F32).unwrap();
+        let g = |i| values(&[50], i).to_dtype(DType::F32).unwrap();
+        let run = |interrupt: bool| {
+            let p = Var::from_tensor(&start).unwrap();
+            let mut moments = Moments::zeros(50, &Device::Cpu).unwrap();
+            for step in 1..=6 {
+                if interrupt && step == 4 {
+                    let (m, v) = moments.export().unwrap();
+                    moments = Moments::import(&m, &v).unwrap();
+                }
+                adamw_step(&p, &g(step), &mut moments, step, &PARAMS).unwrap();
+            }
+            p.to_vec1::<f32>().unwrap()
+        };
+        assert_eq!(run(true), run(false));
+        assert_ne!(run(false), start.to_vec1::<f32>().unwrap());
+    }
+
+    #[test]
+    fn wrong_arguments_are_named() {
+        let p = values(&[3], 1);
+        let mut moments = Moments::zeros(3, &Device::Cpu).unwrap();
+        let mut message = |p: &Tensor, g: &Tensor, step| {
+            adamw_step(p, g, &mut moments, step, &PARAMS).unwrap_err().to_string()
+        };
+        assert!(message(&p, &values(&[4], 1), 1).contains("[4]"));
+        assert!(message(&p, &p.copy().unwrap(), 0).contains("got 0"));
+        assert!(message(&p, &p.to_dtype(DType::F32).unwrap(), 1).contains("F64"));
+        let wrong = Tensor::zeros(2, DType::F64, &Device::Cpu).unwrap();
+        assert!(Moments::import(&wrong, &wrong).unwrap_err().to_string().contains("F64"));
     }
 }

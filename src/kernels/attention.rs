@@ -264,7 +264,7 @@ impl CustomOp3 for MixGrad {
 }
 
 fn check_heads(op: &str, heads: usize, c: usize) -> Result<()> {
-    if heads == 0 || c == 0 || c % heads != 0 {
+    if heads == 0 || c == 0 || !c.is_multiple_of(heads) {
         bail!("{op}: expected a width that {heads} heads divide, got {c}")
     }
     Ok(())
@@ -303,5 +303,52 @@ pub fn attention_mix(p: &Tensor, v: &Tensor, heads: usize) -> Result<Tensor> {
         Road::Kernel => p.contiguous()?.apply_op2(&v.contiguous()?, Mix { sizes }),
         Road::ThroughF32 => attention_mix(&cpu::wide(p)?, &cpu::wide(v)?, heads)?.to_dtype(p.dtype()),
         Road::Reference => reference_mix(p, v, heads),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::*;
+    use super::*;
+
+    /// (batch, N, M, C, heads): one of everything, primes, one head, head size 1, M != N.
+    const CASES: [(usize, usize, usize, usize, usize); 5] =
+        [(1, 1, 1, 1, 1), (2, 3, 5, 6, 3), (1, 7, 13, 5, 1), (2, 5, 3, 4, 4), (3, 4, 4, 12, 2)];
+
+    #[test]
+    fn probs_agree_and_differentiate() {
+        for (b, n, m, c, heads) in CASES {
+            let t = [values(&[b, n, c], 1), values(&[b, m, c], 2)];
+            let op = |t: &[Tensor]| attention_probs(&t[0], &t[1], heads, 0.7);
+            agrees(&t, &op, &|t| reference_probs(&t[0], &t[1], heads, 0.7));
+            differentiates(&t, &op);
+        }
+    }
+
+    #[test]
+    fn mix_agrees_and_differentiates() {
+        for (b, n, m, c, heads) in CASES {
+            let t = [values(&[b, heads, n, m], 1), values(&[b, m, c], 2)];
+            let op = |t: &[Tensor]| attention_mix(&t[0], &t[1], heads);
+            agrees(&t, &op, &|t| reference_mix(&t[0], &t[1], heads));
+            differentiates(&t, &op);
+        }
+    }
+
+    #[test]
+    fn threads_do_not_show() {
+        let t = [values(&[9, 50, 24], 1), values(&[9, 50, 24], 2), values(&[9, 50, 24], 3)];
+        ignores_threads(&t, &|t| attention_mix(&attention_probs(&t[0], &t[1], 3, 0.35)?, &t[2], 3));
+    }
+
+    #[test]
+    fn heads_must_divide() {
+        let x = values(&[1, 2, 5], 1);
+        let text = refusal(attention_probs(&x, &x, 2, 1.0));
+        assert!(
+            text.contains("attention_probs") && text.contains("2 heads") && text.contains("got 5"),
+            "{text}"
+        );
+        assert!(refusal(attention_mix(&values(&[1, 3, 2, 2], 1), &x, 2)).contains("[1, 3, 2, 2]"));
     }
 }

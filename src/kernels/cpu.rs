@@ -29,11 +29,13 @@ pub(super) trait Real: WithDType {
     /// `e^self` for `self <= 0`; NaN stays NaN.
     fn exp_nonpos(self) -> Self;
     /// The error function; NaN stays NaN.
-    fn erf(self) -> Self;
+    fn error_function(self) -> Self;
     /// A storage of these elements.
     fn store(elements: Vec<Self>) -> CpuStorage {
         Self::to_cpu_storage_owned(elements)
     }
+    /// All elements of a storage, if they are of this type.
+    fn elements_mut(storage: &mut CpuStorage) -> Option<&mut [Self]>;
     /// The elements of a contiguous storage.
     fn slice<'a>(op: &str, storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [Self]> {
         let Some((from, to)) = layout.contiguous_offsets() else {
@@ -46,6 +48,12 @@ pub(super) trait Real: WithDType {
 impl Real for f32 {
     const ZERO: f32 = 0.0;
     const ONE: f32 = 1.0;
+    fn elements_mut(storage: &mut CpuStorage) -> Option<&mut [f32]> {
+        match storage {
+            CpuStorage::F32(elements) => Some(elements),
+            _ => None,
+        }
+    }
     #[inline(always)]
     fn fma(self, a: f32, b: f32) -> f32 {
         self.mul_add(a, b)
@@ -94,7 +102,7 @@ impl Real for f32 {
     }
     /// Two polynomials of N. Juffa's (one in x^2 near 0, one for log(1 - erf)), both within an ulp.
     #[inline(always)]
-    fn erf(self) -> f32 {
+    fn error_function(self) -> f32 {
         let t = f32::abs(self);
         // erf(4) rounds to 1.
         let t = if t > 4.0 { 4.0 } else { t };
@@ -122,6 +130,12 @@ impl Real for f32 {
 impl Real for f64 {
     const ZERO: f64 = 0.0;
     const ONE: f64 = 1.0;
+    fn elements_mut(storage: &mut CpuStorage) -> Option<&mut [f64]> {
+        match storage {
+            CpuStorage::F64(elements) => Some(elements),
+            _ => None,
+        }
+    }
     #[inline(always)]
     fn fma(self, a: f64, b: f64) -> f64 {
         self.mul_add(a, b)
@@ -147,7 +161,7 @@ impl Real for f64 {
         self.exp()
     }
     #[inline(always)]
-    fn erf(self) -> f64 {
+    fn error_function(self) -> f64 {
         candle_core::cpu::erf::erf_f64(self)
     }
 }
@@ -290,7 +304,15 @@ pub(super) fn max<T: Real>(x: &[T]) -> T {
     for (lane, &v) in lanes.iter_mut().zip(tail) {
         *lane = if v > *lane { v } else { *lane };
     }
-    lanes.iter().fold(lanes[0], |a, &v| if v > a { v } else { a })
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            let other = lanes[i + half];
+            lanes[i] = if other > lanes[i] { other } else { lanes[i] };
+        }
+        half /= 2;
+    }
+    lanes[0]
 }
 
 simd! {
@@ -379,4 +401,65 @@ pub(super) fn wide(t: &Tensor) -> Result<Tensor> {
 /// Part `[from, from + shape)` of a flat packed result, in its shape, without a copy.
 pub(super) fn unpack(packed: &Tensor, from: usize, shape: &candle_core::Shape) -> Result<Tensor> {
     packed.narrow(0, from, shape.elem_count())?.reshape(shape)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    simd! {
+        fn functions<T>(x: &[T], e: &mut [T], f: &mut [T]) {
+            for i in 0..x.len() {
+                e[i] = (T::ZERO - x[i].abs()).exp_nonpos();
+                f[i] = x[i].error_function();
+            }
+        }
+    }
+
+    /// Relative error of exp: the polynomial's 1e-7 and two roundings.
+    const EXP: f64 = 2e-7;
+    /// Error of erf, relative to its value: one ulp and the exp's share.
+    const ERF: f64 = 2e-7;
+
+    #[test]
+    fn exp_and_erf_follow_libm() {
+        let x: Vec<f32> =
+            (-868_000..=868_000).map(|i| i as f32 * 1e-4).chain([-0.0, 1e-30, -1e-30]).collect();
+        let (mut e, mut f) = (vec![0f32; x.len()], vec![0f32; x.len()]);
+        functions(&x, &mut e, &mut f);
+        for ((&x, e), f) in x.iter().zip(e).zip(f) {
+            let want = (-f64::from(x).abs()).exp();
+            assert!((f64::from(e) / want - 1.0).abs() < EXP, "exp of -|{x}|: got {e}, want {want}");
+            let want = candle_core::cpu::erf::erf_f64(f64::from(x));
+            assert!((f64::from(f) - want).abs() <= ERF * want.abs(), "erf of {x}: got {f}, want {want}");
+        }
+    }
+
+    #[test]
+    fn exp_and_erf_at_the_edges() {
+        assert!(f32::NAN.exp_nonpos().is_nan() && f32::NAN.error_function().is_nan());
+        assert_eq!(f32::NEG_INFINITY.exp_nonpos(), 0.0);
+        assert_eq!(0f32.exp_nonpos(), 1.0);
+        assert_eq!((f32::INFINITY.error_function(), f32::NEG_INFINITY.error_function()), (1.0, -1.0));
+    }
+
+    #[test]
+    fn reductions_cover_blocks_and_tails() {
+        for len in [0usize, 1, 15, 16, 17, 50, 64, 97] {
+            let x: Vec<f64> = (0..len).map(|i| i as f64).collect();
+            let triangle = (len * len.saturating_sub(1) / 2) as f64;
+            assert_eq!(sum(&x), triangle, "sum of {len}");
+            let squares: f64 = x.iter().map(|v| v * v).sum();
+            assert_eq!(dot(&x, &x), squares, "dot of {len}");
+            assert_eq!(max(&x), if len == 0 { f64::NEG_INFINITY } else { (len - 1) as f64 }, "max of {len}");
+        }
+    }
+
+    #[test]
+    fn column_sums_cross_chunks() {
+        let (rows, width) = (9001, 7);
+        let x: Vec<f64> = (0..rows * width).map(|i| (i % width) as f64 + 1.0).collect();
+        let want: Vec<f64> = (0..width).map(|c| (c + 1) as f64 * rows as f64).collect();
+        assert_eq!(column_sums(&x, width), want);
+    }
 }

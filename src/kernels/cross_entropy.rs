@@ -9,7 +9,9 @@
 //! ofq.md 6.1 (the soft term of distillation is `soft_cross_entropy(student, softmax(teacher))`).
 
 use super::cpu::{self, real, simd, Real, Road};
-use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, D};
+use candle_core::{
+    bail, CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, WithDType, D,
+};
 use rayon::prelude::*;
 
 fn log_softmax(z: &Tensor) -> Result<Tensor> {
@@ -123,7 +125,7 @@ impl CustomOp2 for CrossEntropy {
             let z = <T as Real>::slice(self.name(), z, zl)?;
             let (_, stats, _) = rows_of(z, None, width);
             let losses = labels.iter().zip(z.chunks_exact(width)).zip(stats.chunks_exact(2));
-            let losses = losses.map(|((&label, z), st)| f64::from(st[1].ln() - (z[label as usize] - st[0])));
+            let losses = losses.map(|((&label, z), st)| (st[1].ln() - (z[label as usize] - st[0])).to_f64());
             Ok((<T as Real>::store(mean::<T>(losses)), Shape::from(())))
         })
     }
@@ -294,5 +296,71 @@ pub fn soft_cross_entropy(logits: &Tensor, probs: &Tensor) -> Result<Tensor> {
             soft_cross_entropy(&cpu::wide(logits)?, &cpu::wide(&probs)?)?.to_dtype(logits.dtype())
         }
         Road::Reference => reference_soft(logits, &probs),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::*;
+    use super::*;
+    use candle_core::Device;
+
+    fn labels(b: usize, k: usize) -> Tensor {
+        Tensor::from_vec((0..b).map(|i| (i * 5 % k) as u32).collect(), b, &Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn hard_agrees_and_differentiates() {
+        for (b, k) in [(1, 1), (3, 5), (7, 13)] {
+            let y = labels(b, k);
+            let z = [(values(&[b, k], 1) * 4.0).unwrap()];
+            agrees(&z, &|t| cross_entropy(&t[0], &y), &|t| reference(&t[0], &y));
+            differentiates(&z, &|t| cross_entropy(&t[0], &y));
+        }
+        let y = labels(2001, 10);
+        ignores_threads(&[values(&[2001, 10], 1)], &|t| cross_entropy(&t[0], &y));
+    }
+
+    #[test]
+    fn soft_agrees_and_differentiates() {
+        for (b, k) in [(1, 1), (3, 5), (7, 13)] {
+            // Not normalized, and negative in places: the equation does not ask.
+            let p = values(&[b, k], 2);
+            let with = |f: fn(&Tensor, &Tensor) -> Result<Tensor>| {
+                let p = p.clone();
+                move |t: &[Tensor]| f(&t[0], &p.to_dtype(t[0].dtype())?)
+            };
+            let z = [values(&[b, k], 1)];
+            agrees(&z, &with(soft_cross_entropy), &with(reference_soft));
+            differentiates(&z, &with(soft_cross_entropy));
+        }
+        let p = values(&[2001, 10], 2).to_dtype(DType::F32).unwrap();
+        ignores_threads(&[values(&[2001, 10], 1)], &|t| soft_cross_entropy(&t[0], &p));
+    }
+
+    #[test]
+    fn by_hand_and_far_out() {
+        let z = Tensor::new(&[[0f64, 0.0], [1000.0, 0.0]], &Device::Cpu).unwrap();
+        let y = Tensor::new(&[1u32, 1], &Device::Cpu).unwrap();
+        let loss = cross_entropy(&z, &y).unwrap().to_scalar::<f64>().unwrap();
+        assert!((loss - (2f64.ln() + 1000.0) / 2.0).abs() < F64 * 1000.0, "{loss}");
+    }
+
+    #[test]
+    fn a_nan_shows() {
+        let z = Tensor::new(&[[f32::NAN, 0.0, 1.0]], &Device::Cpu).unwrap();
+        let y = Tensor::new(&[1u32], &Device::Cpu).unwrap();
+        assert!(cross_entropy(&z, &y).unwrap().to_scalar::<f32>().unwrap().is_nan());
+        let p = Tensor::new(&[[0f32, 0.5, 0.5]], &Device::Cpu).unwrap();
+        assert!(soft_cross_entropy(&z, &p).unwrap().to_scalar::<f32>().unwrap().is_nan());
+    }
+
+    #[test]
+    fn labels_are_checked() {
+        let z = values(&[2, 3], 1);
+        let text = refusal(cross_entropy(&z, &Tensor::new(&[0u32, 3], &Device::Cpu).unwrap()));
+        assert!(text.contains("below 3") && text.contains("got 3 at row 1"), "{text}");
+        assert!(refusal(cross_entropy(&z, &Tensor::new(&[0u32], &Device::Cpu).unwrap())).contains("[2]"));
+        assert!(refusal(soft_cross_entropy(&z, &values(&[3, 2], 1))).contains("[3, 2]"));
     }
 }

@@ -775,3 +775,182 @@ pub fn lsq_init(x: &Tensor, levels: Levels, axis: Option<usize>, factor: f64) ->
     let mean = (run_statsq(op, &rows, 2, Emit::Scale)? * (0.5 * factor / f64::from(levels.hi).sqrt()))?;
     mean.maximum(SCALE_FLOOR)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::*;
+    use super::*;
+    use candle_core::{Device, Var};
+
+    fn tensor<T: candle_core::WithDType>(rows: &[&[T]]) -> Tensor {
+        Tensor::from_vec(rows.concat(), (rows.len(), rows[0].len()), &Device::Cpu).unwrap()
+    }
+
+    fn bits(t: &Tensor) -> Vec<u32> {
+        t.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
+    }
+
+    #[test]
+    fn statsq_agrees_and_passes_the_gradient_through() {
+        for shape in [[1, 1], [3, 5], [7, 13], [600, 50]] {
+            for bits in [1, 2, 3, 4, 8] {
+                let w = [values(&shape, u64::from(bits))];
+                agrees(&w, &|t| statsq(&t[0], bits), &|t| reference_statsq(&t[0], bits));
+            }
+        }
+        let w = values(&[3, 5], 1);
+        close("identity", &run(&[w], &|t| statsq(&t[0], 2))[1], &values(&[3, 5], 77), 0.0);
+        ignores_threads(&[values(&[600, 50], 1)], &|t| statsq(&t[0], 2));
+    }
+
+    #[test]
+    fn statsq_ties_go_to_even_and_stay_on_the_grid() {
+        // Mean magnitude 1/2, so s = 1 and the thresholds at 2 bits are -1/2, 0, 1/2; the row also
+        // holds both clip points and an entry beyond each.
+        let w = tensor(&[&[0.0f32, 0.5, -0.5, 1.0, -1.0, -0.0, 0.25, -0.75]]);
+        assert_eq!(statsq_scale(&w).unwrap().to_vec1::<f32>().unwrap(), [1.0]);
+        // x - 1/2 = -0.5, 0.5, -1.5, 1.5, -2.5, -0.5, 0, -2
+        let codes = statsq_codes(&w, 2).unwrap().to_vec2::<f32>().unwrap();
+        assert_eq!(codes, [[0.0, 0.0, -2.0, 1.0, -2.0, 0.0, 0.0, -2.0]]);
+        let values = statsq(&w, 2).unwrap().to_vec2::<f32>().unwrap();
+        assert_eq!(values, [[0.25, 0.25, -0.75, 0.75, -0.75, 0.25, 0.25, -0.75]]);
+        // A single column lies on a tie at every width.
+        let w = tensor(&[&[0.3f32], &[-0.3]]);
+        assert_eq!(statsq_codes(&w, 2).unwrap().to_vec2::<f32>().unwrap(), [[0.0], [-2.0]]);
+        assert_eq!(statsq_codes(&w, 3).unwrap().to_vec2::<f32>().unwrap(), [[2.0], [-2.0]]);
+    }
+
+    #[test]
+    fn quantize_on_the_same_step_gives_statsq() {
+        for b in [2u8, 3, 4, 8] {
+            // Multiples of 1/16 make many ties whatever the scale's digits.
+            let w = ((values(&[40, 53], 5) * 16.0).unwrap().round().unwrap() / 16.0).unwrap();
+            let w = w.to_dtype(DType::F32).unwrap();
+            let step = (statsq_scale(&w).unwrap() / f64::from(1u32 << (b - 1))).unwrap();
+            let codes = quantize(&w, &step, Levels::mid_rise(b)).unwrap();
+            assert_eq!(bits(&codes), bits(&statsq_codes(&w, b).unwrap()));
+            let values = dequantize(&codes, &step, Levels::mid_rise(b)).unwrap();
+            assert_eq!(bits(&values), bits(&statsq(&w, b).unwrap()));
+            let n = f64::from(1u32 << (b - 1));
+            // The equation as ofq.md writes it: clip, scale by n, round.
+            let s = statsq_scale(&w).unwrap().unsqueeze(1).unwrap();
+            let x = (w.broadcast_div(&s).unwrap().clamp(-1.0, 1.0).unwrap() * n).unwrap();
+            let k = rne(&(x - 0.5).unwrap()).unwrap().clamp(-n, n - 1.0).unwrap();
+            close("codes by the book", &codes, &k, 0.0);
+        }
+    }
+
+    #[test]
+    fn signed_and_unsigned_grids() {
+        let w = tensor(&[&[-1.0f32, 0.24, 0.25, 0.75, 9.0], &[-1.0, 0.5, 1.0, 1.5, 2.5]]);
+        let step = Tensor::new(&[0.5f32, 1.0], &Device::Cpu).unwrap();
+        let k = quantize(&w, &step, Levels::signed(2)).unwrap();
+        assert_eq!(k.to_vec2::<f32>().unwrap(), [[-2.0, 0.0, 0.0, 1.0, 1.0], [-1.0, 0.0, 1.0, 1.0, 1.0]]);
+        let k = quantize(&w, &step, Levels::unsigned(2)).unwrap();
+        assert_eq!(k.to_vec2::<f32>().unwrap(), [[0.0, 0.0, 0.0, 2.0, 3.0], [0.0, 0.0, 1.0, 2.0, 2.0]]);
+        let y = dequantize(&k, &step, Levels::unsigned(2)).unwrap();
+        assert_eq!(y.to_vec2::<f32>().unwrap(), [[0.0, 0.0, 0.0, 1.0, 1.5], [0.0, 0.0, 1.0, 2.0, 2.0]]);
+    }
+
+    #[test]
+    fn empty_tiny_and_broken_rows() {
+        let w = tensor(&[&[0.0f32, 0.0], &[1e-39, -1e-39], &[1.0, f32::NAN], &[f32::INFINITY, 1.0]]);
+        let y = statsq(&w, 2).unwrap().to_vec2::<f32>().unwrap();
+        assert_eq!((y[0].as_slice(), y[1].as_slice()), ([0.0; 2].as_slice(), [0.0; 2].as_slice()));
+        assert!(y[2].iter().all(|v| v.is_nan()) && y[3][0].is_nan(), "{y:?}");
+        let k = statsq_codes(&w, 2).unwrap().to_vec2::<f32>().unwrap();
+        assert_eq!((k[0][0], k[1][1]), (0.0, 0.0));
+        let zero = run(&[tensor(&[&[0.0f64, 0.0]])], &|t| statsq(&t[0], 2));
+        close("gradient of a zero row", &zero[1], &values(&[1, 2], 77), 0.0);
+    }
+
+    fn site(shape: &[usize], axis: Option<usize>) -> Vec<Tensor> {
+        let scales = axis.map_or(1, |a| shape[a]);
+        let s = values(&[scales], 2).abs().unwrap().affine(0.2, 0.15).unwrap();
+        vec![(values(shape, 1) * 0.7).unwrap(), s, (values(&[shape[shape.len() - 1]], 3) * 0.3).unwrap()]
+    }
+
+    #[test]
+    fn lsq_agrees_on_every_axis() {
+        let shapes: [(&[usize], &[Option<usize>]); 5] = [
+            (&[1, 1], &[None, Some(0), Some(1)]),
+            (&[3, 5], &[None, Some(0), Some(1)]),
+            (&[2, 7, 13], &[None, Some(0), Some(1), Some(2)]),
+            (&[2, 3, 4, 5], &[None, Some(0), Some(1), Some(2), Some(3)]),
+            (&[41, 50, 17], &[None, Some(1), Some(2)]),
+        ];
+        for (shape, axes) in shapes {
+            for &axis in axes {
+                for levels in [Levels::signed(2), Levels::unsigned(3)] {
+                    let t = site(shape, axis);
+                    let op = |t: &[Tensor]| lsq(&t[0], &t[1], Some(&t[2]), levels, axis);
+                    agrees(&t, &op, &|t| reference_lsq(&t[0], &t[1], Some(&t[2]), levels, axis));
+                    let op = |t: &[Tensor]| lsq(&t[0], &t[1], None, levels, axis);
+                    agrees(&t[..2], &op, &|t| reference_lsq(&t[0], &t[1], None, levels, axis));
+                }
+            }
+        }
+        for axis in [None, Some(1), Some(2)] {
+            let t = site(&[41, 50, 17], axis);
+            ignores_threads(&t, &|t| lsq(&t[0], &t[1], Some(&t[2]), Levels::signed(3), axis));
+        }
+    }
+
+    #[test]
+    fn lsq_by_hand() {
+        // 2 bits signed, s = 1/2: v = -6, -2 (the bound), 0.6, 1 (the bound), 1.2.
+        let x = Var::new(&[-3.0f64, -1.0, 0.3, 0.5, 0.6], &Device::Cpu).unwrap();
+        let s = Var::new(&[0.5f64], &Device::Cpu).unwrap();
+        let y = lsq(&x, &s, None, Levels::signed(2), None).unwrap();
+        assert_eq!(y.to_vec1::<f64>().unwrap(), [-1.0, -1.0, 0.5, 0.5, 0.5]);
+        let k = lsq_codes(&x, &s, None, Levels::signed(2), None).unwrap();
+        assert_eq!(k.to_vec1::<f32>().unwrap(), [-2.0, -2.0, 1.0, 1.0, 1.0]);
+        let g = Tensor::new(&[1.0f64, 10.0, 100.0, 1000.0, 10000.0], &Device::Cpu).unwrap();
+        let grads = (y * g).unwrap().sum_all().unwrap().backward().unwrap();
+        assert_eq!(grads.get(&x).unwrap().to_vec1::<f64>().unwrap(), [0.0, 10.0, 100.0, 1000.0, 0.0]);
+        // -2 * 1 below, 0 at the bounds, (1 - 0.6) * 100 inside, 1 * 10000 above; hi * m = 5.
+        let want = (-2.0 + 0.4 * 100.0 + 10000.0) / 5f64.sqrt();
+        assert!((grads.get(&s).unwrap().to_vec1::<f64>().unwrap()[0] - want).abs() < F64 * want);
+    }
+
+    #[test]
+    fn lsq_floor_is_straight_through() {
+        for small in [1e-7f64, -0.3] {
+            let x = values(&[4, 3], 1);
+            let s = Tensor::new(&[small], &Device::Cpu).unwrap();
+            let floor = Tensor::new(&[SCALE_FLOOR], &Device::Cpu).unwrap();
+            let op = |t: &[Tensor]| lsq(&t[0], &t[1], None, Levels::signed(2), None);
+            let (got, want) = (run(&[x.clone(), s], &op), run(&[x, floor], &op));
+            for (got, want) in got.iter().zip(&want) {
+                close("floored", got, want, 0.0);
+            }
+            assert!(flat(&got[2])[0] != 0.0, "the scale still gets its gradient");
+        }
+    }
+
+    #[test]
+    fn lsq_init_is_the_mean_of_the_sharing_elements() {
+        let x = tensor(&[&[1.0f64, -2.0, 3.0], &[0.0, 0.0, 0.0]]);
+        let s = lsq_init(&x, Levels::signed(3), Some(0), 2.0).unwrap();
+        close("rows", &s, &Tensor::new(&[4.0 / 3f64.sqrt(), SCALE_FLOOR], &Device::Cpu).unwrap(), F64);
+        let s = lsq_init(&x, Levels::signed(3), Some(1), 2.0).unwrap();
+        let want =
+            Tensor::new(&[1.0 / 3f64.sqrt(), 2.0 / 3f64.sqrt(), 3.0 / 3f64.sqrt()], &Device::Cpu).unwrap();
+        close("columns", &s, &want, F64);
+        let s = lsq_init(&x, Levels::unsigned(2), None, 4.0).unwrap();
+        close("all", &s, &Tensor::new(&[4.0 / 3f64.sqrt()], &Device::Cpu).unwrap(), F64);
+    }
+
+    #[test]
+    fn wrong_arguments_are_named() {
+        let x = values(&[2, 7, 13], 1);
+        let text = refusal(lsq(&x, &values(&[6], 1), None, Levels::signed(2), Some(1)));
+        assert!(text.contains("lsq") && text.contains("[7]") && text.contains("[6]"), "{text}");
+        let text = refusal(lsq(&x, &values(&[7], 1), Some(&values(&[7], 1)), Levels::signed(2), Some(1)));
+        assert!(text.contains("[13]"), "{text}");
+        assert!(refusal(lsq(&x, &values(&[1], 1), None, Levels::signed(1), None)).contains("lo <= 0 < hi"));
+        assert!(refusal(statsq(&x, 2)).contains("[2, 7, 13]"));
+        assert!(refusal(statsq(&values(&[2, 2], 1), 9)).contains("got 9"));
+        assert!(refusal(quantize(&values(&[2, 2], 1), &values(&[3], 1), Levels::signed(2))).contains("[2]"));
+    }
+}

@@ -19,7 +19,7 @@ pub fn reference(x: &Tensor) -> Result<Tensor> {
 #[inline(always)]
 fn phi<T: Real>(x: T) -> T {
     let half = T::from_f64(0.5);
-    half.fma((x * T::from_f64(std::f64::consts::FRAC_1_SQRT_2)).erf(), half)
+    half.fma((x * T::from_f64(std::f64::consts::FRAC_1_SQRT_2)).error_function(), half)
 }
 
 simd! {
@@ -95,5 +95,31 @@ pub fn gelu(x: &Tensor) -> Result<Tensor> {
         Road::Kernel => x.contiguous()?.apply_op1(Gelu),
         Road::ThroughF32 => gelu(&cpu::wide(x)?)?.to_dtype(x.dtype()),
         Road::Reference => reference(x),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::*;
+    use super::*;
+
+    #[test]
+    fn agrees_and_differentiates() {
+        for shape in [vec![1, 1], vec![3, 5], vec![7, 13]] {
+            let x = (values(&shape, 1) * 2.0).unwrap();
+            agrees(std::slice::from_ref(&x), &|t| gelu(&t[0]), &|t| reference(&t[0]));
+            differentiates(&[x], &|t| gelu(&t[0]));
+        }
+        ignores_threads(&[values(&[40_001], 1)], &|t| gelu(&t[0]));
+    }
+
+    #[test]
+    fn the_tails_are_flat() {
+        let x =
+            Tensor::new(&[-40f32, -1e30, f32::NEG_INFINITY, 40.0, f32::NAN, 0.0], &candle_core::Device::Cpu);
+        let y = gelu(&x.unwrap()).unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!((y[0], y[1], y[3], y[5]), (0.0, 0.0, 40.0, 0.0));
+        // -inf * 0, as the equation says.
+        assert!(y[2].is_nan() && y[4].is_nan());
     }
 }

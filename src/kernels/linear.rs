@@ -58,6 +58,17 @@ impl<'a, T> View<'a, T> {
 #[derive(Clone, Copy)]
 struct Place<T>(*mut T);
 
+impl<T> Place<T> {
+    /// The pointer `offset` elements on.
+    ///
+    /// # Safety
+    /// As for pointer addition: `offset` must stay within the allocation.
+    unsafe fn at(self, offset: usize) -> *mut T {
+        // SAFETY: the caller's contract.
+        unsafe { self.0.add(offset) }
+    }
+}
+
 // SAFETY: a `Place` is only written through by `tile`, whose caller hands every tile its own elements.
 unsafe impl<T: Send> Send for Place<T> {}
 // SAFETY: as above; no element is shared between threads.
@@ -152,13 +163,12 @@ pub(super) fn matmul<T: Real>(
     let place = Place(out.as_mut_ptr());
     let across = n.div_ceil(tn);
     (0..m.div_ceil(tm) * across).into_par_iter().for_each(|t| {
-        let place = place; // the whole wrapper, not its pointer, goes into the closure
         let (i, j) = (t / across * tm, t % across * tn);
         let (rows, cols) = (tm.min(m - i), tn.min(n - j));
         // SAFETY: rows [i, i + rows) and columns [j, j + cols) lie in the m * n elements reserved
         // above and belong to this tile alone; with a bias each is written before it is added to.
         unsafe {
-            let corner = place.0.add(i * n + j);
+            let corner = place.at(i * n + j);
             if let Some(bias) = bias {
                 for r in 0..rows {
                     std::ptr::copy_nonoverlapping(bias[j..j + cols].as_ptr(), corner.add(r * n), cols);
@@ -460,5 +470,101 @@ pub fn add_bias(x: &Tensor, b: &Tensor) -> Result<Tensor> {
         Road::Kernel => x.contiguous()?.apply_op2(&b.contiguous()?, AddBias),
         Road::ThroughF32 => add_bias(&cpu::wide(x)?, &cpu::wide(b)?)?.to_dtype(x.dtype()),
         Road::Reference => reference_add_bias(x, b),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::*;
+    use super::*;
+    use candle_core::Var;
+
+    fn case(x: &[usize], out: usize) -> [Tensor; 3] {
+        let k = x[x.len() - 1];
+        [values(x, 1), values(&[out, k], 2), values(&[out], 3)]
+    }
+
+    #[test]
+    fn linear_agrees_and_differentiates() {
+        for (x, out) in [(vec![1, 1], 1), (vec![3, 5], 7), (vec![2, 7, 13], 3), (vec![2, 1, 2, 3], 5)] {
+            let with = case(&x, out);
+            let op = |t: &[Tensor]| linear(&t[0], &t[1], Some(&t[2]));
+            agrees(&with, &op, &|t| reference(&t[0], &t[1], Some(&t[2])));
+            differentiates(&with, &op);
+            let op = |t: &[Tensor]| linear(&t[0], &t[1], None);
+            agrees(&with[..2], &op, &|t| reference(&t[0], &t[1], None));
+            differentiates(&with[..2], &op);
+        }
+    }
+
+    #[test]
+    fn tiles_and_long_reductions_agree() {
+        // Rows and columns in several tiles; then a weight gradient over 1537 rows in parts.
+        for (x, out) in [([200, 301], 401), ([1537, 6], 5), ([4500, 33], 17)] {
+            let t = case(&x, out);
+            agrees(&t, &|t| linear(&t[0], &t[1], Some(&t[2])), &|t| reference(&t[0], &t[1], Some(&t[2])));
+        }
+    }
+
+    #[test]
+    fn linear_ignores_threads() {
+        for (x, out) in [([200, 301], 401), ([5003, 33], 17), ([2048, 96], 192)] {
+            ignores_threads(&case(&x, out), &|t| linear(&t[0], &t[1], Some(&t[2])));
+        }
+    }
+
+    #[test]
+    fn reads_strided_inputs() {
+        let [x, w, b] = case(&[5, 3], 4);
+        let want = linear(&x, &w, Some(&b)).unwrap();
+        let swapped = x.t().unwrap().contiguous().unwrap().t().unwrap();
+        let tail = Tensor::cat(&[&w, &w], 0).unwrap().narrow(0, 4, 4).unwrap();
+        close("strided", &linear(&swapped, &tail, Some(&b)).unwrap(), &want, F64);
+    }
+
+    #[test]
+    fn only_variables_get_gradients() {
+        let [x, w, b] = case(&[3, 5], 7);
+        let w = Var::from_tensor(&w).unwrap();
+        let y = linear(&x, &w, Some(&b)).unwrap();
+        let grads = y.sum_all().unwrap().backward().unwrap();
+        assert!(grads.get(&w).is_some() && grads.get(&x).is_none() && grads.get(&b).is_none());
+    }
+
+    #[test]
+    fn frozen_weight_gets_no_gradient() {
+        let [x, w, _] = case(&[2, 3, 5], 7);
+        let op = |t: &[Tensor]| frozen_matmul(&t[0], &values(&[7, 5], 2).to_dtype(t[0].dtype())?);
+        let like = |t: &[Tensor]| reference(&t[0], &values(&[7, 5], 2).to_dtype(t[0].dtype())?, None);
+        agrees(std::slice::from_ref(&x), &op, &like);
+        differentiates(std::slice::from_ref(&x), &op);
+        let (x, w) = (Var::from_tensor(&x).unwrap(), Var::from_tensor(&w).unwrap());
+        let grads = frozen_matmul(&x, &w).unwrap().sum_all().unwrap().backward().unwrap();
+        assert!(grads.get(&x).is_some() && grads.get(&w).is_none());
+    }
+
+    #[test]
+    fn add_bias_agrees_and_differentiates() {
+        for (x, b) in [
+            (vec![1, 1], vec![1]),
+            (vec![3, 5], vec![5]),
+            (vec![4, 7, 13], vec![7, 13]),
+            (vec![3, 2], vec![3, 2]),
+        ] {
+            let t = [values(&x, 1), values(&b, 2)];
+            agrees(&t, &|t| add_bias(&t[0], &t[1]), &|t| reference_add_bias(&t[0], &t[1]));
+            differentiates(&t, &|t| add_bias(&t[0], &t[1]));
+        }
+        ignores_threads(&[values(&[301, 7, 33], 1), values(&[7, 33], 2)], &|t| add_bias(&t[0], &t[1]));
+    }
+
+    #[test]
+    fn wrong_shapes_are_named() {
+        let (x, w) = (values(&[3, 5], 1), values(&[7, 4], 2));
+        let text = refusal(linear(&x, &w, None));
+        assert!(text.contains("linear") && text.contains("[.., 4]") && text.contains("[3, 5]"), "{text}");
+        assert!(refusal(add_bias(&x, &values(&[3], 1))).contains("[3, 5]"));
+        let text = refusal(linear(&x, &values(&[7, 5], 2).to_dtype(candle_core::DType::F32).unwrap(), None));
+        assert!(text.contains("F64") && text.contains("F32"), "{text}");
     }
 }

@@ -183,3 +183,55 @@ pub fn layer_norm(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor
         Road::Reference => reference(x, w, b, eps),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::*;
+    use super::*;
+
+    fn case(x: &[usize]) -> [Tensor; 3] {
+        let c = [x[x.len() - 1]];
+        [values(x, 1), values(&c, 2), values(&c, 3)]
+    }
+
+    fn op(t: &[Tensor]) -> Result<Tensor> {
+        layer_norm(&t[0], &t[1], &t[2], 1e-3)
+    }
+
+    #[test]
+    fn agrees_and_differentiates() {
+        for x in [vec![1, 1], vec![3, 5], vec![7, 13], vec![2, 3, 17], vec![2, 50]] {
+            agrees(&case(&x), &op, &|t| reference(&t[0], &t[1], &t[2], 1e-3));
+            differentiates(&case(&x), &op);
+        }
+        agrees(&case(&[1200, 33]), &op, &|t| reference(&t[0], &t[1], &t[2], 1e-3));
+        ignores_threads(&case(&[1200, 33]), &op);
+    }
+
+    #[test]
+    fn by_hand() {
+        // Mean 2, variance 1.
+        let x = Tensor::new(&[[1f32, 3.0]], &candle_core::Device::Cpu).unwrap();
+        let (w, b) = (x.flatten_all().unwrap(), Tensor::new(&[10f32, 20.0], x.device()).unwrap());
+        assert_eq!(layer_norm(&x, &w, &b, 0.0).unwrap().to_vec2::<f32>().unwrap(), [[9.0, 23.0]]);
+    }
+
+    #[test]
+    fn a_far_mean_keeps_its_variance() {
+        // One-pass variance would lose all digits here.
+        let x = (values(&[3, 64], 1) + 4096.0).unwrap().to_dtype(candle_core::DType::F32).unwrap();
+        let exact = x.to_dtype(candle_core::DType::F64).unwrap();
+        let ones = |d| Tensor::ones(64, d, x.device()).unwrap();
+        let got = layer_norm(&x, &ones(x.dtype()), &ones(x.dtype()), 1e-6).unwrap();
+        let want = reference(&exact, &ones(exact.dtype()), &ones(exact.dtype()), 1e-6).unwrap();
+        // The mean of numbers near 4096 is rounded to 2.4e-4 of the unit deviation.
+        close("far mean", &got, &want, 5e-4);
+    }
+
+    #[test]
+    fn wrong_shapes_are_named() {
+        let [x, w, _] = case(&[3, 5]);
+        let text = refusal(layer_norm(&x, &w, &values(&[4], 1), 1e-5));
+        assert!(text.contains("layer_norm") && text.contains("b [5]") && text.contains("[4]"), "{text}");
+    }
+}

@@ -26,3 +26,27 @@ pub fn patchify(images: &Tensor, patch: usize) -> Result<Tensor> {
         .contiguous()?
         .reshape((b, gh * gw, c * patch * patch))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::*;
+    use super::*;
+
+    #[test]
+    fn linear_on_patches_is_the_convolution() {
+        for (b, c, h, w, p, out) in [(1, 1, 1, 1, 1, 1), (2, 3, 6, 9, 3, 5), (1, 2, 4, 8, 2, 3)] {
+            let (x, k) = (values(&[b, c, h, w], 1), values(&[out, c, p, p], 2));
+            let flat = k.reshape((out, c * p * p)).unwrap();
+            let got = super::super::linear(&patchify(&x, p).unwrap(), &flat, None).unwrap();
+            let want = x.conv2d(&k, 0, p, 1, 1).unwrap().flatten_from(2).unwrap().transpose(1, 2).unwrap();
+            close("patch embedding", &got, &want.contiguous().unwrap(), F64);
+            differentiates(&[x], &|t| patchify(&t[0], p));
+        }
+    }
+
+    #[test]
+    fn sizes_must_divide() {
+        let text = refusal(patchify(&values(&[1, 1, 6, 8], 1), 4));
+        assert!(text.contains("patchify") && text.contains("4 divides") && text.contains("6 x 8"), "{text}");
+    }
+}

@@ -60,8 +60,13 @@ impl CustomOp1 for Softmax {
     fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout) -> Result<(CpuStorage, Shape)> {
         let width = xl.dims().last().copied().unwrap_or(1);
         real!(self.name(), x, T => {
-            let mut y = <T as Real>::slice(self.name(), x, xl)?.to_vec();
-            y.par_chunks_mut(cpu::chunk_rows(width) * width).for_each(|y| softmax_rows(y, width));
+            let x = <T as Real>::slice(self.name(), x, xl)?;
+            let step = cpu::chunk_rows(width) * width;
+            let mut y = vec![T::ZERO; x.len()];
+            y.par_chunks_mut(step).zip(x.par_chunks(step)).for_each(|(y, x)| {
+                y.copy_from_slice(x);
+                softmax_rows(y, width);
+            });
             Ok((<T as Real>::store(y), xl.shape().clone()))
         })
     }
@@ -108,5 +113,32 @@ pub fn softmax(x: &Tensor) -> Result<Tensor> {
         Road::Kernel => x.contiguous()?.apply_op1(Softmax),
         Road::ThroughF32 => softmax(&cpu::wide(x)?)?.to_dtype(x.dtype()),
         Road::Reference => reference(x),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::*;
+    use super::*;
+
+    #[test]
+    fn agrees_and_differentiates() {
+        for shape in [vec![1, 1], vec![3, 5], vec![7, 13], vec![2, 3, 17]] {
+            let x = [(values(&shape, 1) * 3.0).unwrap()];
+            agrees(&x, &|t| softmax(&t[0]), &|t| reference(&t[0]));
+            differentiates(&x, &|t| softmax(&t[0]));
+        }
+        ignores_threads(&[values(&[700, 50], 1)], &|t| softmax(&t[0]));
+    }
+
+    #[test]
+    fn large_and_missing_entries() {
+        let x = Tensor::new(
+            &[[1e30f32, 1e30, f32::NEG_INFINITY], [f32::NAN, 0.0, 0.0]],
+            &candle_core::Device::Cpu,
+        );
+        let y = softmax(&x.unwrap()).unwrap().to_vec2::<f32>().unwrap();
+        assert_eq!(y[0], [0.5, 0.5, 0.0]);
+        assert!(y[1].iter().all(|v| v.is_nan()));
     }
 }
