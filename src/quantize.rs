@@ -396,7 +396,7 @@ fn begin_quantization(
         std::fs::create_dir_all(parent).map_err(|e| Error::io(parent, e))?;
     }
     trainer.state.fp_bytes = write_model(&path, &start.config, &start.preprocess, &folded)?;
-    let accuracy = trainer.evaluate(&start.config, &folded, "full precision")?;
+    let accuracy = trainer.measure(&start.config, &folded, "full precision")?;
     trainer.progress.note(&format!("full precision: top-1 {:.2} %", accuracy.top1));
     trainer.state.full_precision = Some(accuracy);
     lay_quantizers(trainer.recipe, weights, !untrained, trainer.progress)?;
@@ -465,7 +465,7 @@ fn teacher(trainer: &Trainer<'_>, start: &Start) -> Result<Vit> {
 fn finish(trainer: &mut Trainer<'_>, start: &Start, trained: Trained) -> Result<Value> {
     let Trained { weights, tracker } = trained;
     let recipe = trainer.recipe;
-    let fake = trainer.evaluate(&start.config, &weights.folded()?, "fake-quantized")?;
+    let fake = trainer.measure(&start.config, &weights.folded()?, "fake-quantized")?;
     let packed = weights.packed()?;
     let dir = trainer.dir.join("model");
     let packed_bytes = write_model(&dir, &start.config, &start.preprocess, &packed)?;

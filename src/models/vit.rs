@@ -8,25 +8,28 @@ use candle_core::Tensor;
 
 use super::nn::{LayerNorm, Linear};
 use super::vit_config::VitConfig;
-use crate::weights::{Granularity, Signedness, Site, Tap, Weight, Weights};
+use crate::weights::{Granularity, Shifts, Signedness, Site, Tap, Weight, Weights};
 use crate::{kernels, Error, On, Result};
 
-const fn site(granularity: Granularity, signedness: Signedness, shifted: bool, edge: bool) -> Site {
-    Site { granularity, signedness, shifted, edge }
+const fn site(granularity: Granularity, signedness: Signedness, shifts: Shifts, edge: bool) -> Site {
+    Site { granularity, signedness, shifts, edge }
 }
 
-/// Input of a linear layer, query and key: a step for each token.
-const TOKEN: Site = site(Granularity::Token, Signedness::Signed, true, false);
+/// Input of a linear layer and query: a step for each token.
+const TOKEN: Site = site(Granularity::Token, Signedness::Signed, Shifts::InOut, false);
+/// Key: as query, but a shift after it would add the same number to all logits of a query, which the
+/// softmax removes: there is none to train.
+const KEY: Site = site(Granularity::Token, Signedness::Signed, Shifts::In, false);
 /// Value: a step for each channel, so that it stays out of the sum over tokens.
-const VALUE: Site = site(Granularity::Channel, Signedness::Signed, true, false);
+const VALUE: Site = site(Granularity::Channel, Signedness::Signed, Shifts::InOut, false);
 /// Softmax output: a step for each query token, nothing negative, no shift.
-const SOFTMAX: Site = site(Granularity::Token, Signedness::Unsigned, false, false);
+const SOFTMAX: Site = site(Granularity::Token, Signedness::Unsigned, Shifts::None, false);
 /// GELU output: unsigned, what is negative clips unless the shift lifts it.
-const GELU: Site = site(Granularity::Token, Signedness::Unsigned, true, false);
+const GELU: Site = site(Granularity::Token, Signedness::Unsigned, Shifts::InOut, false);
 /// The image: a step for each colour, shifts for each pixel.
-const IMAGE: Site = site(Granularity::Token, Signedness::Data, true, true);
+const IMAGE: Site = site(Granularity::Token, Signedness::Data, Shifts::InOut, true);
 /// Input of a classifier: one step.
-const HEAD: Site = site(Granularity::Tensor, Signedness::Signed, true, true);
+const HEAD: Site = site(Granularity::Tensor, Signedness::Signed, Shifts::InOut, true);
 
 /// What the model says of a batch: logits `[batch, classes]`.
 #[derive(Debug)]
@@ -101,7 +104,7 @@ impl Block {
             key: projection("key")?,
             value: projection("value")?,
             query_out: tap("attention.attention.query_quant", TOKEN),
-            key_out: tap("attention.attention.key_quant", TOKEN),
+            key_out: tap("attention.attention.key_quant", KEY),
             value_out: tap("attention.attention.value_quant", VALUE),
             softmax_out: tap("attention.attention.softmax_quant", SOFTMAX),
             context: tap("attention.output.dense.input_quant", TOKEN),
@@ -215,11 +218,5 @@ impl Vit {
             class: self.head.forward(&at(0)?)?,
             distillation: self.distillation_head.as_ref().map(|head| head.forward(&at(1)?)).transpose()?,
         })
-    }
-
-    /// Trainables whose gradient is zero by the maths: a shift that is added to every key adds the same
-    /// number to all logits of a query, and the softmax removes it.
-    pub fn dead(&self, param: &str) -> bool {
-        param.ends_with(".key_quant.shift_out")
     }
 }

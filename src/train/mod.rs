@@ -191,7 +191,16 @@ impl Trainer<'_> {
         line.insert("samples_per_s".into(), json!(got.samples_per_s));
         line.insert("peak_rss_bytes".into(), json!(peak_rss_bytes()));
         self.metrics.write(line)?;
+        self.state.measured = Some((self.state.step, got));
         Ok(got)
+    }
+
+    /// The figures of the model as it stands: those at the end of the phase that just ended, or new ones.
+    pub fn measure(&mut self, config: &VitConfig, weights: &Weights, what: &str) -> Result<Accuracy> {
+        match self.state.measured {
+            Some((step, known)) if step == self.state.step && step > 0 => Ok(known),
+            _ => self.evaluate(config, weights, what),
+        }
     }
 
     /// A stop in the middle of an evaluation: the last checkpoint is what a resume starts from.
@@ -244,7 +253,7 @@ impl Trainer<'_> {
             if config.quantize {
                 tracker.observe(codes(weights)?)?;
             }
-            self.say_still(task, lr, &params, &still);
+            self.say_still(lr, &params, &still);
             seconds += begun.elapsed().as_secs_f64();
             seen += step.samples;
             self.samples_per_s = seen as f64 / seconds.max(1e-9);
@@ -287,22 +296,13 @@ impl Trainer<'_> {
         Ok(())
     }
 
-    fn say_still(&self, task: &Classify, lr: f64, params: &[Param], still: &[String]) {
-        let (dead, odd): (Vec<&String>, Vec<&String>) = still.iter().partition(|name| task.model.dead(name));
-        if !dead.is_empty() {
-            self.progress.note(&format!(
-                "{} of {} trainables did not move, as the maths has it: {}",
-                dead.len(),
-                params.len(),
-                shorten(&dead)
-            ));
-        }
-        if !odd.is_empty() && lr > 0.0 {
+    fn say_still(&self, lr: f64, params: &[Param], still: &[String]) {
+        if !still.is_empty() && lr > 0.0 {
             self.progress.note(&format!(
                 "{} of {} trainables had a zero gradient or did not move at the first step: {}",
-                odd.len(),
+                still.len(),
                 params.len(),
-                shorten(&odd)
+                shorten(still)
             ));
         }
     }
@@ -341,8 +341,8 @@ impl Trainer<'_> {
 }
 
 /// The first three names and how many more there are.
-fn shorten(names: &[&String]) -> String {
-    let shown: Vec<&str> = names.iter().take(3).map(|n| n.as_str()).collect();
+fn shorten(names: &[String]) -> String {
+    let shown: Vec<&str> = names.iter().take(3).map(String::as_str).collect();
     match names.len().saturating_sub(3) {
         0 => shown.join(", "),
         more => format!("{} and {more} more", shown.join(", ")),

@@ -38,6 +38,8 @@ pub struct State {
     pub full_precision: Option<Accuracy>,
     /// Bytes of that model's file.
     pub fp_bytes: u64,
+    /// The last evaluation, and the step after which it was made.
+    pub measured: Option<(usize, Accuracy)>,
     /// Best top-1 of the phase, and the step that reached it.
     pub best: Option<(f64, usize)>,
     /// The rules on taps as they describe themselves.
@@ -57,6 +59,7 @@ impl Default for State {
             wall_s: 0.0,
             full_precision: None,
             fp_bytes: 0,
+            measured: None,
             best: None,
             taps: BTreeMap::new(),
             tracked: Vec::new(),

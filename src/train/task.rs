@@ -24,7 +24,6 @@ pub struct Accuracy {
     /// Samples seen.
     pub samples: usize,
     /// Samples a second, data included.
-    #[serde(skip)]
     pub samples_per_s: f64,
 }
 

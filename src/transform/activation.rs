@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::lsq::{trainable, STEP_FLOOR};
-use crate::weights::{Centering, Granularity, Grid, Quantized, Role, Signedness, Site, Transform};
+use crate::weights::{Centering, Granularity, Grid, Quantized, Role, Shifts, Signedness, Site, Transform};
 use crate::{kernels, Error, Result};
 
 /// What a file says of an activation quantizer.
@@ -21,7 +21,10 @@ struct Description {
     centering: Centering,
     /// -2: one step for each token, -1: for each channel; none: one step.
     axis: Option<i8>,
-    shifted: bool,
+    /// Whether there is a shift before it.
+    shift_in: bool,
+    /// Whether there is a shift after it.
+    shift_out: bool,
 }
 
 /// An activation quantizer on a tap.
@@ -56,12 +59,14 @@ impl ActQuant {
         let factor = if unsigned && !site.edge { 4.0 } else { 2.0 };
         let step = kernels::lsq_init(&x, grid.levels(), absolute(axis, x.rank())?, factor)?;
         let silent = x.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()? == 0.0;
-        let shift = || -> Result<Option<Tensor>> {
-            let zeros = x.narrow(0, 0, 1)?.flatten_all()?.narrow(0, 0, x.dim(x.rank() - 1)?)?.zeros_like()?;
-            Ok(if site.shifted { Some(Var::from_tensor(&zeros)?.as_tensor().clone()) } else { None })
+        let shift = |wanted: bool| -> Result<Option<Tensor>> {
+            let zeros = Tensor::zeros(x.dim(x.rank() - 1)?, DType::F32, x.device())?;
+            Ok(if wanted { Some(Var::from_tensor(&zeros)?.as_tensor().clone()) } else { None })
         };
         let step = Var::from_tensor(&step)?.as_tensor().clone();
-        Ok((ActQuant { grid, axis, step, shift_in: shift()?, shift_out: shift()? }, silent))
+        let shift_in = shift(site.shifts != Shifts::None)?;
+        let shift_out = shift(site.shifts == Shifts::InOut)?;
+        Ok((ActQuant { grid, axis, step, shift_in, shift_out }, silent))
     }
 
     /// Builds a quantizer from what a file says and holds: `read` gives the tensor with a suffix.
@@ -75,8 +80,11 @@ impl ActQuant {
         let description: Description = serde_json::from_value(description.clone())
             .map_err(|e| Error::tensor(name, format!("activation quantizer: {e}")))?;
         let part = |suffix: &str, wanted: bool| -> Result<Option<Tensor>> {
+            if !wanted {
+                return Ok(None);
+            }
             let tensor = read(suffix)?;
-            if tensor.is_none() && wanted {
+            if tensor.is_none() {
                 return Err(Error::tensor(format!("{name}.{suffix}"), "not found, expected a rank 1 tensor"));
             }
             if let Some(t) = tensor.as_ref().filter(|t| t.rank() != 1 || t.dtype() != DType::F32) {
@@ -93,8 +101,8 @@ impl ActQuant {
             grid: Grid::new(description.bits, description.centering)?,
             axis: description.axis,
             step,
-            shift_in: part("shift_in", description.shifted)?,
-            shift_out: part("shift_out", description.shifted)?,
+            shift_in: part("shift_in", description.shift_in)?,
+            shift_out: part("shift_out", description.shift_out)?,
         })
     }
 
@@ -182,8 +190,9 @@ impl Transform for ActQuant {
     }
 
     fn describe(&self) -> Value {
-        let shifted = self.shift_in.is_some();
-        let (bits, centering) = (self.grid.bits, self.grid.centering);
-        serde_json::to_value(Description { bits, centering, axis: self.axis, shifted }).unwrap_or_default()
+        let Grid { bits, centering } = self.grid;
+        let (shift_in, shift_out) = (self.shift_in.is_some(), self.shift_out.is_some());
+        let description = Description { bits, centering, axis: self.axis, shift_in, shift_out };
+        serde_json::to_value(description).unwrap_or_default()
     }
 }

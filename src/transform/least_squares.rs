@@ -118,8 +118,8 @@ mod tests {
     #[test]
     fn better_than_statsq_on_a_gaussian_and_near_the_known_optimum() {
         let mut random = Random::new(3, "weights", &[]);
-        let row: Vec<f32> = (0..20_000).map(|_| random.normal()).collect();
-        let w = Tensor::from_vec(row, (1, 20_000), &Device::Cpu).unwrap();
+        let row: Vec<f32> = (0..400_000).map(|_| random.normal()).collect();
+        let w = Tensor::from_vec(row, (1, 400_000), &Device::Cpu).unwrap();
         let error = |rule: &dyn Transform| {
             let d = (rule.apply(&[w.clone()]).unwrap() - &w).unwrap().sqr().unwrap().mean_all().unwrap();
             d.to_scalar::<f32>().unwrap()

@@ -18,7 +18,7 @@ use indexmap::IndexMap;
 
 pub use checkpoint::Checkpoint;
 pub use packed::{Centering, Grid, Packed, Quantized};
-pub use tap::{Activation, Calibration, Granularity, Signedness, Site, Tap};
+pub use tap::{Activation, Calibration, Granularity, Shifts, Signedness, Site, Tap};
 pub use weight::{Expr, Role, Transform, Weight};
 
 use crate::{Error, Result};

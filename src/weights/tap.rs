@@ -36,6 +36,17 @@ pub enum Signedness {
     Data,
 }
 
+/// Which learned shifts surround a quantizer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shifts {
+    /// None.
+    None,
+    /// Before it only.
+    In,
+    /// Before and after it.
+    InOut,
+}
+
 /// What a model says of a place where an activation can be quantized (ofq.md 2.4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Site {
@@ -43,8 +54,8 @@ pub struct Site {
     pub granularity: Granularity,
     /// Whether the grid has negative codes.
     pub signedness: Signedness,
-    /// Whether learned shifts surround the quantizer.
-    pub shifted: bool,
+    /// Which learned shifts surround the quantizer.
+    pub shifts: Shifts,
     /// The first or last layer of the model, which keeps 8 bits.
     pub edge: bool,
 }
