@@ -401,7 +401,10 @@ fn begin_quantization(
     trainer.state.full_precision = Some(accuracy);
     lay_quantizers(trainer.recipe, weights, !untrained, trainer.progress)?;
     let images = trainer.first_batch()?.images;
-    calibrate(trainer.recipe, &start.config, weights, &images, trainer.progress)
+    calibrate(trainer.recipe, &start.config, weights, &images, trainer.progress)?;
+    // What was measured is the model without quantizers.
+    trainer.state.measured = None;
+    Ok(())
 }
 
 /// Hangs the rules of a checkpoint on their taps, trainable.

@@ -69,9 +69,9 @@ impl Head {
     }
 }
 
+/// Self-attention of a block, without its norm and residual.
 #[derive(Debug)]
-struct Block {
-    norm_before: LayerNorm,
+pub struct Attention {
     input: Tap,
     query: Linear,
     key: Linear,
@@ -82,56 +82,94 @@ struct Block {
     softmax_out: Tap,
     context: Tap,
     output: Linear,
-    norm_after: LayerNorm,
-    up_in: Tap,
-    up: Linear,
-    down_in: Tap,
-    down: Linear,
     heads: usize,
     scale: f64,
 }
 
-impl Block {
-    fn new(weights: &Weights, config: &VitConfig, name: &str) -> Result<Self> {
-        let attention = format!("{name}.attention.attention");
-        let tap = |suffix: &str, site| weights.tap(format!("{name}.{suffix}"), site);
-        let projection = |part: &str| Linear::new(weights, &format!("{attention}.{part}"), config.qkv_bias);
-        let dense = |part: &str| Linear::new(weights, &format!("{name}.{part}.dense"), true);
-        Ok(Block {
-            norm_before: LayerNorm::new(weights, &format!("{name}.layernorm_before"), config.eps)?,
-            input: tap("attention.attention.input_quant", TOKEN),
+impl Attention {
+    /// The attention of the block called `block` (`vit.encoder.layer.0`).
+    pub fn new(weights: &Weights, config: &VitConfig, block: &str) -> Result<Self> {
+        let inner = format!("{block}.attention.attention");
+        let projection = |part: &str| Linear::new(weights, &format!("{inner}.{part}"), config.qkv_bias);
+        let output = format!("{block}.attention.output.dense");
+        Ok(Attention {
+            input: weights.tap(format!("{inner}.input_quant"), TOKEN),
             query: projection("query")?,
             key: projection("key")?,
             value: projection("value")?,
-            query_out: tap("attention.attention.query_quant", TOKEN),
-            key_out: tap("attention.attention.key_quant", KEY),
-            value_out: tap("attention.attention.value_quant", VALUE),
-            softmax_out: tap("attention.attention.softmax_quant", SOFTMAX),
-            context: tap("attention.output.dense.input_quant", TOKEN),
-            output: dense("attention.output")?,
-            norm_after: LayerNorm::new(weights, &format!("{name}.layernorm_after"), config.eps)?,
-            up_in: tap("intermediate.dense.input_quant", TOKEN),
-            up: dense("intermediate")?,
-            down_in: tap("output.dense.input_quant", GELU),
-            down: dense("output")?,
+            query_out: weights.tap(format!("{inner}.query_quant"), TOKEN),
+            key_out: weights.tap(format!("{inner}.key_quant"), KEY),
+            value_out: weights.tap(format!("{inner}.value_quant"), VALUE),
+            softmax_out: weights.tap(format!("{inner}.softmax_quant"), SOFTMAX),
+            context: weights.tap(format!("{output}.input_quant"), TOKEN),
+            output: Linear::new(weights, &output, true)?,
             heads: config.heads,
             scale: ((config.hidden / config.heads) as f64).powf(-0.5),
         })
     }
 
-    /// `h: [batch, tokens, channels]`.
-    fn forward(&self, h: &Tensor) -> Result<Tensor> {
-        let x = self.input.forward(&self.norm_before.forward(h)?)?;
+    /// `x: [batch, tokens, channels]`, and so the result.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let x = self.input.forward(x)?;
         let q = self.query_out.forward(&self.query.forward(&x)?)?.tensor()?;
         let k = self.key_out.forward(&self.key.forward(&x)?)?.tensor()?;
         let v = self.value_out.forward(&self.value.forward(&x)?)?.tensor()?;
         let p = kernels::attention_probs(&q, &k, self.heads, self.scale)?;
         let p = self.softmax_out.forward(&p)?.tensor()?; // [batch, heads, tokens, tokens]
-        let context = self.context.forward(&kernels::attention_mix(&p, &v, self.heads)?)?;
-        let h = (h + self.output.forward(&context)?)?;
-        let x = self.up_in.forward(&self.norm_after.forward(&h)?)?;
-        let x = self.down_in.forward(&kernels::gelu(&self.up.forward(&x)?)?)?;
-        Ok((&h + self.down.forward(&x)?)?)
+        self.output.forward(&self.context.forward(&kernels::attention_mix(&p, &v, self.heads)?)?)
+    }
+}
+
+/// The MLP of a block, without its norm and residual.
+#[derive(Debug)]
+pub struct Mlp {
+    up_in: Tap,
+    up: Linear,
+    down_in: Tap,
+    down: Linear,
+}
+
+impl Mlp {
+    /// The MLP of the block called `block`.
+    pub fn new(weights: &Weights, block: &str) -> Result<Self> {
+        let (up, down) = (format!("{block}.intermediate.dense"), format!("{block}.output.dense"));
+        Ok(Mlp {
+            up_in: weights.tap(format!("{up}.input_quant"), TOKEN),
+            up: Linear::new(weights, &up, true)?,
+            down_in: weights.tap(format!("{down}.input_quant"), GELU),
+            down: Linear::new(weights, &down, true)?,
+        })
+    }
+
+    /// `x: [batch, tokens, channels]`, and so the result.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let x = kernels::gelu(&self.up.forward(&self.up_in.forward(x)?)?)?;
+        self.down.forward(&self.down_in.forward(&x)?)
+    }
+}
+
+#[derive(Debug)]
+struct Block {
+    norm_before: LayerNorm,
+    attention: Attention,
+    norm_after: LayerNorm,
+    mlp: Mlp,
+}
+
+impl Block {
+    fn new(weights: &Weights, config: &VitConfig, name: &str) -> Result<Self> {
+        Ok(Block {
+            norm_before: LayerNorm::new(weights, &format!("{name}.layernorm_before"), config.eps)?,
+            attention: Attention::new(weights, config, name)?,
+            norm_after: LayerNorm::new(weights, &format!("{name}.layernorm_after"), config.eps)?,
+            mlp: Mlp::new(weights, name)?,
+        })
+    }
+
+    /// `h: [batch, tokens, channels]`.
+    fn forward(&self, h: &Tensor) -> Result<Tensor> {
+        let h = (h + self.attention.forward(&self.norm_before.forward(h)?)?)?;
+        Ok((&h + self.mlp.forward(&self.norm_after.forward(&h)?)?)?)
     }
 }
 

@@ -1,0 +1,400 @@
+//! Reference vectors of published implementations: every case of every index runs through here.
+//!
+//! The folder comes from `QTUNE_GOLDEN` (each method's folder with its index.json beneath it); the
+//! default is the small copy in `tests/golden`. Ops that are not built yet are counted and named.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor, Var};
+use qtune::kernels::{self, Levels};
+use qtune::models::vit::{Attention, Mlp, VitOutput};
+use qtune::models::VitConfig;
+use qtune::train::oscillation::Track;
+use qtune::train::task::distillation_loss;
+use qtune::transform::{ActQuant, StatsQ};
+use qtune::weights::{Checkpoint, Weight, Weights};
+use serde_json::{json, Value};
+
+type Outputs = BTreeMap<String, Tensor>;
+
+/// One case: its attributes, and its input tensors by role.
+struct Case {
+    id: String,
+    attrs: Value,
+    inputs: BTreeMap<String, Tensor>,
+}
+
+impl Case {
+    fn input(&self, role: &str) -> &Tensor {
+        self.inputs.get(role).unwrap_or_else(|| panic!("{}: no input {role}", self.id))
+    }
+
+    fn var(&self, role: &str) -> Var {
+        Var::from_tensor(self.input(role)).unwrap()
+    }
+
+    fn int(&self, key: &str) -> Option<i64> {
+        self.attrs.get(key).and_then(Value::as_i64)
+    }
+
+    fn bits(&self, key: &str) -> u8 {
+        self.int(key).unwrap_or_else(|| panic!("{}: no attribute {key}", self.id)) as u8
+    }
+
+    fn flag(&self, key: &str) -> bool {
+        self.attrs.get(key).and_then(Value::as_bool).unwrap_or_else(|| panic!("{}: no {key}", self.id))
+    }
+}
+
+/// Gradients of `Σ y · gy` for the named variables.
+fn gradients(case: &Case, y: &Tensor, vars: &[(String, Var)], out: &mut Outputs) {
+    let grads = (y * case.input("gy")).unwrap().sum_all().unwrap().backward().unwrap();
+    for (name, var) in vars {
+        let grad = grads.get(var).unwrap_or_else(|| panic!("{}: no gradient for {name}", case.id));
+        out.insert(name.clone(), grad.clone());
+    }
+}
+
+fn statsq(case: &Case) -> Outputs {
+    let w = case.var("w");
+    let bits = case.bits("bits");
+    let wq = kernels::statsq(&w, bits).unwrap();
+    let mut out = Outputs::new();
+    gradients(case, &wq, &[("gw".into(), w.clone())], &mut out);
+    out.insert("wq".into(), wq);
+    out.insert("scale".into(), kernels::statsq_scale(&w).unwrap());
+    out.insert("codes".into(), kernels::statsq_codes(&w, bits).unwrap());
+    out
+}
+
+fn levels(case: &Case) -> Levels {
+    let bits = case.bits("bits");
+    let levels = if case.flag("signed") { Levels::signed(bits) } else { Levels::unsigned(bits) };
+    assert_eq!((Some(i64::from(levels.lo)), Some(i64::from(levels.hi))), (case.int("qn"), case.int("qp")));
+    levels
+}
+
+fn axis(case: &Case, x: &Tensor) -> Option<usize> {
+    let axis = case.int("axis")?;
+    Some(if axis < 0 { (x.rank() as i64 + axis) as usize } else { axis as usize })
+}
+
+fn lsq_act(case: &Case) -> Outputs {
+    let x = case.var("x");
+    let scale_shape = case.input("s").shape().clone();
+    let s = Var::from_tensor(&case.input("s").flatten_all().unwrap()).unwrap();
+    let (levels, axis) = (levels(case), axis(case, &x));
+    let y = kernels::lsq(&x, &s, None, levels, axis).unwrap();
+    let mut out = Outputs::new();
+    gradients(case, &y, &[("gx".into(), x.clone()), ("gs".into(), s.clone())], &mut out);
+    let gs = out["gs"].reshape(&scale_shape).unwrap();
+    out.insert("gs".into(), gs);
+    let factor = case.attrs["init_factor"].as_f64().unwrap();
+    let init = kernels::lsq_init(&x, levels, axis, factor).unwrap();
+    out.insert("s_init".into(), init.reshape(&scale_shape).unwrap());
+    out.insert("y".into(), y);
+    out
+}
+
+/// Through the transform that models use.
+fn lsq_act_shifted(case: &Case) -> Outputs {
+    let x = case.var("x");
+    let rule = act_quant(case, "bits", case.flag("signed"), "s", Some("shift_in"), Some("shift_out"));
+    let store = hung(vec![("tap", rule)]);
+    let params: BTreeMap<String, Var> = store.params().into_iter().map(|p| (p.name, p.var)).collect();
+    let y = store.taps().next().unwrap().1.apply(&[x.as_tensor().clone()]).unwrap();
+    let mut out = Outputs::new();
+    let vars = [
+        ("gx".to_string(), x.clone()),
+        ("gs".to_string(), params["tap.scale"].clone()),
+        ("gshift_in".to_string(), params["tap.shift_in"].clone()),
+        ("gshift_out".to_string(), params["tap.shift_out"].clone()),
+    ];
+    gradients(case, &y, &vars, &mut out);
+    out.insert("y".into(), y);
+    out
+}
+
+fn kd_loss(case: &Case) -> Outputs {
+    let student = case.var("student");
+    let two = case.flag("two_heads");
+    let second = two.then(|| case.var("student_dist"));
+    let ids = case.attrs["target"].as_str() == Some("class ids as floats");
+    let teacher = case.input("teacher");
+    let output = VitOutput {
+        class: student.as_tensor().clone(),
+        distillation: second.as_ref().map(|v| v.as_tensor().clone()),
+    };
+    let loss = if ids {
+        let labels = case.input("target").flatten_all().unwrap().to_dtype(DType::U32).unwrap();
+        distillation_loss(&output, &labels, Some(teacher)).unwrap()
+    } else {
+        let hard = kernels::soft_cross_entropy(&output.class, case.input("target")).unwrap();
+        let target = kernels::softmax(teacher).unwrap();
+        let taught = output.distillation.as_ref().unwrap_or(&output.class);
+        (hard + kernels::soft_cross_entropy(taught, &target).unwrap()).unwrap()
+    };
+    let grads = loss.backward().unwrap();
+    let mut out = Outputs::new();
+    out.insert("g_student".into(), grads.get(&student).unwrap().clone());
+    if let Some(second) = &second {
+        out.insert("g_student_dist".into(), grads.get(second).unwrap().clone());
+    }
+    out.insert("loss".into(), loss.reshape(1).unwrap());
+    out
+}
+
+fn act_quant(
+    case: &Case,
+    bits: &str,
+    signed: bool,
+    scale: &str,
+    shift_in: Option<&str>,
+    shift_out: Option<&str>,
+) -> Arc<ActQuant> {
+    let axis = if scale == "s_v" { -1 } else { -2 };
+    let description = json!({
+        "bits": case.bits(bits),
+        "centering": if signed { "signed" } else { "unsigned" },
+        "axis": axis,
+        "shift_in": shift_in.is_some(),
+        "shift_out": shift_out.is_some(),
+    });
+    let read = |suffix: &str| {
+        let role = match suffix {
+            "scale" => Some(scale),
+            "shift_in" => shift_in,
+            _ => shift_out,
+        };
+        // qkv_out_shift is one vector [3 C] for the in-shifts of query, key and value.
+        Ok(role.map(|role| match role.split_once('#') {
+            None => case.input(role).flatten_all().unwrap(),
+            Some((role, part)) => third(case.input(role), part.parse().unwrap()),
+        }))
+    };
+    Arc::new(ActQuant::revive("tap", &description, &read, true).unwrap())
+}
+
+fn hung(rules: Vec<(&str, Arc<ActQuant>)>) -> Weights {
+    let mut store = Weights::default();
+    for (name, rule) in rules {
+        store.hang(name, rule);
+    }
+    store
+}
+
+/// Rows `part * n .. (part + 1) * n` of a tensor of `3 n` rows.
+fn third(t: &Tensor, part: usize) -> Tensor {
+    let n = t.dim(0).unwrap() / 3;
+    t.narrow(0, part * n, n).unwrap().contiguous().unwrap()
+}
+
+fn layer(store: &mut Weights, name: &str, w: &Tensor, b: &Tensor, bits: u8) {
+    let rule = Arc::new(StatsQ::new(bits).unwrap());
+    store.insert(format!("{name}.weight"), Weight::latent(w).unwrap().wrap(rule));
+    store.insert(format!("{name}.bias"), Weight::latent(b).unwrap());
+}
+
+fn run_layer(case: &Case, store: &Weights, names: &[(&str, &str)], y: impl Fn(&Tensor) -> Tensor) -> Outputs {
+    let x = case.var("x");
+    let params: BTreeMap<String, Var> = store.params().into_iter().map(|p| (p.name, p.var)).collect();
+    let mut vars = vec![("gx".to_string(), x.clone())];
+    for (role, name) in names {
+        let var = params.get(*name).unwrap_or_else(|| panic!("{}: no parameter {name}", case.id));
+        vars.push((role.to_string(), var.clone()));
+    }
+    let y = y(x.as_tensor());
+    let mut out = Outputs::new();
+    gradients(case, &y, &vars, &mut out);
+    out.insert("y".into(), y);
+    out
+}
+
+/// The model's own MLP.
+fn quant_mlp(case: &Case) -> Outputs {
+    let bits = case.bits("weight_bits");
+    let mut store = hung(vec![
+        (
+            "b.intermediate.dense.input_quant",
+            act_quant(case, "act_bits", true, "fc1_s", Some("fc1_shift_in"), Some("fc1_shift_out")),
+        ),
+        (
+            "b.output.dense.input_quant",
+            act_quant(case, "act_bits", false, "fc2_s", Some("fc2_shift_in"), Some("fc2_shift_out")),
+        ),
+    ]);
+    layer(&mut store, "b.intermediate.dense", case.input("fc1_w"), case.input("fc1_b"), bits);
+    layer(&mut store, "b.output.dense", case.input("fc2_w"), case.input("fc2_b"), bits);
+    let names = [
+        ("g_fc1_w", "b.intermediate.dense.weight"),
+        ("g_fc1_b", "b.intermediate.dense.bias"),
+        ("g_fc1_s", "b.intermediate.dense.input_quant.scale"),
+        ("g_fc1_shift_in", "b.intermediate.dense.input_quant.shift_in"),
+        ("g_fc1_shift_out", "b.intermediate.dense.input_quant.shift_out"),
+        ("g_fc2_w", "b.output.dense.weight"),
+        ("g_fc2_b", "b.output.dense.bias"),
+        ("g_fc2_s", "b.output.dense.input_quant.scale"),
+        ("g_fc2_shift_in", "b.output.dense.input_quant.shift_in"),
+        ("g_fc2_shift_out", "b.output.dense.input_quant.shift_out"),
+    ];
+    let mlp = Mlp::new(&store, "b").unwrap();
+    run_layer(case, &store, &names, |x| mlp.forward(x).unwrap())
+}
+
+/// The model's own attention, with the fused qkv of the reference split in three.
+fn quant_attention(case: &Case) -> Outputs {
+    let bits = case.bits("weight_bits");
+    let (dim, heads) = (case.bits("dim") as usize, case.bits("heads") as usize);
+    let inner = "b.attention.attention";
+    let quant = |name: &str, scale: &str, signed, shift_in: Option<&str>, shift_out: Option<&str>| {
+        (format!("{inner}.{name}"), act_quant(case, "act_bits", signed, scale, shift_in, shift_out))
+    };
+    let taps = vec![
+        quant("input_quant", "qkv_s", true, Some("qkv_shift_in"), Some("qkv_shift_out")),
+        quant("query_quant", "s_q", true, Some("qkv_out_shift#0"), Some("q_shift_out")),
+        quant("key_quant", "s_k", true, Some("qkv_out_shift#1"), Some("k_shift_out")),
+        quant("value_quant", "s_v", true, Some("qkv_out_shift#2"), Some("v_shift_out")),
+        quant("softmax_quant", "s_attn", false, None, None),
+    ];
+    let mut store = hung(taps.iter().map(|(n, r)| (n.as_str(), r.clone())).collect());
+    let output = "b.attention.output.dense";
+    let rule = act_quant(case, "act_bits", true, "proj_s", Some("proj_shift_in"), Some("proj_shift_out"));
+    store.hang(format!("{output}.input_quant"), rule);
+    for (part, name) in ["query", "key", "value"].into_iter().enumerate() {
+        let (w, b) = (third(case.input("qkv_w"), part), third(case.input("qkv_b"), part));
+        layer(&mut store, &format!("{inner}.{name}"), &w, &b, bits);
+    }
+    layer(&mut store, output, case.input("proj_w"), case.input("proj_b"), bits);
+    let config = VitConfig {
+        image_size: (8, 8),
+        patch_size: 4,
+        channels: 1,
+        hidden: dim,
+        layers: 1,
+        heads,
+        mlp: dim,
+        eps: 1e-6,
+        qkv_bias: true,
+        distilled: false,
+        two_heads: false,
+        classes: vec!["a".into(), "b".into()],
+    };
+    let attention = Attention::new(&store, &config, "b").unwrap();
+    let mut owned: Vec<(String, String)> = Vec::new();
+    for name in ["query", "key", "value"] {
+        owned.push((format!("g_qkv_w#{name}"), format!("{inner}.{name}.weight")));
+        owned.push((format!("g_qkv_b#{name}"), format!("{inner}.{name}.bias")));
+        owned.push((format!("g_qkv_out_shift#{name}"), format!("{inner}.{name}_quant.shift_in")));
+        let letter = &name[..1];
+        owned.push((format!("g_s_{letter}"), format!("{inner}.{name}_quant.scale")));
+        owned.push((format!("g_{letter}_shift_out"), format!("{inner}.{name}_quant.shift_out")));
+    }
+    for (role, tap) in [("qkv", format!("{inner}.input_quant")), ("proj", format!("{output}.input_quant"))] {
+        for (suffix, own) in [("s", "scale"), ("shift_in", "shift_in"), ("shift_out", "shift_out")] {
+            owned.push((format!("g_{role}_{suffix}"), format!("{tap}.{own}")));
+        }
+    }
+    owned.push(("g_proj_w".into(), format!("{output}.weight")));
+    owned.push(("g_proj_b".into(), format!("{output}.bias")));
+    owned.push(("g_s_attn".into(), format!("{inner}.softmax_quant.scale")));
+    let names: Vec<(&str, &str)> = owned.iter().map(|(a, b)| (a.as_str(), b.as_str())).collect();
+    let mut out = run_layer(case, &store, &names, |x| attention.forward(x).unwrap());
+    for fused in ["g_qkv_w", "g_qkv_b", "g_qkv_out_shift"] {
+        let parts: Vec<Tensor> =
+            ["query", "key", "value"].iter().filter_map(|n| out.remove(&format!("{fused}#{n}"))).collect();
+        out.insert(fused.into(), Tensor::cat(&parts, 0).unwrap());
+    }
+    out
+}
+
+fn oscillation_tracker(case: &Case) -> Outputs {
+    let momentum = case.attrs["momentum"].as_f64().unwrap() as f32;
+    let codes = case.input("codes");
+    let shape = codes.dims()[1..].to_vec();
+    let mut track = Track::default();
+    for step in 0..codes.dim(0).unwrap() {
+        let now = codes.get(step).unwrap().to_dtype(DType::F32).unwrap().flatten_all().unwrap();
+        track.observe(&now.to_vec1::<f32>().unwrap(), momentum);
+    }
+    let tensor = |v: Vec<f32>| Tensor::from_vec(v, shape.as_slice(), &Device::Cpu).unwrap();
+    let mut out = Outputs::new();
+    out.insert("ema".into(), tensor(track.ema().to_vec()));
+    out.insert("total".into(), tensor(track.total().iter().map(|&t| t as f32).collect()));
+    out.insert("last_direction".into(), tensor(track.direction().iter().map(|&d| f32::from(d)).collect()));
+    out
+}
+
+fn op(name: &str) -> Option<fn(&Case) -> Outputs> {
+    Some(match name {
+        "statsq" => statsq,
+        "lsq_act" => lsq_act,
+        "lsq_act_shifted" => lsq_act_shifted,
+        "kd_loss" => kd_loss,
+        "quant_mlp" => quant_mlp,
+        "quant_attention" => quant_attention,
+        "oscillation_tracker" => oscillation_tracker,
+        _ => return None,
+    })
+}
+
+/// The ops of ofq that are built: an index must hold cases of the first four at least.
+const REQUIRED: [&str; 4] = ["statsq", "lsq_act", "lsq_act_shifted", "kd_loss"];
+
+fn folder() -> PathBuf {
+    let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    std::env::var_os("QTUNE_GOLDEN").map(PathBuf::from).unwrap_or(own)
+}
+
+/// The first element out of tolerance.
+fn difference(got: &Tensor, want: &Tensor, atol: f64, rtol: f64) -> Option<String> {
+    if got.elem_count() != want.elem_count() {
+        return Some(format!("found shape {:?}, expected {:?}", got.dims(), want.dims()));
+    }
+    let flat = |t: &Tensor| t.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
+    let (got, want) = (flat(got), flat(want));
+    // Written so that a NaN is a difference.
+    let outside = |(g, w): (&f64, &f64)| !((g - w).abs() <= atol + rtol * w.abs());
+    let at = got.iter().zip(&want).position(outside)?;
+    Some(format!("[{at}]: found {}, expected {} (atol {atol}, rtol {rtol})", got[at], want[at]))
+}
+
+#[test]
+fn ofq() {
+    let dir = folder().join("ofq");
+    let text = std::fs::read_to_string(dir.join("index.json"))
+        .unwrap_or_else(|e| panic!("{}: {e}", dir.join("index.json").display()));
+    let index: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(index["format"], 1, "index.json: another format");
+    let mut passed: BTreeMap<&str, usize> = BTreeMap::new();
+    let mut missing: BTreeMap<&str, usize> = BTreeMap::new();
+    let mut failed = Vec::new();
+    for case in index["cases"].as_array().unwrap() {
+        let name = case["op"].as_str().unwrap();
+        let Some(run) = op(name) else {
+            *missing.entry(name).or_default() += 1;
+            continue;
+        };
+        let id = case["id"].as_str().unwrap();
+        let file = Checkpoint::open(&dir.join(case["file"].as_str().unwrap())).unwrap();
+        let tensor = |name: &Value| file.tensor(name.as_str().unwrap(), &Device::Cpu).unwrap();
+        let inputs =
+            case["inputs"].as_object().unwrap().iter().map(|(role, n)| (role.clone(), tensor(n))).collect();
+        let got = run(&Case { id: id.to_string(), attrs: case["attrs"].clone(), inputs });
+        for (role, stored) in case["outputs"].as_object().unwrap() {
+            let tol = &case["tol"][role];
+            let (atol, rtol) = (tol["atol"].as_f64().unwrap(), tol["rtol"].as_f64().unwrap());
+            let wrong = match got.get(role) {
+                None => Some("not computed".to_string()),
+                Some(got) => difference(got, &tensor(stored), atol, rtol),
+            };
+            failed.extend(wrong.map(|what| format!("{id}: {role} {what}")));
+        }
+        *passed.entry(name).or_default() += 1;
+    }
+    println!("golden ofq: {passed:?} run; not built yet: {missing:?}");
+    assert!(failed.is_empty(), "{} differences:\n{}", failed.len(), failed.join("\n"));
+    let absent: Vec<&&str> = REQUIRED.iter().filter(|op| !passed.contains_key(**op)).collect();
+    assert!(absent.is_empty(), "no case of {absent:?}");
+}
