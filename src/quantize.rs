@@ -199,7 +199,7 @@ fn lay_quantizers(
 }
 
 /// Hangs activation quantizers on every tap of the model, started from `images`.
-fn calibrate(
+pub fn calibrate(
     recipe: &Recipe,
     config: &VitConfig,
     weights: &mut Weights,

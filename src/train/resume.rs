@@ -42,8 +42,9 @@ pub struct State {
     pub measured: Option<(usize, Accuracy)>,
     /// Best top-1 of the phase, and the step that reached it.
     pub best: Option<(f64, usize)>,
-    /// The rules on taps as they describe themselves.
-    pub taps: BTreeMap<String, Value>,
+    /// The rules on taps as they describe themselves, in the order in which the model came by them:
+    /// sums over all trainables follow it.
+    pub taps: Vec<(String, Value)>,
     /// Names of the weights whose oscillation is tracked.
     pub tracked: Vec<String>,
 }
@@ -61,7 +62,7 @@ impl Default for State {
             fp_bytes: 0,
             measured: None,
             best: None,
-            taps: BTreeMap::new(),
+            taps: Vec::new(),
             tracked: Vec::new(),
         }
     }

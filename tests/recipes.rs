@@ -1,0 +1,90 @@
+//! Every recipe resolves, comes back from what it is saved as, and says what is wrong with a bad one.
+
+use std::path::Path;
+
+use qtune::recipe::{put, set, Recipe, EMBEDDED};
+
+#[test]
+fn every_file_is_compiled_in_and_resolves() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes");
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        let stem = path.file_stem().unwrap().to_str().unwrap().to_string();
+        assert!(EMBEDDED.iter().any(|(name, _)| *name == stem), "{stem} is not compiled in");
+        files.push(stem);
+    }
+    assert_eq!(files.len(), EMBEDDED.len());
+    for (name, _) in EMBEDDED {
+        let recipe = Recipe::resolve(Recipe::table(name).unwrap()).unwrap();
+        assert_eq!(&recipe.name, name);
+        let saved = recipe.to_toml().unwrap();
+        let again = Recipe::resolve(saved.parse().unwrap()).unwrap();
+        assert_eq!(recipe, again, "{name}");
+    }
+}
+
+fn wrong(change: impl FnOnce(&mut toml::Table)) -> String {
+    let mut table = Recipe::table("glyphs").unwrap();
+    change(&mut table);
+    let error = Recipe::resolve(table).unwrap_err();
+    assert_eq!(error.exit_code(), 2, "{error}");
+    let text = error.to_string();
+    assert!(!text.contains('\n'), "{text}");
+    text
+}
+
+#[test]
+fn unknown_keys_and_wrong_types_are_named() {
+    let text = wrong(|t| set(t, "train.batchsize=8").unwrap());
+    assert!(text.contains("batchsize") && text.contains("nearest: batch_size"), "{text}");
+    let text = wrong(|t| set(t, "train.batch_size=\"many\"").unwrap());
+    assert!(text.contains("many") && text.contains("batch_size"), "{text}");
+    let text = wrong(|t| set(t, "transform.0.bits=5").unwrap());
+    assert!(text.contains("transform.0") && text.contains("bits = 5"), "{text}");
+    let text = wrong(|t| set(t, "activation.bits=1").unwrap());
+    assert!(text.contains("activation.bits = 1"), "{text}");
+    let text = wrong(|t| set(t, "optimizer.kind=lion").unwrap());
+    assert!(text.contains("lion"), "{text}");
+    let text = wrong(|t| set(t, "optimizer.beta3=0.5").unwrap());
+    assert!(text.contains("beta3") && text.contains("nearest: beta"), "{text}");
+    let text = wrong(|t| set(t, "train.accumulate=0").unwrap());
+    assert!(text.contains("train.accumulate = 0"), "{text}");
+    let text = wrong(|t| set(t, "phase.1.lr=nan").unwrap());
+    assert!(text.contains("phase.1.lr"), "{text}");
+    let text = wrong(|t| set(t, "model.heads=5").unwrap());
+    assert!(text.contains("model.heads = 5"), "{text}");
+}
+
+#[test]
+fn paths_of_set_reach_arrays_and_refuse_what_is_not_there() {
+    let mut table = Recipe::table("glyphs").unwrap();
+    set(&mut table, "phase.1.epochs=0.5").unwrap();
+    set(&mut table, "data.path=/some/where").unwrap();
+    let recipe = Recipe::resolve(table.clone()).unwrap();
+    assert_eq!(recipe.phase[1].epochs, 0.5);
+    assert_eq!(recipe.data.path.as_deref(), Some(Path::new("/some/where")));
+    assert!(set(&mut table, "phase.7.epochs=1").unwrap_err().to_string().contains("index below 2"));
+    assert!(set(&mut table, "no equals sign").unwrap_err().to_string().contains("key.path=value"));
+    assert!(put(&mut table, "name.x", toml::Value::Integer(1)).unwrap_err().contains("neither a table"));
+}
+
+#[test]
+fn a_recipe_that_is_not_there_lists_near_names() {
+    let error = Recipe::table("vit-w2a3").unwrap_err().to_string();
+    assert!(error.contains("nearest: vit-w2a3"), "{error}");
+}
+
+#[test]
+fn a_mistake_in_a_file_is_reported_with_its_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("mine.toml");
+    let text = EMBEDDED[0].1.replace("batch_size = 100", "batch_sise = 100");
+    assert_ne!(text, EMBEDDED[0].1);
+    std::fs::write(&path, text).unwrap();
+    let error = Recipe::table(path.to_str().unwrap()).unwrap_err();
+    let text = error.to_string();
+    assert!(text.contains("mine.toml") && text.contains("line") && text.contains("batch_sise"), "{text}");
+    assert!(text.contains("nearest: batch_size") && !text.contains('\n'), "{text}");
+    assert_eq!(error.exit_code(), 2);
+}

@@ -1,0 +1,329 @@
+//! What training promises: exact resume, the same bytes from the same seed, gradients that do not
+//! depend on how a batch is split, and nothing silent.
+
+use std::path::Path;
+use std::sync::Mutex;
+
+use candle_core::{Device, Tensor};
+use qtune::data::{Augment, Batch, DataConfig, Loader, Preprocess};
+use qtune::models::{open_vit, Vit};
+use qtune::optim::OptimizerConfig;
+use qtune::quantize;
+use qtune::random::Random;
+use qtune::recipe::{set, DistillKind, Recipe};
+use qtune::train::{signal, step, Classify, Progress, Quiet};
+use qtune::transform::WeightQuant;
+use qtune::weights::{Checkpoint, Weights};
+use qtune::Error;
+
+/// A run of a few seconds: 300 glyphs, a tiny model, both phases.
+fn recipe(changes: &[&str]) -> Recipe {
+    let mut table = Recipe::table("glyphs").unwrap();
+    let small = [
+        "data.glyphs.train=300",
+        "data.glyphs.eval=100",
+        "model.hidden=16",
+        "model.layers=2",
+        "model.heads=2",
+        "model.mlp=24",
+        "train.batch_size=20",
+        "train.log_steps=1",
+        "train.checkpoint_steps=4",
+        "phase.0.steps=7",
+        "phase.1.steps=9",
+    ];
+    for change in small.iter().chain(changes) {
+        set(&mut table, change).unwrap();
+    }
+    Recipe::resolve(table).unwrap()
+}
+
+/// Asks for a stop when the given phase has come to the given step.
+struct StopAt {
+    phase: &'static str,
+    step: usize,
+    now: Mutex<String>,
+}
+
+impl Progress for StopAt {
+    fn note(&self, _line: &str) {}
+    fn start(&self, what: &str, _total: usize) {
+        *self.now.lock().unwrap() = what.to_string();
+    }
+    fn tick(&self, done: usize, _message: &str) {
+        if *self.now.lock().unwrap() == self.phase && done == self.step {
+            signal::ask(2);
+        }
+    }
+    fn finish(&self) {}
+}
+
+/// The signal is one for the whole process: tests that ask for it or train take turns.
+static TURN: Mutex<()> = Mutex::new(());
+
+fn turn() -> std::sync::MutexGuard<'static, ()> {
+    TURN.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+/// metrics.jsonl without times and memory.
+fn metrics(dir: &Path) -> Vec<serde_json::Value> {
+    let text = std::fs::read_to_string(dir.join("metrics.jsonl")).unwrap();
+    let strip = |line: &str| {
+        let mut value: serde_json::Value = serde_json::from_str(line).unwrap();
+        for key in ["samples_per_s", "peak_rss_bytes"] {
+            value.as_object_mut().unwrap().remove(key).unwrap();
+        }
+        value
+    };
+    text.lines().map(strip).collect()
+}
+
+fn model_bytes(dir: &Path) -> Vec<u8> {
+    std::fs::read(dir.join("model/model.safetensors")).unwrap()
+}
+
+#[test]
+fn stopped_and_resumed_is_the_run_that_never_stopped() {
+    let _turn = turn();
+    for changes in [&[][..], &["activation.bits=2", "transform.0.kind=\"lsq\"", "train.accumulate=2"]] {
+        let recipe = recipe(changes);
+        let whole = tempfile::tempdir().unwrap();
+        quantize::run(&recipe, whole.path(), &Device::Cpu, &Quiet).unwrap();
+        for (phase, step) in
+            [("float", 3), ("float", 7), ("quantized", 1), ("quantized", 6), ("quantized", 9)]
+        {
+            let dir = tempfile::tempdir().unwrap();
+            let stop = StopAt { phase, step, now: Mutex::default() };
+            let stopped = quantize::run(&recipe, dir.path(), &Device::Cpu, &stop);
+            signal::ask(0);
+            match stopped {
+                Err(Error::Stopped { signal: 2, resume: Some(resume) }) => assert_eq!(resume, dir.path()),
+                other => panic!("{phase} {step}: {other:?}"),
+            }
+            assert!(!dir.path().join("model").exists());
+            quantize::run(&recipe, dir.path(), &Device::Cpu, &Quiet).unwrap();
+            assert_eq!(metrics(dir.path()), metrics(whole.path()), "{phase} {step} {changes:?}");
+            assert_eq!(model_bytes(dir.path()), model_bytes(whole.path()), "{phase} {step} {changes:?}");
+        }
+    }
+}
+
+#[test]
+fn packed_and_fake_quantized_accuracy_agree_and_the_packed_one_is_reported() {
+    let _turn = turn();
+    for changes in [&[][..], &["activation.bits=4"], &["activation.bits=2"], &["transform.0.bits=3"]] {
+        let dir = tempfile::tempdir().unwrap();
+        let summary = quantize::run(&recipe(changes), dir.path(), &Device::Cpu, &Quiet).unwrap();
+        let number = |key: &str| summary[key].as_f64().unwrap_or_else(|| panic!("{key}: {summary}"));
+        // 100 images: at most one falls on the other side.
+        assert!((number("q_top1") - number("fake_quant_top1")).abs() <= 1.0, "{summary}");
+        // The steps and shifts of activations weigh more than a model this small.
+        assert!(changes.iter().any(|c| c.starts_with("act")) || number("compression") > 1.5, "{summary}");
+        assert_eq!(number("steps"), 16.0);
+        let saved: serde_json::Value =
+            serde_json::from_str(&std::fs::read_to_string(dir.path().join("summary.json")).unwrap()).unwrap();
+        assert_eq!(saved, summary);
+    }
+}
+
+#[test]
+fn without_steps_a_trained_model_is_packed_as_it_is() {
+    let _turn = turn();
+    let dir = tempfile::tempdir().unwrap();
+    let recipe = recipe(&["phase.1.steps=0", "phase.0.steps=60", "transform.0.bits=4"]);
+    let summary = quantize::run(&recipe, dir.path(), &Device::Cpu, &Quiet).unwrap();
+    let float = open_vit(&dir.path().join("checkpoints/float"), &Device::Cpu).unwrap();
+    let packed = open_vit(&dir.path().join("model"), &Device::Cpu).unwrap();
+    let name = "vit.encoder.layer.0.intermediate.dense.weight";
+    let (a, b) = (float.weights.get(name).unwrap(), packed.weights.get(name).unwrap());
+    let (a, b) = (a.tensor().unwrap(), b.tensor().unwrap());
+    let error = (&a - b).unwrap().sqr().unwrap().mean_all().unwrap().to_scalar::<f32>().unwrap();
+    let power = a.sqr().unwrap().mean_all().unwrap().to_scalar::<f32>().unwrap();
+    // A uniform 4-bit grid of least squares leaves about 1.2 % of a Gaussian's power.
+    assert!(error / power < 0.02, "{}", error / power);
+    assert_eq!(summary["steps"], 60);
+}
+
+/// A quantized student and batches for it.
+fn task(act_bits: u8) -> (Classify, Weights, Vec<Batch>, OptimizerConfig) {
+    let recipe = recipe(&[&format!("activation.bits={act_bits}")]);
+    let dataset = DataConfig { ..recipe.data.clone() }.open(0).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    // An untouched start, quantizers in place: the state of the first checkpoint of the second phase.
+    let mut short = recipe.clone();
+    short.phase[0].steps = Some(1);
+    short.phase[1].steps = Some(1);
+    quantize::run(&short, dir.path(), &Device::Cpu, &Quiet).unwrap();
+    let start = open_vit(&dir.path().join("checkpoints/float"), &Device::Cpu).unwrap();
+    let mut weights = start.weights.trainable().unwrap();
+    for (name, _) in quantize::targets(&recipe, &weights).unwrap() {
+        let w = weights.get(&name).unwrap().tensor().unwrap().detach();
+        weights.wrap(&name, WeightQuant::Lsq.training(4, &w).unwrap()).unwrap();
+    }
+    let preprocess = std::sync::Arc::new(Preprocess::default_for(28, 28, 1));
+    let load = |order: Vec<u32>, size: usize| -> Vec<Batch> {
+        let augment = Some(Augment { crop_pad: 1, flip: false });
+        let train = dataset.train.clone();
+        Loader::new(train, preprocess.clone(), augment, order, size, 0, 0, 1, &Device::Cpu)
+            .map(|b| b.unwrap())
+            .collect()
+    };
+    let whole = load((0..24).collect(), 24);
+    quantize::calibrate(&recipe, &start.config, &mut weights, &whole[0].images, &Quiet).unwrap();
+    let model = Vit::new(&start.config, &weights).unwrap();
+    let batches = [whole, load((0..24).collect(), 7)].concat_batches();
+    (Classify { model, teacher: None, distill: DistillKind::None }, weights, batches, recipe.optimizer)
+}
+
+trait Concat {
+    fn concat_batches(self) -> Vec<Batch>;
+}
+
+impl Concat for [Vec<Batch>; 2] {
+    fn concat_batches(self) -> Vec<Batch> {
+        self.into_iter().flatten().collect()
+    }
+}
+
+/// An update rule that only remembers the gradients.
+#[derive(Default)]
+struct Remember(Vec<(String, Vec<f32>)>);
+
+impl qtune::optim::Optimizer for Remember {
+    fn update(
+        &mut self,
+        param: &qtune::weights::Param,
+        grad: &Tensor,
+        _lr: f64,
+        _decay: bool,
+    ) -> qtune::Result<()> {
+        self.0.push((param.name.clone(), grad.flatten_all()?.to_vec1()?));
+        Ok(())
+    }
+    fn state(&self) -> qtune::Result<Vec<(String, Tensor)>> {
+        Ok(Vec::new())
+    }
+    fn restore(
+        &mut self,
+        _params: &[qtune::weights::Param],
+        _read: &dyn Fn(&str) -> qtune::Result<Tensor>,
+    ) -> qtune::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn any_split_of_a_batch_gives_the_same_gradient() {
+    let _turn = turn();
+    for act_bits in [32, 4] {
+        let (task, weights, batches, config) = task(act_bits);
+        let params = weights.params();
+        let gradient = |batches: &[Batch]| {
+            let mut rule = Remember::default();
+            let device = &Device::Cpu;
+            let (step, _) =
+                step::take(&task, batches, &params, &mut rule, &config, 0.1, 0.0, true, device).unwrap();
+            (rule.0, step.loss)
+        };
+        let (whole, loss) = gradient(&batches[..1]);
+        let (split, split_loss) = gradient(&batches[1..]); // 7, 7, 7 and 3 samples
+        assert_eq!(batches[1..].iter().map(|b| b.labels.len()).collect::<Vec<_>>(), [7, 7, 7, 3]);
+        assert!((loss - split_loss).abs() < 1e-5 * loss.abs());
+        for ((name, a), (_, b)) in whole.iter().zip(&split) {
+            let size = a.iter().fold(0f32, |m, v| m.max(v.abs()));
+            for (x, y) in a.iter().zip(b) {
+                // f32 sums in another order, relative to the tensor's largest entry.
+                assert!((x - y).abs() <= 1e-4 * size + 1e-7, "{name} at {act_bits} bits: {x} {y}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_trainable_that_no_gradient_reaches_is_an_error_that_names_it() {
+    let _turn = turn();
+    let (task, mut weights, batches, config) = task(32);
+    weights.insert(
+        "stranger.weight",
+        qtune::weights::Weight::latent(
+            &Tensor::zeros((2, 2), candle_core::DType::F32, &Device::Cpu).unwrap(),
+        )
+        .unwrap(),
+    );
+    let params = weights.params();
+    let mut rule = Remember::default();
+    let taken = step::take(&task, &batches[..1], &params, &mut rule, &config, 0.1, 0.0, true, &Device::Cpu);
+    let error = taken.unwrap_err().to_string();
+    assert!(error.contains("no gradient reached 1 of") && error.contains("stranger.weight"), "{error}");
+}
+
+#[test]
+fn a_loss_that_is_not_finite_stops_the_run() {
+    let _turn = turn();
+    let (task, weights, batches, config) = task(32);
+    let params = weights.params();
+    let bias = params.iter().find(|p| p.name == "classifier.bias").unwrap();
+    let poison = vec![f32::NAN; bias.var.elem_count()];
+    bias.var.set(&Tensor::new(&poison[..], &Device::Cpu).unwrap()).unwrap();
+    let mut rule = config.build();
+    let taken =
+        step::take(&task, &batches[..1], &params, rule.as_mut(), &config, 0.1, 0.0, true, &Device::Cpu);
+    let error = taken.unwrap_err();
+    assert!(error.to_string().contains("the loss is NaN"), "{error}");
+    assert_eq!(error.exit_code(), 1);
+}
+
+#[test]
+fn the_loss_falls_on_glyphs() {
+    let _turn = turn();
+    let dir = tempfile::tempdir().unwrap();
+    let changes = [
+        "data.glyphs.train=1500",
+        "model.hidden=48",
+        "model.heads=4",
+        "model.mlp=96",
+        "train.batch_size=50",
+        "phase.0.steps=150",
+        "phase.0.lr=3e-3",
+        "phase.1.steps=20",
+    ];
+    let summary = quantize::run(&recipe(&changes), dir.path(), &Device::Cpu, &Quiet).unwrap();
+    let lines = metrics(dir.path());
+    let losses: Vec<f64> = lines
+        .iter()
+        .filter(|l| l["phase"] == "float" && l["split"] == "train")
+        .map(|l| l["loss"].as_f64().unwrap())
+        .collect();
+    assert_eq!(losses.len(), 150);
+    let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len() as f64;
+    assert!(mean(&losses[140..]) < 0.6 * mean(&losses[..10]), "{losses:?}");
+    // Ten classes: far above a guess, and so after quantization.
+    assert!(summary["fp_top1"].as_f64().unwrap() > 30.0, "{summary}");
+    assert!(summary["q_top1"].as_f64().unwrap() > 30.0, "{summary}");
+}
+
+#[test]
+fn a_checkpoint_of_another_recipe_is_refused_by_name() {
+    let _turn = turn();
+    let dir = tempfile::tempdir().unwrap();
+    let stop = StopAt { phase: "float", step: 5, now: Mutex::default() };
+    quantize::run(&recipe(&[]), dir.path(), &Device::Cpu, &stop).unwrap_err();
+    signal::ask(0);
+    let other = quantize::run(&recipe(&["model.mlp=25"]), dir.path(), &Device::Cpu, &Quiet).unwrap_err();
+    assert!(other.to_string().contains("intermediate.dense.weight"), "{other}");
+    assert!(other.to_string().contains("[24, 16]") && other.to_string().contains("[25, 16]"), "{other}");
+}
+
+#[test]
+fn seeds_differ() {
+    let _turn = turn();
+    let run = |seed: &str| {
+        let dir = tempfile::tempdir().unwrap();
+        quantize::run(&recipe(&[seed]), dir.path(), &Device::Cpu, &Quiet).unwrap();
+        let file = Checkpoint::open(&dir.path().join("model")).unwrap();
+        let tensor = file.tensor("vit.layernorm.bias", &Device::Cpu).unwrap();
+        tensor.to_vec1::<f32>().unwrap()
+    };
+    assert_ne!(run("seed=1"), run("seed=2"));
+    assert_ne!(Random::new(1, "a", &[]).bits(), Random::new(2, "a", &[]).bits());
+}
