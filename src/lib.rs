@@ -22,6 +22,7 @@
 //! ```
 
 #![warn(missing_docs)]
+#![deny(unsafe_code)]
 
 pub mod data;
 pub mod error;

@@ -14,13 +14,13 @@ use crate::models::vit::Vit;
 use crate::models::{self, import_vit, open_vit, Imported, VitConfig, Want};
 use crate::optim::Optimizer;
 use crate::random::Random;
-use crate::recipe::{DistillKind, ModelConfig, Recipe, VitSource, When};
+use crate::recipe::{DistillKind, ModelConfig, PhaseConfig, Recipe, VitSource, When};
 use crate::select::select;
 use crate::train::{
-    epoch_steps, peak_rss_bytes, phase_steps, resume, Accuracy, Classify, Metrics, Phase, Progress, Quiet,
-    Tracker, Trainer,
+    epoch_steps, peak_rss_bytes, phase_steps, resume, signal, Accuracy, Classify, Metrics, Phase, Progress,
+    Quiet, Tracker, Trainer,
 };
-use crate::transform::ActQuant;
+use crate::transform::{ActQuant, WeightQuant};
 use crate::weights::format::{stored_tensors, QuantizationConfig};
 use crate::weights::{checkpoint, Calibration, Weights};
 use crate::{files, hub, Error, Result};
@@ -84,17 +84,26 @@ fn pretrained(
 }
 
 fn new_model(recipe: &Recipe, source: &VitSource, dataset: &Dataset, device: &Device) -> Result<Start> {
-    let first = dataset.train.image(0)?;
-    let natural = match (first.width, first.height) {
-        (w, h) if w == h && w <= 64 => w,
-        _ => 64,
-    };
+    if dataset.train.is_empty() {
+        return Err(no_training_images(recipe, dataset));
+    }
+    let mut looks = Vec::new();
+    for index in 0..dataset.train.len().min(32) {
+        looks.push(dataset.train.image(index)?);
+    }
+    let (width, height) = (looks[0].width, looks[0].height);
+    let one_size = looks.iter().all(|i| (i.width, i.height) == (width, width));
+    let natural = if one_size && height <= 64 { width } else { 64 };
+    let channels = looks.iter().map(|i| i.channels).max().unwrap_or(1);
     let size = source.image_size.unwrap_or(natural);
-    let patch = source.patch_size.unwrap_or((size / 8).max(4));
+    let (size, patch) = match source.patch_size {
+        Some(patch) => (size, patch),
+        None => patches(size),
+    };
     let config = VitConfig {
         image_size: (size, size),
         patch_size: patch,
-        channels: first.channels,
+        channels,
         hidden: source.hidden,
         layers: source.layers,
         heads: source.heads,
@@ -112,7 +121,7 @@ fn new_model(recipe: &Recipe, source: &VitSource, dataset: &Dataset, device: &De
     }
     let preprocess = Preprocess::default_for(size, size, config.channels);
     let note = format!(
-        "new ViT: {size} px, patches of {patch}, {} x {} channels, {} heads, {} classes",
+        "new ViT: {size} px, {channels} colours, patches of {patch}, {} x {} channels, {} heads, {} classes",
         config.layers,
         config.hidden,
         config.heads,
@@ -128,6 +137,22 @@ fn new_model(recipe: &Recipe, source: &VitSource, dataset: &Dataset, device: &De
     })
 }
 
+/// The patch of a new model, the divisor of the image's size nearest an eighth of it and at least 4; a
+/// size without one is brought down to a multiple of 4.
+fn patches(size: usize) -> (usize, usize) {
+    let wanted = (size / 8).max(4);
+    let divisors = (4..=size / 2).filter(|p| size.is_multiple_of(*p));
+    match divisors.min_by_key(|p| p.abs_diff(wanted)).filter(|p| *p <= 2 * wanted) {
+        Some(patch) => (size, patch),
+        None => ((size / 4).max(1) * 4, 4),
+    }
+}
+
+fn no_training_images(recipe: &Recipe, dataset: &Dataset) -> Error {
+    let path = recipe.data.path.clone().unwrap_or_else(|| dataset.name.clone().into());
+    Error::input(path, "found images to evaluate on, but none to train on")
+}
+
 /// A fresh tensor: norms one, biases zero, tokens and the classifier from a truncated normal of 0.02,
 /// other matrices of 0.7 / sqrt(inputs), which keeps a pre-norm block's output near its input's size.
 fn initial(seed: u64, name: &str, shape: &[usize], device: &Device) -> Result<Tensor> {
@@ -141,8 +166,7 @@ fn initial(seed: u64, name: &str, shape: &[usize], device: &Device) -> Result<Te
         let small = name.contains("token") || name.contains("position") || name.contains("classifier");
         let inputs: usize = shape.iter().skip(1).product();
         let std = if small { 0.02 } else { 0.7 / (inputs as f32).sqrt() };
-        let mut random = Random::new(seed, "initial", &[]);
-        random = Random::new(seed, &format!("initial:{name}"), &[u64::from(random.bits())]);
+        let mut random = Random::new(seed, &format!("initial:{name}"), &[]);
         (0..count).map(|_| random.truncated_normal(std)).collect()
     };
     Ok(Tensor::from_vec(values, shape, device)?)
@@ -179,6 +203,15 @@ fn lay_quantizers(
     progress: &dyn Progress,
 ) -> Result<()> {
     let (mut zero_rows, mut rows) = (0usize, 0usize);
+    for (index, transform) in recipe.transform.iter().enumerate() {
+        if transform.kind == WeightQuant::Statsq && transform.bits > 4 && training {
+            progress.note(&format!(
+                "transform.{index}: StatsQ at {} bits clips at twice the mean magnitude, as at 2 bits; lsq has \
+                 no such bound",
+                transform.bits
+            ));
+        }
+    }
     for (name, index) in targets(recipe, weights)? {
         let config = &recipe.transform[index];
         let w = weights.get(&name)?.tensor()?.detach();
@@ -278,12 +311,15 @@ pub fn run(recipe: &Recipe, dir: &Path, device: &Device, progress: &dyn Progress
     let saved = resume::latest(dir)?;
     let state = saved.as_ref().map(|s| s.state.clone()).unwrap_or_default();
     let dataset = open_data(recipe)?;
-    let start = start(recipe, dataset.as_ref(), device)?;
+    let (start, dataset) = prepare(recipe, dataset, device)?;
     let notes = dataset.iter().flat_map(|d| &d.notes).chain(&start.notes);
     notes.for_each(|note| progress.note(note));
     let Some(dataset) = dataset else {
         return without_data(recipe, dir, start, started, device, progress);
     };
+    if let Some(signal) = signal::asked() {
+        return Err(Error::Stopped { signal, resume: Some(dir.to_path_buf()) });
+    }
     let metrics = Metrics::open(&dir.join("metrics.jsonl"), state.metrics_lines)?;
     if let Some(saved) = &saved {
         progress.note(&format!("continuing from step {} ({})", state.step, saved.dir.display()));
@@ -300,7 +336,6 @@ pub fn run(recipe: &Recipe, dir: &Path, device: &Device, progress: &dyn Progress
         earlier_s: state.wall_s,
         state,
         started,
-        samples_per_s: 0.0,
     };
     let done = train_phases(&mut trainer, &start, saved, device)?;
     finish(&mut trainer, &start, done)
@@ -333,7 +368,7 @@ fn train_phases(
     for (index, phase) in recipe.phase.iter().enumerate() {
         let skip = phase.when == When::Untrained && !start.untrained;
         let mut optimizer = recipe.optimizer.build();
-        if index < first && !(phase.quantize && !quantized) {
+        if index < first && (quantized || !phase.quantize) {
             continue;
         }
         // What a phase needs to be in place, made once and read again on resume.
@@ -400,8 +435,10 @@ fn begin_quantization(
     trainer.progress.note(&format!("full precision: top-1 {:.2} %", accuracy.top1));
     trainer.state.full_precision = Some(accuracy);
     lay_quantizers(trainer.recipe, weights, !untrained, trainer.progress)?;
-    let images = trainer.first_batch()?.images;
-    calibrate(trainer.recipe, &start.config, weights, &images, trainer.progress)?;
+    if trainer.recipe.activation.bits != 32 {
+        let images = trainer.first_batch()?.images;
+        calibrate(trainer.recipe, &start.config, weights, &images, trainer.progress)?;
+    }
     // What was measured is the model without quantizers.
     trainer.state.measured = None;
     Ok(())
@@ -428,40 +465,95 @@ fn run_phase(
     let config = &recipe.phase[index];
     let teacher = match (config.quantize, recipe.distill.kind) {
         (false, _) | (_, DistillKind::None) => None,
-        (true, DistillKind::Soft) => Some(teacher(trainer, start)?),
+        (true, DistillKind::Soft) if phase_steps(recipe, config, trainer.dataset.train.len()) == 0 => None,
+        (true, DistillKind::Soft) => Some(teacher(recipe, trainer.dir, start, trainer.device)?),
     };
     let model = Vit::new(&start.config, weights)?;
     let task = Classify { model, teacher, distill: recipe.distill.kind };
     let phase = Phase { config, vit: &start.config, weights, task: &task, optimizer, tracker };
     let before = trainer.state.phase_step;
     trainer.run(phase)?;
-    match trainer.state.phase_step == before {
-        true => Ok(()),
-        false => trainer.save(weights, optimizer, tracker),
+    if trainer.state.phase_step != before {
+        trainer.save(weights, optimizer, tracker)?;
+    }
+    match signal::asked() {
+        Some(signal) => Err(Error::Stopped { signal, resume: Some(trainer.dir.to_path_buf()) }),
+        None => Ok(()),
     }
 }
 
-fn teacher(trainer: &Trainer<'_>, start: &Start) -> Result<Vit> {
-    let own = float_dir(trainer.dir);
-    let dir = match &trainer.recipe.distill.teacher {
+/// The teacher: the model at the start of quantization, or the one that the recipe names, which must
+/// see the same images and know the same classes as the student.
+fn teacher(recipe: &Recipe, run: &Path, start: &Start, device: &Device) -> Result<Vit> {
+    let dir = match &recipe.distill.teacher {
         Some(path) => models::model_dir(&hub::resolve(&path.to_string_lossy())?),
-        None => own,
+        None => float_dir(run),
     };
-    let opened = open_vit(&dir, trainer.device)?;
+    let opened = open_vit(&dir, device)?;
+    let differ = |what: &str, found: String, expected: String| {
+        Err(Error::input(&dir, format!("the teacher's {what}: found {found}, the student's is {expected}")))
+    };
     let (found, expected) = (&opened.config, &start.config);
-    if found.classes.len() != expected.classes.len() || found.image_size != expected.image_size {
-        return Err(Error::input(
-            &dir,
-            format!(
-                "the teacher has {} classes at {:?} px, the student {} at {:?}",
-                found.classes.len(),
-                found.image_size,
-                expected.classes.len(),
-                expected.image_size
-            ),
-        ));
+    if found.classes.len() != expected.classes.len() {
+        let (a, b) = (found.classes.len(), expected.classes.len());
+        return differ("number of classes", a.to_string(), b.to_string());
+    }
+    let known = |c: &VitConfig| c.classes.iter().cloned().collect::<std::collections::BTreeSet<String>>();
+    if known(found) == known(expected) && found.classes != expected.classes {
+        return differ("order of classes", found.classes.join(", "), expected.classes.join(", "));
+    }
+    let input = |c: &VitConfig| format!("{} x {:?}", c.channels, c.image_size);
+    if input(found) != input(expected) {
+        return differ("image size", input(found), input(expected));
+    }
+    let normal = |p: &Preprocess| format!("mean {:?}, std {:?}, scale {}", p.mean, p.std, p.rescale);
+    if normal(&opened.preprocess) != normal(&start.preprocess) {
+        return differ("normalisation", normal(&opened.preprocess), normal(&start.preprocess));
     }
     Vit::new(&opened.config, &opened.weights)
+}
+
+/// Opens what a recipe starts from and checks, before any work, what would else fail hours later.
+fn prepare(recipe: &Recipe, dataset: Option<Dataset>, device: &Device) -> Result<(Start, Option<Dataset>)> {
+    if dataset.is_none() {
+        check_without_data(recipe)?;
+    }
+    let start = start(recipe, dataset.as_ref(), device)?;
+    targets(recipe, &start.weights)?;
+    let Some(mut dataset) = dataset else {
+        if start.untrained {
+            return Err(Error::usage(format!("{}: a new classifier needs images: give --data", start.name)));
+        }
+        return Ok((start, None));
+    };
+    if !start.untrained {
+        dataset = dataset.under_labels(&start.config.classes)?;
+    }
+    let samples = dataset.train.len();
+    let runs: Vec<_> = recipe.phase.iter().filter(|p| p.when == When::Always || start.untrained).collect();
+    let trains = runs.iter().any(|p| p.steps.unwrap_or(usize::from(p.epochs > 0.0)) > 0);
+    if samples == 0 && (trains || recipe.activation.bits != 32) {
+        return Err(no_training_images(recipe, &dataset));
+    }
+    if dataset.eval.is_empty() {
+        let path = recipe.data.path.clone().unwrap_or_else(|| dataset.name.clone().into());
+        return Err(Error::input(path, "found no images to evaluate on"));
+    }
+    let steps = |quantize: bool| -> usize {
+        let of = runs.iter().filter(|p| p.quantize == quantize);
+        of.map(|p| phase_steps(recipe, p, samples)).sum()
+    };
+    if recipe.distill.kind == DistillKind::Soft && steps(true) > 0 {
+        if recipe.distill.teacher.is_some() {
+            teacher(recipe, Path::new(""), &start, device)?;
+        } else if start.untrained && steps(false) == 0 {
+            return Err(Error::usage(
+                "the teacher would be an untrained model: train a float phase first, name a --teacher, or set \
+                 --kd none",
+            ));
+        }
+    }
+    Ok((start, Some(dataset)))
 }
 
 /// Packs, writes, reads back, measures, sums up.
@@ -473,7 +565,7 @@ fn finish(trainer: &mut Trainer<'_>, start: &Start, trained: Trained) -> Result<
     let dir = trainer.dir.join("model");
     let packed_bytes = write_model(&dir, &start.config, &start.preprocess, &packed)?;
     let read_back = open_vit(&dir, trainer.device)?;
-    let got = trainer.evaluate(&read_back.config, &read_back.weights, "packed")?;
+    let got = trainer.evaluate(&read_back.config, &read_back.weights, "packed", true)?;
     let fp = trainer.state.full_precision.unwrap_or_default();
     let params = weights.params();
     let trainable: usize = params.iter().map(|p| p.var.elem_count()).sum();
@@ -492,7 +584,8 @@ fn finish(trainer: &mut Trainer<'_>, start: &Start, trained: Trained) -> Result<
     put("compression", json!(trainer.state.fp_bytes as f64 / packed_bytes.max(1) as f64));
     put("oscillation", json!(tracker.figures().percent));
     put("frozen", json!(0.0));
-    put("train_samples_per_s", json!(trainer.samples_per_s));
+    let rate = trainer.state.samples_per_s;
+    put("train_samples_per_s", if rate > 0.0 { json!(rate) } else { Value::Null });
     put("infer_samples_per_s_fp", json!(fp.samples_per_s));
     put("infer_samples_per_s_packed", json!(got.samples_per_s));
     write_summary(trainer.dir, summary)
@@ -507,7 +600,6 @@ fn without_data(
     device: &Device,
     progress: &dyn Progress,
 ) -> Result<Value> {
-    check_without_data(recipe)?;
     let fp_bytes: usize =
         start.config.shapes().iter().map(|(_, shape)| 4 * shape.iter().product::<usize>()).sum();
     let mut weights = start.weights.clone();
@@ -533,7 +625,11 @@ fn without_data(
 
 /// Training, calibration and a new classifier need data.
 pub fn check_without_data(recipe: &Recipe) -> Result<()> {
-    if !untrained_quantization(recipe, 1) {
+    let idle = |p: &PhaseConfig| p.steps == Some(0) || (p.steps.is_none() && p.epochs == 0.0);
+    if recipe.data.eval_path.is_some() {
+        return Err(Error::usage("data.eval_path: it needs data.path (--data) beside it"));
+    }
+    if !recipe.phase.iter().filter(|p| p.quantize || p.when == When::Always).all(idle) {
         return Err(Error::usage("training needs images: give --data PATH, or --steps 0 to pack as it is"));
     }
     if recipe.activation.bits != 32 {
@@ -550,7 +646,7 @@ fn summary_head(recipe: &Recipe, start: &Start, wall_s: f64, device: &Device) ->
     let head = json!({
         "command": "quantize",
         "method": match recipe.transform.first().map(|t| t.kind) {
-            Some(crate::transform::WeightQuant::Lsq) => "lsq",
+            Some(WeightQuant::Lsq) => "lsq",
             _ => "statsq",
         },
         "recipe": recipe.name,
@@ -593,11 +689,7 @@ pub struct Plan {
 
 /// Plans a run.
 pub fn plan(recipe: &Recipe, device: &Device) -> Result<Plan> {
-    let dataset = open_data(recipe)?;
-    if dataset.is_none() {
-        check_without_data(recipe)?;
-    }
-    let start = start(recipe, dataset.as_ref(), device)?;
+    let (start, dataset) = prepare(recipe, open_data(recipe)?, device)?;
     let chosen = targets(recipe, &start.weights)?;
     let mut tensors = Vec::new();
     for (name, shape) in start.config.shapes() {
@@ -608,8 +700,8 @@ pub fn plan(recipe: &Recipe, device: &Device) -> Result<Plan> {
                 let grid = transform.kind.grid(transform.bits)?;
                 let cols = count / shape[0];
                 let kind = match transform.kind {
-                    crate::transform::WeightQuant::Statsq => "statsq",
-                    crate::transform::WeightQuant::Lsq => "lsq",
+                    WeightQuant::Statsq => "statsq",
+                    WeightQuant::Lsq => "lsq",
                 };
                 (format!("{kind}, {} bits", transform.bits), shape[0] * (grid.row_bytes(cols) + 4))
             }

@@ -296,9 +296,9 @@ impl Recipe {
 
     /// What only several tables together can tell, and what types cannot hold.
     pub fn check(&self) -> Result<()> {
-        let Some(blocks) = self.transform.first() else {
+        if self.transform.is_empty() {
             return Err(Error::usage("transform: found none, expected a weight quantizer"));
-        };
+        }
         for (i, transform) in self.transform.iter().enumerate() {
             transform.kind.grid(transform.bits).map_err(|e| Error::usage(format!("transform.{i}: {e}")))?;
             if transform.targets.is_empty() {
@@ -312,9 +312,6 @@ impl Recipe {
         if !(2..=8).contains(&edge_bits) {
             return Err(Error::usage(format!("activation.edge_bits = {edge_bits}: expected 2 to 8")));
         }
-        if bits != 32 && blocks.bits == 32 {
-            return Err(Error::usage("activation.bits needs quantized weights"));
-        }
         let train = &self.train;
         let counts = [
             ("train.batch_size", train.batch_size),
@@ -323,9 +320,10 @@ impl Recipe {
             ("train.log_steps", train.log_steps),
             ("train.keep", train.keep),
         ];
-        if let Some((key, _)) = counts.iter().find(|(_, n)| *n == 0) {
-            return Err(Error::usage(format!("{key} = 0: expected at least 1")));
+        if let Some((key, n)) = counts.iter().find(|(_, n)| *n == 0 || *n > 1 << 20) {
+            return Err(Error::usage(format!("{key} = {n}: expected 1 to {}", 1 << 20)));
         }
+        self.optimizer.check()?;
         if !(train.clip.is_finite() && train.clip >= 0.0) {
             return Err(Error::usage(format!("train.clip = {}: expected 0 or more", train.clip)));
         }
@@ -356,6 +354,9 @@ impl Recipe {
             if let Some((name, value)) = finite.iter().find(|(_, v)| !(v.is_finite() && *v >= 0.0)) {
                 return Err(Error::usage(format!("{} = {value}: expected 0 or more", key(name))));
             }
+            if let Some(span) = phase.cosine_span.filter(|span| !(span.is_finite() && *span > 0.0)) {
+                return Err(Error::usage(format!("{} = {span}: expected more than 0", key("cosine_span"))));
+            }
             let after = self.phase[..i].iter().any(|earlier| earlier.quantize);
             if after && !phase.quantize {
                 return Err(Error::usage(format!(
@@ -364,8 +365,8 @@ impl Recipe {
                 )));
             }
         }
-        if self.phase.is_empty() {
-            return Err(Error::usage("phase: found none, expected at least one [[phase]]"));
+        if !self.phase.iter().any(|phase| phase.quantize) {
+            return Err(Error::usage("phase: found none with quantize = true, expected at least one"));
         }
         Ok(())
     }

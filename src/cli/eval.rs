@@ -7,7 +7,8 @@ use anyhow::Result;
 use clap::Args;
 use qtune::data::DataConfig;
 use qtune::models::{model_dir, open_vit, Vit};
-use qtune::train::{evaluate, peak_rss_bytes, Progress};
+use qtune::recipe::Recipe;
+use qtune::train::{evaluate, peak_rss_bytes, signal, Progress};
 use qtune::{hub, quantize, Error};
 use serde_json::json;
 
@@ -18,7 +19,7 @@ use super::{print, print_json};
 pub struct Eval {
     /// Model: a folder, a run of ours or a hub name; full precision or packed
     model: PathBuf,
-    /// Images: an IDX pair, CIFAR-10, an image folder or archive [default: built-in glyphs]
+    /// Images: an IDX pair, CIFAR-10, an image folder or archive [default: those of the run, for a run folder]
     #[arg(long, value_name = "PATH")]
     data: Option<PathBuf>,
     /// Images to evaluate on, where they lie elsewhere
@@ -34,15 +35,32 @@ pub struct Eval {
     #[arg(long, value_name = "N", default_value_t = 250)]
     batch_size: usize,
     /// Seed of the built-in glyphs
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
+    #[arg(long)]
+    seed: Option<u64>,
     #[command(flatten)]
     common: Common,
 }
 
 impl Eval {
+    /// The data to measure on: what the flags say, else what a run folder's own recipe says.
+    fn data(&self) -> qtune::Result<(DataConfig, u64)> {
+        if self.data.is_some() || self.eval_data.is_some() {
+            let (path, eval_path) = (self.data.clone(), self.eval_data.clone());
+            // A second path alone is the data.
+            let (path, eval_path) = if path.is_none() { (eval_path, None) } else { (path, eval_path) };
+            return Ok((DataConfig { path, eval_path, ..DataConfig::default() }, self.seed.unwrap_or(0)));
+        }
+        let recipe = self.model.join("recipe.toml");
+        if !recipe.exists() {
+            return Err(Error::usage("eval needs images: give --data PATH, or a run folder as MODEL"));
+        }
+        let recipe = Recipe::resolve(Recipe::table(&recipe.to_string_lossy())?)?;
+        Ok((recipe.data, self.seed.unwrap_or(recipe.seed)))
+    }
+
     pub fn run(self) -> Result<()> {
         let started = std::time::Instant::now();
+        signal::watch()?;
         let progress = self.common.progress();
         let device = self.common.device()?;
         if self.batch_size == 0 {
@@ -51,23 +69,17 @@ impl Eval {
         let dir = model_dir(&hub::resolve(&self.model.to_string_lossy())?);
         let opened = open_vit(&dir, &device)?;
         opened.notes.iter().for_each(|note| progress.note(note));
-        let data = DataConfig {
-            path: self.data.clone(),
-            eval_path: self.eval_data.clone(),
-            limit_eval: self.limit_eval,
-            strict: self.strict,
-            ..DataConfig::default()
-        };
-        let dataset = data.open(self.seed)?;
+        let (mut data, seed) = self.data()?;
+        data.limit_eval = self.limit_eval.or(data.limit_eval);
+        data.strict |= self.strict;
+        // The training images are not looked at, so one is enough.
+        data.limit_train = Some(1);
+        let dataset = data.open(seed)?.under_labels(&opened.config.classes)?;
         dataset.notes.iter().for_each(|note| progress.note(note));
-        let (classes, known) = (dataset.classes.len(), opened.config.classes.len());
-        if classes > known {
-            let message = format!("{}: found {classes} classes, the model knows {known}", dataset.name);
-            return Err(Error::usage(message).into());
-        }
         let model = Vit::new(&opened.config, &opened.weights)?;
         let preprocess = Arc::new(opened.preprocess);
-        let got = evaluate(&model, dataset.eval.clone(), preprocess, self.batch_size, &device, &progress)?;
+        let eval = dataset.eval.clone();
+        let got = evaluate(&model, eval, preprocess, self.batch_size, &device, &progress, true)?;
         if self.common.json {
             let params: usize = opened.config.shapes().iter().map(|(_, s)| s.iter().product::<usize>()).sum();
             let mut value = quantize::accuracy_json(&got);
@@ -75,7 +87,7 @@ impl Eval {
                 "command": "eval",
                 "method": if opened.quantization.is_some() { "packed" } else { "full precision" },
                 "model": self.model.display().to_string(),
-                "seed": self.seed,
+                "seed": seed,
                 "device": quantize::device_name(&device),
                 "threads": rayon::current_num_threads(),
                 "wall_s": started.elapsed().as_secs_f64(),

@@ -70,11 +70,11 @@ impl Common {
             return Err(Error::usage(format!("--dtype {:?}: vision transformers run in f32", self.dtype)));
         }
         if let Some(threads) = self.threads {
-            if threads == 0 {
-                return Err(Error::usage("--threads 0: expected at least 1"));
+            if !(1..=1024).contains(&threads) {
+                return Err(Error::usage(format!("--threads {threads}: expected 1 to 1024")));
             }
-            // Set before any thread of ours or of candle's exists: both read it when they start theirs.
-            std::env::set_var("RAYON_NUM_THREADS", threads.to_string());
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+            pool.map_err(|e| Error::usage(format!("--threads {threads}: {e}")))?;
         }
         let name = self.device.as_deref();
         let (kind, ordinal) = match name {

@@ -105,8 +105,7 @@ fn read_summary(run: &Path) -> Result<Option<Value>> {
     }
 }
 
-/// A row for each tensor; codes and scales of a packed weight are one, steps and shifts of taps are
-/// left to the list of activations.
+/// A row for each tensor; codes and scales of a packed weight are one.
 fn rows(checkpoint: &Checkpoint, quantization: Option<&QuantizationConfig>) -> Vec<Row> {
     let mut rows = Vec::new();
     let taps: Vec<&str> =

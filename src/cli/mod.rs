@@ -44,8 +44,22 @@ enum Command {
 
 /// Parses the command line and runs the command.
 pub fn run() -> Result<()> {
-    let args = Args::parse();
-    qtune::train::signal::watch()?;
+    let args = match Args::try_parse() {
+        Ok(args) => args,
+        Err(error) if error.use_stderr() => {
+            // clap's message over several lines, as one: what was found and what was expected.
+            let text = error.to_string();
+            let text = text.split("\n\nUsage").next().unwrap_or(&text);
+            let text = text.split("\n\nFor more").next().unwrap_or(text);
+            let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+            let line = line.strip_prefix("error: ").unwrap_or(&line).to_string();
+            return Err(qtune::Error::usage(line).into());
+        }
+        Err(help) => {
+            help.print()?;
+            return Ok(());
+        }
+    };
     match args.command {
         Command::Quantize(command) => command.run(),
         Command::Eval(command) => command.run(),

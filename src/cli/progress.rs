@@ -83,7 +83,7 @@ impl Progress for Lines {
                 now.first = done;
             }
             let pause = if self.verbosity == Verbosity::Loud { 1 } else { 5 };
-            if now.printed.elapsed() < Duration::from_secs(pause) && done != now.total {
+            if now.printed.elapsed() < Duration::from_secs(pause) {
                 return;
             }
             now.printed = Instant::now();

@@ -6,7 +6,7 @@ use anyhow::Result;
 use clap::{Args, ValueEnum};
 use qtune::quantize;
 use qtune::recipe::{put, set, Recipe};
-use qtune::train::Progress;
+use qtune::train::{signal, Progress};
 use qtune::{files, Error};
 use toml::Value;
 
@@ -145,7 +145,7 @@ fn count(n: usize) -> Value {
 }
 
 fn path(path: &Path) -> Value {
-    Value::String(anchored(path).display().to_string())
+    Value::String(path.display().to_string())
 }
 
 impl Quantize {
@@ -200,9 +200,16 @@ impl Quantize {
         });
         let mut table = Recipe::table(name)?;
         if let Some(kind) = self.optimizer {
-            let mut optimizer = toml::Table::new();
-            optimizer.insert("kind".into(), Value::String(name_of(&kind)));
-            table.insert("optimizer".into(), Value::Table(optimizer));
+            // Another rule has other settings; decay means the same for all.
+            let old = table.get("optimizer").and_then(Value::as_table).cloned().unwrap_or_default();
+            let kind = Value::String(name_of(&kind));
+            if old.get("kind") != Some(&kind) {
+                let shared = ["weight_decay", "no_decay"];
+                let mut optimizer: toml::Table =
+                    old.into_iter().filter(|(key, _)| shared.contains(&key.as_str())).collect();
+                optimizer.insert("kind".into(), kind);
+                table.insert("optimizer".into(), Value::Table(optimizer));
+            }
         }
         for (key, value) in self.overrides()? {
             put(&mut table, &key, value).map_err(|what| Error::usage(format!("{key}: {what}")))?;
@@ -211,8 +218,12 @@ impl Quantize {
             for phase in phases.iter_mut().filter_map(Value::as_table_mut) {
                 if phase.get("quantize") == Some(&Value::Boolean(true)) {
                     for (key, value) in self.phase_overrides() {
-                        if key == "epochs" {
-                            phase.remove("steps");
+                        // A length of its own: what the recipe said of it does not fit any more.
+                        match key {
+                            "epochs" => drop((phase.remove("steps"), phase.remove("cosine_span"))),
+                            "steps" => drop(phase.remove("cosine_span")),
+                            "warmup" => drop(phase.remove("warmup_epochs")),
+                            _ => {}
                         }
                         phase.insert(key.into(), value);
                     }
@@ -222,7 +233,14 @@ impl Quantize {
         for assignment in &self.set {
             set(&mut table, assignment)?;
         }
-        Ok(Recipe::resolve(table)?)
+        let mut recipe = Recipe::resolve(table)?;
+        let qtune::recipe::ModelConfig::Vit(vit) = &mut recipe.model;
+        let paths =
+            [&mut recipe.data.path, &mut recipe.data.eval_path, &mut recipe.distill.teacher, &mut vit.path];
+        for path in paths.into_iter().flatten() {
+            *path = anchored(path);
+        }
+        Ok(recipe)
     }
 
     pub fn run(self) -> Result<()> {
@@ -235,6 +253,7 @@ impl Quantize {
         if self.dry_run {
             return self.plan(&recipe, &device);
         }
+        signal::watch()?;
         let dir = self.create(&recipe)?;
         progress.note(&format!("{}: {} ({})", dir.display(), recipe.about, recipe.name));
         let summary = quantize::run(&recipe, &dir, &device, &progress);
@@ -257,6 +276,10 @@ impl Quantize {
         let text = files::read_text(&path)?;
         let table = text.parse::<toml::Table>().map_err(|e| Error::input(&path, e.message().to_string()))?;
         let recipe = Recipe::resolve(table)?;
+        if self.dry_run {
+            return self.plan(&recipe, device);
+        }
+        signal::watch()?;
         if let Some(summary) = quantize::finished(dir)? {
             progress.note(&format!("{}: this run is finished", dir.display()));
             return self.report(dir, Ok(summary));
@@ -283,6 +306,7 @@ impl Quantize {
         }
         if let Some(parent) = dir.parent().filter(|p| !p.as_os_str().is_empty()) {
             std::fs::create_dir_all(parent).map_err(|e| Error::io(parent, e))?;
+            files::sweep(parent)?;
         }
         let staging = files::Staging::new(&dir)?;
         files::write_bytes(&staging.path().join("recipe.toml"), recipe.to_toml()?.as_bytes())?;
@@ -297,7 +321,12 @@ impl Quantize {
                 // A run that failed before its first checkpoint leaves nothing worth keeping.
                 let stopped = matches!(error, Error::Stopped { .. });
                 if !stopped && !dir.join("checkpoints").exists() && self.resume.is_none() {
-                    files::discard(dir)?;
+                    // What went wrong is the news, not that cleaning up did too.
+                    let _ = files::discard(dir);
+                    if self.out.is_none() {
+                        // `runs`, where this was its only run; one that is not empty stays.
+                        let _ = dir.parent().map(std::fs::remove_dir);
+                    }
                 }
                 return Err(error.into());
             }

@@ -17,7 +17,7 @@ mod preprocess;
 mod processor;
 mod resample;
 
-use crate::Result;
+use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -117,6 +117,78 @@ impl Source for View {
 
     fn name(&self, index: usize) -> String {
         self.inner.name(self.indices[index] as usize)
+    }
+}
+
+impl Dataset {
+    /// The same images with the labels of a model that knows `known`: by name where every class of
+    /// the data is one of the model's (case aside), else by number where the data's classes are
+    /// numbered or as many as the model's, which the note then says. Anything else is an error.
+    pub fn under_labels(mut self, known: &[String]) -> Result<Self> {
+        let same = |a: &str, b: &str| a.eq_ignore_ascii_case(b);
+        let place = |class: &String| known.iter().position(|k| same(k, class));
+        let numbered = self.classes.iter().enumerate().all(|(i, class)| *class == i.to_string());
+        let named: Option<Vec<u32>> = self.classes.iter().map(|c| place(c).map(|i| i as u32)).collect();
+        match named {
+            Some(map) if map.iter().enumerate().all(|(i, &to)| i as u32 == to) => {}
+            Some(map) => {
+                self.train = relabelled(self.train, &map);
+                self.eval = relabelled(self.eval, &map);
+            }
+            None if numbered && self.classes.len() <= known.len() => {}
+            None if self.classes.len() == known.len() => self.notes.push(format!(
+                "{}: its class names are not the model's: matched by order, {} is taken as {}",
+                self.name, self.classes[0], known[0]
+            )),
+            None => {
+                return Err(Error::usage(format!(
+                    "{}: found {} classes ({}, ...), the model knows {} ({}, ...)",
+                    self.name,
+                    self.classes.len(),
+                    self.classes.first().map(String::as_str).unwrap_or(""),
+                    known.len(),
+                    known.first().map(String::as_str).unwrap_or(""),
+                )))
+            }
+        }
+        self.classes = known.to_vec();
+        Ok(self)
+    }
+}
+
+fn relabelled(inner: Arc<dyn Source>, map: &[u32]) -> Arc<dyn Source> {
+    let indices = (0..inner.len() as u32).collect();
+    Arc::new(View { inner, indices, relabel: Some(map.to_vec()) })
+}
+
+#[cfg(test)]
+mod label_tests {
+    use super::*;
+
+    fn data(classes: usize) -> Dataset {
+        let glyphs = Glyphs { classes, train: 40, eval: 20, ..Default::default() };
+        DataConfig { glyphs, ..Default::default() }.open(0).unwrap()
+    }
+
+    #[test]
+    fn labels_follow_names_then_numbers() {
+        let names = |list: &[&str]| list.iter().map(|s| s.to_string()).collect::<Vec<_>>();
+        let mut own = data(3);
+        own.classes = names(&["ant", "bee", "cat"]);
+        let before: Vec<u32> = (0..20).map(|i| own.eval.label(i)).collect();
+        let known = names(&["Cat", "dog", "bee", "ant"]);
+        let by_name = own.clone().under_labels(&known).unwrap();
+        let expected: Vec<u32> = before.iter().map(|&l| [3, 2, 0][l as usize]).collect();
+        assert_eq!((0..20).map(|i| by_name.eval.label(i)).collect::<Vec<_>>(), expected);
+        // As many classes of other names: by order, and said.
+        let by_order = own.clone().under_labels(&names(&["x", "y", "z"])).unwrap();
+        assert_eq!((0..20).map(|i| by_order.eval.label(i)).collect::<Vec<_>>(), before);
+        assert_eq!(by_order.notes.len(), own.notes.len() + 1);
+        // Fewer classes of other names: no telling which is which.
+        assert!(own.clone().under_labels(&names(&["w", "x", "y", "z"])).is_err());
+        own.classes = names(&["0", "1", "2"]);
+        assert!(own.clone().under_labels(&names(&["w", "x", "y", "z"])).is_ok());
+        assert!(own.under_labels(&names(&["w", "x"])).is_err());
     }
 }
 

@@ -343,7 +343,7 @@ pub fn packed_codes_matmul(q: &Tensor, bound: u32, x_step: &Tensor, rows: &Packe
     let q = check("packed codes matmul", q, rows)?.detach();
     let tokens = q.elem_count() / rows.cols;
     let step = x_step.detach().to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-    if step.is_empty() || tokens % step.len() != 0 {
+    if step.is_empty() || !tokens.is_multiple_of(step.len()) {
         bail!("packed codes matmul: found {} steps for {tokens} tokens", step.len());
     }
     let exact = i64::from(bound) * rows.largest_whole() * (rows.cols as i64) < EXACT;

@@ -16,7 +16,7 @@ pub use import::{import_vit, Imported, Want};
 pub use vit::Vit;
 pub use vit_config::VitConfig;
 
-use crate::data::Preprocess;
+use crate::data::{Filter, Preprocess, Resize};
 use crate::transform::ActQuant;
 use crate::weights::format::QuantizationConfig;
 use crate::weights::{Checkpoint, Transform, Weights};
@@ -54,7 +54,7 @@ pub fn read_config(dir: &Path) -> Result<(PathBuf, Value)> {
     Ok((path, value))
 }
 
-/// The weights of a model folder, dense or packed, for any model: `open_weights(dir)?.var_builder(..)`.
+/// The weights of a model folder, dense or packed, for any model: `open_weights(dir, device)?.var_builder(dtype, device)`.
 pub fn open_weights(dir: &Path, device: &Device) -> Result<Weights> {
     let (path, config) = read_config(dir)?;
     let checkpoint = Checkpoint::open(dir)?;
@@ -81,7 +81,13 @@ pub fn open_vit(dir: &Path, device: &Device) -> Result<Opened> {
     };
     let Some(quantization) = QuantizationConfig::read(&path, &json)? else {
         let want = Want { image_size: None, classes: None, seed: 0 };
-        let Imported { config, tensors, notes, .. } = import_vit(dir, &want, device)?;
+        let Imported { config, tensors, notes, new_head } = import_vit(dir, &want, device)?;
+        if new_head {
+            return Err(Error::input(
+                dir,
+                "the model has no classifier: train one with qtune quantize --data",
+            ));
+        }
         let preprocess = preprocess_for(dir, &config)?;
         let weights = Weights::from_tensors(tensors);
         return Ok(Opened { config, weights, quantization: None, preprocess, notes });
@@ -105,23 +111,57 @@ pub fn open_vit(dir: &Path, device: &Device) -> Result<Opened> {
             format!("found in {}, but the model has no such tensor", dir.display()),
         ));
     }
+    let taps = Vit::taps(&config);
+    let stranger =
+        weights.taps().find(|(name, _)| !taps.iter().any(|t| t == name)).map(|(n, _)| n.to_string());
+    if let Some(name) = stranger {
+        return Err(Error::tensor(name, "an activation quantizer for a place that the model does not have"));
+    }
     let preprocess = preprocess_for(dir, &config)?;
     Ok(Opened { config, weights, quantization: Some(quantization), preprocess, notes: Vec::new() })
 }
 
 /// How the images of a model become tensors: its preprocessor_config.json, what timm says, or
-/// (x / 255 - 0.5) / 0.5.
+/// (x / 255 - 0.5) / 0.5. Where the model runs at another size than its file says, the size that images
+/// have before the center is cropped out follows.
 pub fn preprocess_for(dir: &Path, config: &VitConfig) -> Result<Preprocess> {
     let (height, width) = config.image_size;
-    if let Some(found) = Preprocess::load(dir, height, width, config.channels)? {
-        return Ok(found);
+    let mut found = match Preprocess::load(dir, height, width, config.channels)? {
+        Some(found) => found,
+        None => timm_or_plain(dir, config)?,
+    };
+    let own = match dir.join("config.json").exists() {
+        true => read_config(dir)?.1.get("image_size").and_then(Value::as_u64).map(|n| n as usize),
+        false => None,
+    };
+    if let Some(own) = own.filter(|own| *own > 0 && *own != height) {
+        let follow = |n: usize| (n * height).div_ceil(own);
+        found.resize = match found.resize {
+            Resize::ShortestEdge(n) => Resize::ShortestEdge(follow(n)),
+            Resize::Through(h, w) => Resize::Through(follow(h), follow(w)),
+            other => other,
+        };
     }
+    Ok(found)
+}
+
+fn timm_or_plain(dir: &Path, config: &VitConfig) -> Result<Preprocess> {
+    let (height, width) = config.image_size;
     let mut plain = Preprocess::default_for(height, width, config.channels);
-    if let Some(timm) = import::timm_preprocess(dir)? {
-        if timm.mean.len() == config.channels && timm.std.len() == config.channels {
-            plain.mean = timm.mean.iter().map(|&v| v as f32).collect();
-            plain.std = timm.std.iter().map(|&v| v as f32).collect();
-        }
+    let Some(timm) = import::timm_preprocess(dir)? else { return Ok(plain) };
+    if timm.mean.len() == config.channels && timm.std.len() == config.channels {
+        plain.mean = timm.mean.iter().map(|&v| v as f32).collect();
+        plain.std = timm.std.iter().map(|&v| v as f32).collect();
     }
+    if timm.crop_pct > 0.0 && timm.crop_pct <= 1.0 {
+        // timm takes the whole part of size / crop_pct.
+        plain.resize = Resize::ShortestEdge((height as f64 / timm.crop_pct) as usize);
+    }
+    plain.filter = match timm.interpolation.as_str() {
+        "nearest" => Filter::Nearest,
+        "bilinear" => Filter::Bilinear,
+        "lanczos" => Filter::Lanczos,
+        _ => Filter::Bicubic,
+    };
     Ok(plain)
 }

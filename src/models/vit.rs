@@ -6,7 +6,7 @@
 
 use candle_core::Tensor;
 
-use super::nn::{LayerNorm, Linear};
+use super::nn::{finite, LayerNorm, Linear};
 use super::vit_config::VitConfig;
 use crate::weights::{Granularity, Shifts, Signedness, Site, Tap, Weight, Weights};
 use crate::{kernels, Error, On, Result};
@@ -221,6 +221,38 @@ impl Vit {
     /// Runs the model on `images [batch, channels, height, width]`, normalised. Another image size than
     /// the model's is an error.
     pub fn forward(&self, images: &Tensor) -> Result<VitOutput> {
+        self.walk(images, &mut |_, _| Ok(()))
+    }
+
+    /// The first stage of the model whose output on `images` is not finite.
+    pub fn not_finite(&self, images: &Tensor) -> Result<Option<String>> {
+        let mut found = None;
+        self.walk(images, &mut |stage, h| {
+            if found.is_none() && !finite(h)? {
+                found = Some(stage.to_string());
+            }
+            Ok(())
+        })?;
+        Ok(found)
+    }
+
+    /// The names of the taps of a model of these sizes.
+    pub fn taps(config: &VitConfig) -> Vec<String> {
+        let prefix = config.prefix();
+        let mut names = vec![format!("{prefix}.embeddings.patch_embeddings.projection.input_quant")];
+        for layer in 0..config.layers {
+            let block = format!("{prefix}.encoder.layer.{layer}");
+            let inner = ["input", "query", "key", "value", "softmax"];
+            names.extend(inner.iter().map(|part| format!("{block}.attention.attention.{part}_quant")));
+            let dense = ["attention.output", "intermediate", "output"];
+            names.extend(dense.iter().map(|part| format!("{block}.{part}.dense.input_quant")));
+        }
+        names.extend(config.heads_of_classes().iter().map(|head| format!("{head}.input_quant")));
+        names
+    }
+
+    /// The forward pass, each stage's output shown to `see` under the stage's name.
+    fn walk(&self, images: &Tensor, see: &mut dyn FnMut(&str, &Tensor) -> Result<()>) -> Result<VitOutput> {
         let (batch, channels, height, width) = images.dims4().on("images")?;
         let (rows, cols) = self.config.image_size;
         if (channels, height, width) != (self.config.channels, rows, cols) {
@@ -245,16 +277,20 @@ impl Vit {
         parts.push(patches);
         let positions = self.positions.tensor()?.reshape((self.config.tokens(), hidden))?;
         let mut h = kernels::add_bias(&Tensor::cat(&parts, 1)?, &positions)?;
-        for block in &self.blocks {
+        let prefix = self.config.prefix();
+        see(&format!("{prefix}.embeddings"), &h)?;
+        for (i, block) in self.blocks.iter().enumerate() {
             h = block.forward(&h)?;
+            see(&format!("{prefix}.encoder.layer.{i}"), &h)?;
         }
         // The norm acts on each token alone, so only the tokens that are read go through it.
         let read = h.narrow(1, 0, 1 + usize::from(self.config.two_heads))?.contiguous()?;
         let read = self.norm.forward(&read)?;
+        see(&format!("{prefix}.layernorm"), &read)?;
         let at = |i: usize| -> Result<Tensor> { Ok(read.narrow(1, i, 1)?.squeeze(1)?.contiguous()?) };
-        Ok(VitOutput {
-            class: self.head.forward(&at(0)?)?,
-            distillation: self.distillation_head.as_ref().map(|head| head.forward(&at(1)?)).transpose()?,
-        })
+        let class = self.head.forward(&at(0)?)?;
+        see("the classifier", &class)?;
+        let second = self.distillation_head.as_ref();
+        Ok(VitOutput { class, distillation: second.map(|head| head.forward(&at(1)?)).transpose()? })
     }
 }

@@ -11,7 +11,7 @@ pub use schedule::{Rate, Schedule};
 
 use crate::select::matches;
 use crate::weights::Param;
-use crate::Result;
+use crate::{Error, Result};
 
 /// An update rule and its state, one entry for each parameter that it has seen.
 pub trait Optimizer: Send {
@@ -43,6 +43,29 @@ impl OptimizerConfig {
             OptimizerConfig::Adamw(config) => Box::new(adamw::AdamW::new(config.clone())),
             OptimizerConfig::Sgd(config) => Box::new(sgd::Sgd::new(config.clone())),
         }
+    }
+
+    /// What the types cannot hold: rates of decay below 1, everything finite.
+    pub fn check(&self) -> Result<()> {
+        let (shares, positive, decay) = match self {
+            OptimizerConfig::Adamw(c) => {
+                (vec![("beta1", c.beta1), ("beta2", c.beta2)], Some(("eps", c.eps)), c.weight_decay)
+            }
+            OptimizerConfig::Sgd(c) => (vec![("momentum", c.momentum)], None, c.weight_decay),
+        };
+        let bad = |key: &str, value: f64, what: &str| {
+            Err(Error::usage(format!("optimizer.{key} = {value}: expected {what}")))
+        };
+        if let Some((key, value)) = shares.into_iter().find(|(_, v)| !(0.0..1.0).contains(v)) {
+            return bad(key, value, "0 or more and less than 1");
+        }
+        if let Some((key, value)) = positive.filter(|(_, v)| !(v.is_finite() && *v > 0.0)) {
+            return bad(key, value, "more than 0");
+        }
+        if !(decay.is_finite() && decay >= 0.0) {
+            return bad("weight_decay", decay, "0 or more");
+        }
+        Ok(())
     }
 
     fn no_decay(&self) -> &[String] {

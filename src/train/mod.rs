@@ -72,8 +72,6 @@ pub struct Trainer<'a> {
     pub started: Instant,
     /// Seconds that earlier processes spent on it.
     pub earlier_s: f64,
-    /// Samples a second of the last phase's training.
-    pub samples_per_s: f64,
 }
 
 /// What a phase trains, and with what.
@@ -115,7 +113,10 @@ fn rate(recipe: &Recipe, phase: &PhaseConfig, samples: usize) -> Rate {
         warmup_lr: phase.warmup_lr,
         steps,
         epoch_steps,
-        epochs: phase.cosine_span.unwrap_or(phase.epochs),
+        epochs: phase.cosine_span.unwrap_or(match phase.steps {
+            Some(steps) => steps as f64 / epoch_steps as f64,
+            None => phase.epochs,
+        }),
     }
 }
 
@@ -152,7 +153,7 @@ impl Trainer<'_> {
         )
     }
 
-    /// The first batch of the phase: what calibration sees.
+    /// A batch of augmented training images for calibration, in the order of the phase that has ended.
     pub fn first_batch(&self) -> Result<Batch> {
         self.loader(0, 0).next().unwrap_or_else(|| Err(Error::Run("training data: found no samples".into())))
     }
@@ -173,12 +174,20 @@ impl Trainer<'_> {
         resume::save(self.dir, &self.state, weights, optimizer.state()?, tracker.state()?, keep)
     }
 
-    /// Evaluates a frozen store and writes the line that says so.
-    pub fn evaluate(&mut self, config: &VitConfig, weights: &Weights, what: &str) -> Result<Accuracy> {
+    /// Evaluates a frozen store and writes the line that says so. Where `stoppable`, a signal ends it:
+    /// not in the middle of a phase, whose steps would be lost with it.
+    pub fn evaluate(
+        &mut self,
+        config: &VitConfig,
+        weights: &Weights,
+        what: &str,
+        stoppable: bool,
+    ) -> Result<Accuracy> {
         let model = Vit::new(config, weights)?;
         let batch = self.recipe.train.eval_batch_size;
         let eval = self.dataset.eval.clone();
-        let got = evaluate(&model, eval, self.preprocess.clone(), batch, self.device, self.progress)
+        let device = self.device;
+        let got = evaluate(&model, eval, self.preprocess.clone(), batch, device, self.progress, stoppable)
             .map_err(|e| self.stopped(e))?;
         let mut line = Map::new();
         line.insert("step".into(), json!(self.state.step));
@@ -199,7 +208,7 @@ impl Trainer<'_> {
     pub fn measure(&mut self, config: &VitConfig, weights: &Weights, what: &str) -> Result<Accuracy> {
         match self.state.measured {
             Some((step, known)) if step == self.state.step && step > 0 => Ok(known),
-            _ => self.evaluate(config, weights, what),
+            _ => self.evaluate(config, weights, what, true),
         }
     }
 
@@ -229,7 +238,7 @@ impl Trainer<'_> {
                 loader = Some(self.loader(epoch, within * group));
             }
             let begun = Instant::now();
-            let mut batches = Vec::with_capacity(recipe.train.accumulate);
+            let mut batches = Vec::new();
             if let Some(loader) = &mut loader {
                 for batch in loader.take(recipe.train.accumulate) {
                     batches.push(batch?);
@@ -256,31 +265,32 @@ impl Trainer<'_> {
             self.say_still(lr, &params, &still);
             seconds += begun.elapsed().as_secs_f64();
             seen += step.samples;
-            self.samples_per_s = seen as f64 / seconds.max(1e-9);
+            self.state.samples_per_s = seen as f64 / seconds.max(1e-9);
             self.state.phase_step += 1;
             self.state.step += 1;
             let done = self.state.phase_step;
             let message = format!(
                 "loss {:.4}  top-1 {:.1} %  lr {lr:.1e}  {:.0} images/s",
-                step.loss, step.top1, self.samples_per_s
+                step.loss, step.top1, self.state.samples_per_s
             );
             self.progress.tick(done, &message);
             let last = done == rate.steps;
-            if done % recipe.train.log_steps == 0 || last {
+            if done.is_multiple_of(recipe.train.log_steps) || last {
                 self.log(config, &step, lr, epoch, within, rate.epoch_steps, tracker)?;
             }
             let due = recipe.train.eval_steps;
-            if last || (due > 0 && done % due == 0) {
-                let got = self.evaluate(vit, &weights.folded()?, &config.name)?;
+            if last || (due > 0 && done.is_multiple_of(due)) {
+                let got = self.evaluate(vit, &weights.folded()?, &config.name, false)?;
                 if self.state.best.is_none_or(|(best, _)| got.top1 > best) {
                     self.state.best = Some((got.top1, self.state.step));
                 }
-                self.progress.start(&config.name, rate.steps);
-                self.progress.tick(done, &message);
+                if !last {
+                    self.progress.start(&config.name, rate.steps);
+                }
             }
             let checkpoint = match recipe.train.checkpoint_steps {
                 0 => within + 1 == rate.epoch_steps,
-                n => done % n == 0,
+                n => done.is_multiple_of(n),
             };
             let best = self.state.best.is_some_and(|(_, step)| step == self.state.step);
             let stop = signal::asked();
@@ -302,7 +312,7 @@ impl Trainer<'_> {
                 "{} of {} trainables had a zero gradient or did not move at the first step: {}",
                 still.len(),
                 params.len(),
-                shorten(still)
+                still.join(", ")
             ));
         }
     }
@@ -334,17 +344,8 @@ impl Trainer<'_> {
             put("osc_ema_mean", json!(figures.ema_mean));
             put("flip_rate", json!(figures.flip_rate));
         }
-        put("samples_per_s", json!(self.samples_per_s));
+        put("samples_per_s", json!(self.state.samples_per_s));
         put("peak_rss_bytes", json!(peak_rss_bytes()));
         self.metrics.write(line)
-    }
-}
-
-/// The first three names and how many more there are.
-fn shorten(names: &[String]) -> String {
-    let shown: Vec<&str> = names.iter().take(3).map(String::as_str).collect();
-    match names.len().saturating_sub(3) {
-        0 => shown.join(", "),
-        more => format!("{} and {more} more", shown.join(", ")),
     }
 }

@@ -38,6 +38,8 @@ pub struct State {
     pub full_precision: Option<Accuracy>,
     /// Bytes of that model's file.
     pub fp_bytes: u64,
+    /// Samples a second of the last phase's training; 0 where nothing was trained.
+    pub samples_per_s: f64,
     /// The last evaluation, and the step after which it was made.
     pub measured: Option<(usize, Accuracy)>,
     /// Best top-1 of the phase, and the step that reached it.
@@ -60,6 +62,7 @@ impl Default for State {
             wall_s: 0.0,
             full_precision: None,
             fp_bytes: 0,
+            samples_per_s: 0.0,
             measured: None,
             best: None,
             taps: Vec::new(),

@@ -18,10 +18,11 @@ pub fn watch() -> Result<()> {
     }
     let io = |e| Error::io("signal handler", e);
     let flags = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+    let any = Arc::new(AtomicBool::new(false));
     for (signal, flag) in [(SIGINT, &flags.0), (SIGTERM, &flags.1)] {
-        // Order matters: the shutdown looks at the flag that an earlier signal has set.
-        let code = 128 + signal;
-        signal_hook::flag::register_conditional_shutdown(signal, code, flag.clone()).map_err(io)?;
+        // Order matters: the shutdown looks at the flag that an earlier signal, of either kind, has set.
+        signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, any.clone()).map_err(io)?;
+        signal_hook::flag::register(signal, any.clone()).map_err(io)?;
         signal_hook::flag::register(signal, flag.clone()).map_err(io)?;
     }
     ASKED.get_or_init(|| flags);

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor, D};
+use candle_core::{DType, Device, Tensor, D};
 use serde::{Deserialize, Serialize};
 
 use crate::data::{Batch, Loader, Preprocess, Source};
@@ -78,6 +78,12 @@ impl Classify {
             _ => None,
         };
         let loss = distillation_loss(&output, &labels, teacher.as_ref())?;
+        let value = loss.to_dtype(DType::F32)?.to_scalar::<f32>()?;
+        if !value.is_finite() {
+            let place = self.model.not_finite(&batch.images)?;
+            let place = place.map(|layer| format!("; first seen behind {layer}")).unwrap_or_default();
+            return Err(Error::Run(format!("the loss is {value}, expected a finite number{place}")));
+        }
         let logits = output.logits()?.detach().to_vec2::<f32>()?;
         let right = logits.iter().zip(&batch.labels).filter(|(row, label)| rank(row, **label) == 0).count();
         Ok(Loss { loss, right })
@@ -94,7 +100,7 @@ fn rank(logits: &[f32], label: u32) -> usize {
     logits.iter().enumerate().filter(|(i, &l)| l > own || (l == own && *i < label)).count()
 }
 
-/// Evaluates `model` on every sample of `source`, in order.
+/// Evaluates `model` on every sample of `source`, in order. Where `stoppable`, a signal ends it.
 pub fn evaluate(
     model: &Vit,
     source: Arc<dyn Source>,
@@ -102,6 +108,7 @@ pub fn evaluate(
     batch_size: usize,
     device: &Device,
     progress: &dyn Progress,
+    stoppable: bool,
 ) -> Result<Accuracy> {
     let started = std::time::Instant::now();
     let total = source.len();
@@ -111,7 +118,7 @@ pub fn evaluate(
     let (mut first, mut five, mut samples, mut loss) = (0usize, 0usize, 0usize, 0f64);
     progress.start("evaluating", total);
     for batch in loader {
-        if let Some(signal) = signal::asked() {
+        if let Some(signal) = signal::asked().filter(|_| stoppable) {
             return Err(Error::Stopped { signal, resume: None });
         }
         let batch = batch?;

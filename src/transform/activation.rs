@@ -79,6 +79,10 @@ impl ActQuant {
     ) -> Result<Self> {
         let description: Description = serde_json::from_value(description.clone())
             .map_err(|e| Error::tensor(name, format!("activation quantizer: {e}")))?;
+        if !matches!(description.axis, None | Some(-1 | -2)) {
+            let found = format!("activation quantizer: axis {:?}, expected -1, -2 or none", description.axis);
+            return Err(Error::tensor(name, found));
+        }
         let part = |suffix: &str, wanted: bool| -> Result<Option<Tensor>> {
             if !wanted {
                 return Ok(None);
@@ -172,9 +176,9 @@ impl Transform for ActQuant {
         Ok(Arc::new(ActQuant {
             grid: self.grid,
             axis: self.axis,
-            step: self.step.detach(),
-            shift_in: self.shift_in.as_ref().map(Tensor::detach),
-            shift_out: self.shift_out.as_ref().map(Tensor::detach),
+            step: self.step.copy()?.detach(),
+            shift_in: self.shift_in.as_ref().map(Tensor::copy).transpose()?.map(|t| t.detach()),
+            shift_out: self.shift_out.as_ref().map(Tensor::copy).transpose()?.map(|t| t.detach()),
         }))
     }
 

@@ -49,7 +49,7 @@ impl Transform for Lsq {
     }
 
     fn frozen(&self) -> Result<Arc<dyn Transform>> {
-        Ok(Arc::new(Lsq { grid: self.grid, step: self.step.detach() }))
+        Ok(Arc::new(Lsq { grid: self.grid, step: self.step.copy()?.detach() }))
     }
 
     fn quantize(&self, inputs: &[Tensor]) -> Result<Option<Quantized>> {

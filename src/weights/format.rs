@@ -102,6 +102,12 @@ impl QuantizationConfig {
         let mut used = std::collections::HashSet::new();
         for (name, entry) in &self.weights {
             let (codes, scale) = (format!("{name}.codes"), format!("{name}.scale"));
+            // Bounds that no weight reaches, so that no product below can overflow.
+            let count = entry.shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d));
+            if entry.shape.len() < 2 || count.is_none_or(|n| n >= 1 << 40) {
+                let message = format!("found shape {:?}, expected rows and columns of a weight", entry.shape);
+                return Err(Error::tensor(name, message));
+            }
             let grid = Grid::new(entry.grid.bits, entry.grid.centering)?;
             let packed = Packed::from_tensors(
                 name,

@@ -190,6 +190,8 @@ impl Weight {
     pub fn folded(&self) -> Result<Self> {
         match self.expr() {
             Expr::Dense(_) | Expr::Packed(_) => Ok(self.clone()),
+            // Copied: training moves a variable in place.
+            Expr::Latent(var) => Ok(Weight::dense(var.as_tensor().copy()?.detach())),
             _ => Ok(Weight::dense(self.tensor()?.detach())),
         }
     }
