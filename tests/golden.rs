@@ -251,7 +251,7 @@ fn quant_attention(case: &Case) -> Outputs {
     let quant = |name: &str, scale: &str, signed, shift_in: Option<&str>, shift_out: Option<&str>| {
         (format!("{inner}.{name}"), act_quant(case, "act_bits", signed, scale, shift_in, shift_out))
     };
-    let taps = vec![
+    let taps = [
         quant("input_quant", "qkv_s", true, Some("qkv_shift_in"), Some("qkv_shift_out")),
         quant("query_quant", "s_q", true, Some("qkv_out_shift#0"), Some("q_shift_out")),
         quant("key_quant", "s_k", true, Some("qkv_out_shift#1"), Some("k_shift_out")),
@@ -354,8 +354,7 @@ fn difference(got: &Tensor, want: &Tensor, atol: f64, rtol: f64) -> Option<Strin
     }
     let flat = |t: &Tensor| t.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
     let (got, want) = (flat(got), flat(want));
-    // Written so that a NaN is a difference.
-    let outside = |(g, w): (&f64, &f64)| !((g - w).abs() <= atol + rtol * w.abs());
+    let outside = |(g, w): (&f64, &f64)| g.is_nan() || (g - w).abs() > atol + rtol * w.abs();
     let at = got.iter().zip(&want).position(outside)?;
     Some(format!("[{at}]: found {}, expected {} (atol {atol}, rtol {rtol})", got[at], want[at]))
 }

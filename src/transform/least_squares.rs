@@ -111,7 +111,8 @@ mod tests {
         let grid = Grid::new(2, Centering::MidRise).unwrap();
         let w = Tensor::new(&[[0.3f32, -0.1, 0.1, -0.3], [0., 0., 0., 0.]], &Device::Cpu).unwrap();
         let rule = OnGrid::fit(grid, &w).unwrap();
-        let error = (rule.apply(&[w.clone()]).unwrap() - &w).unwrap().abs().unwrap().max_all().unwrap();
+        let error =
+            (rule.apply(std::slice::from_ref(&w)).unwrap() - &w).unwrap().abs().unwrap().max_all().unwrap();
         assert!(error.to_scalar::<f32>().unwrap() < 1e-7);
     }
 
@@ -121,7 +122,12 @@ mod tests {
         let row: Vec<f32> = (0..400_000).map(|_| random.normal()).collect();
         let w = Tensor::from_vec(row, (1, 400_000), &Device::Cpu).unwrap();
         let error = |rule: &dyn Transform| {
-            let d = (rule.apply(&[w.clone()]).unwrap() - &w).unwrap().sqr().unwrap().mean_all().unwrap();
+            let d = (rule.apply(std::slice::from_ref(&w)).unwrap() - &w)
+                .unwrap()
+                .sqr()
+                .unwrap()
+                .mean_all()
+                .unwrap();
             d.to_scalar::<f32>().unwrap()
         };
         // Max (1960), table II: the uniform 4- and 16-level quantizers of a unit Gaussian leave

@@ -620,7 +620,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("lie.safetensors");
         std::fs::write(&path, bytes).unwrap();
-        let error = Checkpoint::open(&path).err().expect("a lie must not open");
+        let error = Checkpoint::open(&path).expect_err("a lie must not open");
         assert_eq!(error.exit_code(), 4, "{error}");
         let message = error.to_string();
         assert!(message.contains("lie.safetensors") && !message.contains('\n'), "{message}");
