@@ -121,7 +121,7 @@ fn the_road_from_training_to_prediction() {
         let mut eval = qtune(dir.path());
         eval.args(["eval", model, "--json", "--quiet"]);
         if model == "run/model" {
-            fails(&mut qtune(dir.path()).args(["eval", model]), 2, &["--data"]);
+            fails(qtune(dir.path()).args(["eval", model]), 2, &["--data"]);
             continue;
         }
         let got = json(&eval.output().unwrap());

@@ -80,6 +80,10 @@ impl Eval {
         let preprocess = Arc::new(opened.preprocess);
         let eval = dataset.eval.clone();
         let got = evaluate(&model, eval, preprocess, self.batch_size, &device, &progress, true)?;
+        let left_out = dataset.eval.left_out();
+        if let Some(first) = left_out.first() {
+            progress.note(&format!("{} unreadable images replaced: {first}", left_out.len()));
+        }
         if self.common.json {
             let params: usize = opened.config.shapes().iter().map(|(_, s)| s.iter().product::<usize>()).sum();
             let mut value = quantize::accuracy_json(&got);

@@ -6,9 +6,10 @@ use super::open::Notes;
 use super::{Image, Source};
 use crate::{Error, Result};
 use rayon::prelude::*;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 /// Sets of more images than this are not decoded at open.
 const MOST_VERIFIED: usize = 60_000;
@@ -23,6 +24,9 @@ struct Encoded {
     files: Arc<Files>,
     /// (file, label).
     entries: Vec<(u32, u32)>,
+    /// What could not be read so far, by index, where that is not an error: in sets too large to look
+    /// into at open the next readable image of the same class takes its place, the same one each time.
+    left_out: Option<Mutex<BTreeMap<usize, String>>>,
 }
 
 /// Images decoded at open.
@@ -42,7 +46,20 @@ impl Source for Encoded {
     }
 
     fn image(&self, index: usize) -> Result<Image> {
-        read(&self.files, self.entries[index].0)
+        let (file, label) = self.entries[index];
+        let (error, left_out) = match (read(&self.files, file), &self.left_out) {
+            (Err(error @ Error::Input { .. }), Some(left_out)) => (error, left_out),
+            (result, _) => return result,
+        };
+        left_out.lock().unwrap_or_else(|e| e.into_inner()).insert(index, error.to_string());
+        let after = (1..self.entries.len()).map(|step| self.entries[(index + step) % self.entries.len()]);
+        let same_class = after.filter(|entry| entry.1 == label);
+        same_class.take(100).find_map(|(file, _)| read(&self.files, file).ok()).ok_or(error)
+    }
+
+    fn left_out(&self) -> Vec<String> {
+        let left_out = self.left_out.as_ref().map(|l| l.lock().unwrap_or_else(|e| e.into_inner()));
+        left_out.map(|l| l.values().cloned().collect()).unwrap_or_default()
     }
 
     fn name(&self, index: usize) -> String {
@@ -76,7 +93,7 @@ fn read(files: &Files, file: u32) -> Result<Image> {
 /// The first `limit` readable images of `entries`, given as (file, label).
 ///
 /// Unreadable ones are left out with a note, or with `strict` are an error; sets of more than
-/// 60 000 are not looked into. `room` is what is left, in bytes, for decoded images to be kept.
+/// 60 000 are not looked into: there an unreadable one is replaced when it is asked for. `room` is what is left, in bytes, for decoded images to be kept.
 pub(super) fn open(
     path: &Path,
     files: Arc<Files>,
@@ -87,8 +104,9 @@ pub(super) fn open(
 ) -> Result<Arc<dyn Source>> {
     let wanted = limit.unwrap_or(usize::MAX).min(entries.len());
     if wanted > MOST_VERIFIED {
+        let left_out = (!notes.strict).then(Mutex::default);
         let entries = entries[..wanted].to_vec();
-        return Ok(Arc::new(Encoded { files, entries }));
+        return Ok(Arc::new(Encoded { files, entries, left_out }));
     }
     let kept = AtomicUsize::new(0);
     let most = *room;
@@ -130,7 +148,7 @@ pub(super) fn open(
         notes.say(format!("{bad} unreadable images left out: {}{more}", named.join(", ")));
     }
     if images.len() < good.len() {
-        return Ok(Arc::new(Encoded { files, entries: good }));
+        return Ok(Arc::new(Encoded { files, entries: good, left_out: None }));
     }
     *room -= kept.into_inner().min(most);
     let names = good.iter().map(|&(file, _)| files.names()[file as usize].clone()).collect();
@@ -142,6 +160,28 @@ pub(super) fn open(
 mod tests {
     use super::*;
     use crate::data::decode::png;
+
+    /// What a set too large to look into does with an unreadable image.
+    #[test]
+    fn the_next_of_its_class_takes_its_place() {
+        let dir = tempfile::tempdir().unwrap();
+        for i in 0..6u8 {
+            let image = Image { width: 1, height: 1, channels: 1, pixels: vec![i] };
+            std::fs::write(dir.path().join(format!("{i}.png")), png(&image)).unwrap();
+        }
+        std::fs::write(dir.path().join("4.png"), b"damaged").unwrap();
+        let files = Arc::new(Files::open(dir.path()).unwrap());
+        let entries: Vec<(u32, u32)> = (0..6).map(|i| (i, i % 2)).collect();
+        let source = |left_out| Encoded { files: files.clone(), entries: entries.clone(), left_out };
+        let lenient = source(Some(Mutex::default()));
+        assert!(lenient.left_out().is_empty());
+        for _ in 0..2 {
+            assert_eq!(lenient.image(4).unwrap().pixels, [0]); // 5 is of the other class, 0 is next
+        }
+        assert_eq!(lenient.left_out().len(), 1);
+        assert!(lenient.left_out()[0].contains("4.png"));
+        assert!(source(None).image(4).unwrap_err().to_string().contains("4.png"));
+    }
 
     /// With no room the set is verified and read from its files again, with the same result.
     #[test]

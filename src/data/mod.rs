@@ -53,6 +53,11 @@ pub trait Source: Send + Sync {
     fn image(&self, index: usize) -> Result<Image>;
     /// What to call image `index` in messages: its file name, or `#123`.
     fn name(&self, index: usize) -> String;
+    /// The images that could not be read so far and were replaced, as error messages; see
+    /// [`DataConfig::strict`].
+    fn left_out(&self) -> Vec<String> {
+        Vec::new()
+    }
     /// Whether there are no images at all.
     fn is_empty(&self) -> bool {
         self.len() == 0
@@ -113,6 +118,10 @@ impl Source for View {
 
     fn image(&self, index: usize) -> Result<Image> {
         self.inner.image(self.indices[index] as usize)
+    }
+
+    fn left_out(&self) -> Vec<String> {
+        self.inner.left_out()
     }
 
     fn name(&self, index: usize) -> String {

@@ -303,7 +303,20 @@ impl Trainer<'_> {
             }
         }
         self.progress.finish();
+        self.say_left_out();
         Ok(())
+    }
+
+    /// Names the images that could not be read.
+    fn say_left_out(&self) {
+        for source in [&self.dataset.train, &self.dataset.eval] {
+            let left_out = source.left_out();
+            if let Some(first) = left_out.first() {
+                let more = if left_out.len() > 1 { ", ..." } else { "" };
+                let count = left_out.len();
+                self.progress.note(&format!("{count} unreadable images replaced so far: {first}{more}"));
+            }
+        }
     }
 
     fn say_still(&self, lr: f64, params: &[Param], still: &[String]) {

@@ -1,6 +1,9 @@
 //! The road of `qtune quantize`: a model, trained or read; quantizers laid over it; training with them;
 //! packed, written, read back and measured.
 
+mod plan;
+mod start;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -9,168 +12,23 @@ use candle_core::{Device, Tensor};
 use indexmap::IndexMap;
 use serde_json::{json, Map, Value};
 
-use crate::data::{Dataset, Preprocess};
+use crate::data::Preprocess;
 use crate::models::vit::Vit;
-use crate::models::{self, import_vit, open_vit, Imported, VitConfig, Want};
+use crate::models::{self, open_vit, VitConfig};
 use crate::optim::Optimizer;
-use crate::random::Random;
-use crate::recipe::{DistillKind, ModelConfig, PhaseConfig, Recipe, VitSource, When};
+use crate::recipe::{DistillKind, Recipe, When};
 use crate::select::select;
 use crate::train::{
-    epoch_steps, peak_rss_bytes, phase_steps, resume, signal, Accuracy, Classify, Metrics, Phase, Progress,
-    Quiet, Tracker, Trainer,
+    peak_rss_bytes, phase_steps, resume, signal, Accuracy, Classify, Metrics, Phase, Progress, Quiet,
+    Tracker, Trainer,
 };
 use crate::transform::{ActQuant, WeightQuant};
 use crate::weights::format::{stored_tensors, QuantizationConfig};
 use crate::weights::{checkpoint, Calibration, Weights};
 use crate::{files, hub, Error, Result};
 
-/// The model that a run starts from.
-#[derive(Debug)]
-pub struct Start {
-    /// Sizes and labels.
-    pub config: VitConfig,
-    /// Dense weights.
-    pub weights: Weights,
-    /// How images become tensors.
-    pub preprocess: Preprocess,
-    /// Whether the model, or its classifier, starts from random numbers.
-    pub untrained: bool,
-    /// What is worth a line.
-    pub notes: Vec<String>,
-    /// How summary.json calls the model.
-    pub name: String,
-}
-
-/// The data of a recipe: `None` where a pretrained model is packed without any.
-pub fn open_data(recipe: &Recipe) -> Result<Option<Dataset>> {
-    let ModelConfig::Vit(source) = &recipe.model;
-    if source.path.is_some() && recipe.data.path.is_none() {
-        return Ok(None);
-    }
-    recipe.data.open(recipe.seed).map(Some)
-}
-
-/// Reads or makes the model that a recipe starts from.
-pub fn start(recipe: &Recipe, dataset: Option<&Dataset>, device: &Device) -> Result<Start> {
-    let ModelConfig::Vit(source) = &recipe.model;
-    match &source.path {
-        Some(path) => pretrained(recipe, source, path, dataset, device),
-        None => {
-            let dataset = dataset.ok_or_else(|| Error::usage("a new model needs data"))?;
-            new_model(recipe, source, dataset, device)
-        }
-    }
-}
-
-fn pretrained(
-    recipe: &Recipe,
-    source: &VitSource,
-    path: &Path,
-    dataset: Option<&Dataset>,
-    device: &Device,
-) -> Result<Start> {
-    let dir = models::model_dir(&hub::resolve(&path.to_string_lossy())?);
-    let want = Want {
-        image_size: source.image_size.map(|size| (size, size)),
-        classes: dataset.map(|d| d.classes.clone()),
-        seed: recipe.seed,
-    };
-    let Imported { config, tensors, notes, new_head, .. } = import_vit(&dir, &want, device)?;
-    let preprocess = models::preprocess_for(&dir, &config)?;
-    let name = path.display().to_string();
-    let weights = Weights::from_tensors(tensors);
-    Ok(Start { config, weights, preprocess, untrained: new_head, notes, name })
-}
-
-fn new_model(recipe: &Recipe, source: &VitSource, dataset: &Dataset, device: &Device) -> Result<Start> {
-    if dataset.train.is_empty() {
-        return Err(no_training_images(recipe, dataset));
-    }
-    let mut looks = Vec::new();
-    for index in 0..dataset.train.len().min(32) {
-        looks.push(dataset.train.image(index)?);
-    }
-    let (width, height) = (looks[0].width, looks[0].height);
-    let one_size = looks.iter().all(|i| (i.width, i.height) == (width, width));
-    let natural = if one_size && height <= 64 { width } else { 64 };
-    let channels = looks.iter().map(|i| i.channels).max().unwrap_or(1);
-    let size = source.image_size.unwrap_or(natural);
-    let (size, patch) = match source.patch_size {
-        Some(patch) => (size, patch),
-        None => patches(size),
-    };
-    let config = VitConfig {
-        image_size: (size, size),
-        patch_size: patch,
-        channels,
-        hidden: source.hidden,
-        layers: source.layers,
-        heads: source.heads,
-        mlp: source.mlp,
-        eps: 1e-6,
-        qkv_bias: true,
-        distilled: false,
-        two_heads: false,
-        classes: dataset.classes.clone(),
-    };
-    config.check()?;
-    let mut tensors = Vec::new();
-    for (name, shape) in config.shapes() {
-        tensors.push((name.clone(), initial(recipe.seed, &name, &shape, device)?));
-    }
-    let preprocess = Preprocess::default_for(size, size, config.channels);
-    let note = format!(
-        "new ViT: {size} px, {channels} colours, patches of {patch}, {} x {} channels, {} heads, {} classes",
-        config.layers,
-        config.hidden,
-        config.heads,
-        config.classes.len()
-    );
-    Ok(Start {
-        config,
-        weights: Weights::from_tensors(tensors),
-        preprocess,
-        untrained: true,
-        notes: vec![note],
-        name: format!("new {}", recipe.name),
-    })
-}
-
-/// The patch of a new model, the divisor of the image's size nearest an eighth of it and at least 4; a
-/// size without one is brought down to a multiple of 4.
-fn patches(size: usize) -> (usize, usize) {
-    let wanted = (size / 8).max(4);
-    let divisors = (4..=size / 2).filter(|p| size.is_multiple_of(*p));
-    match divisors.min_by_key(|p| p.abs_diff(wanted)).filter(|p| *p <= 2 * wanted) {
-        Some(patch) => (size, patch),
-        None => ((size / 4).max(1) * 4, 4),
-    }
-}
-
-fn no_training_images(recipe: &Recipe, dataset: &Dataset) -> Error {
-    let path = recipe.data.path.clone().unwrap_or_else(|| dataset.name.clone().into());
-    Error::input(path, "found images to evaluate on, but none to train on")
-}
-
-/// A fresh tensor: norms one, biases zero, tokens and the classifier from a truncated normal of 0.02,
-/// other matrices of 0.7 / sqrt(inputs), which keeps a pre-norm block's output near its input's size.
-fn initial(seed: u64, name: &str, shape: &[usize], device: &Device) -> Result<Tensor> {
-    let count: usize = shape.iter().product();
-    let norm = name.contains("layernorm");
-    let values: Vec<f32> = if name.ends_with(".bias") {
-        vec![0.0; count]
-    } else if norm {
-        vec![1.0; count]
-    } else {
-        let small = name.contains("token") || name.contains("position") || name.contains("classifier");
-        let inputs: usize = shape.iter().skip(1).product();
-        let std = if small { 0.02 } else { 0.7 / (inputs as f32).sqrt() };
-        let mut random = Random::new(seed, &format!("initial:{name}"), &[]);
-        (0..count).map(|_| random.truncated_normal(std)).collect()
-    };
-    Ok(Tensor::from_vec(values, shape, device)?)
-}
+pub use plan::{plan, Plan};
+pub use start::{open_data, start, Start};
 
 /// What each weight becomes: its name, its shape, and the index of the `[[transform]]` that is for it.
 pub fn targets(recipe: &Recipe, weights: &Weights) -> Result<IndexMap<String, usize>> {
@@ -311,7 +169,7 @@ pub fn run(recipe: &Recipe, dir: &Path, device: &Device, progress: &dyn Progress
     let saved = resume::latest(dir)?;
     let state = saved.as_ref().map(|s| s.state.clone()).unwrap_or_default();
     let dataset = open_data(recipe)?;
-    let (start, dataset) = prepare(recipe, dataset, device)?;
+    let (start, dataset) = start::prepare(recipe, dataset, device)?;
     let notes = dataset.iter().flat_map(|d| &d.notes).chain(&start.notes);
     notes.for_each(|note| progress.note(note));
     let Some(dataset) = dataset else {
@@ -513,49 +371,6 @@ fn teacher(recipe: &Recipe, run: &Path, start: &Start, device: &Device) -> Resul
     Vit::new(&opened.config, &opened.weights)
 }
 
-/// Opens what a recipe starts from and checks, before any work, what would else fail hours later.
-fn prepare(recipe: &Recipe, dataset: Option<Dataset>, device: &Device) -> Result<(Start, Option<Dataset>)> {
-    if dataset.is_none() {
-        check_without_data(recipe)?;
-    }
-    let start = start(recipe, dataset.as_ref(), device)?;
-    targets(recipe, &start.weights)?;
-    let Some(mut dataset) = dataset else {
-        if start.untrained {
-            return Err(Error::usage(format!("{}: a new classifier needs images: give --data", start.name)));
-        }
-        return Ok((start, None));
-    };
-    if !start.untrained {
-        dataset = dataset.under_labels(&start.config.classes)?;
-    }
-    let samples = dataset.train.len();
-    let runs: Vec<_> = recipe.phase.iter().filter(|p| p.when == When::Always || start.untrained).collect();
-    let trains = runs.iter().any(|p| p.steps.unwrap_or(usize::from(p.epochs > 0.0)) > 0);
-    if samples == 0 && (trains || recipe.activation.bits != 32) {
-        return Err(no_training_images(recipe, &dataset));
-    }
-    if dataset.eval.is_empty() {
-        let path = recipe.data.path.clone().unwrap_or_else(|| dataset.name.clone().into());
-        return Err(Error::input(path, "found no images to evaluate on"));
-    }
-    let steps = |quantize: bool| -> usize {
-        let of = runs.iter().filter(|p| p.quantize == quantize);
-        of.map(|p| phase_steps(recipe, p, samples)).sum()
-    };
-    if recipe.distill.kind == DistillKind::Soft && steps(true) > 0 {
-        if recipe.distill.teacher.is_some() {
-            teacher(recipe, Path::new(""), &start, device)?;
-        } else if start.untrained && steps(false) == 0 {
-            return Err(Error::usage(
-                "the teacher would be an untrained model: train a float phase first, name a --teacher, or set \
-                 --kd none",
-            ));
-        }
-    }
-    Ok((start, Some(dataset)))
-}
-
 /// Packs, writes, reads back, measures, sums up.
 fn finish(trainer: &mut Trainer<'_>, start: &Start, trained: Trained) -> Result<Value> {
     let Trained { weights, tracker } = trained;
@@ -623,24 +438,6 @@ fn without_data(
     write_summary(dir, summary)
 }
 
-/// Training, calibration and a new classifier need data.
-pub fn check_without_data(recipe: &Recipe) -> Result<()> {
-    let idle = |p: &PhaseConfig| p.steps == Some(0) || (p.steps.is_none() && p.epochs == 0.0);
-    if recipe.data.eval_path.is_some() {
-        return Err(Error::usage("data.eval_path: it needs data.path (--data) beside it"));
-    }
-    if !recipe.phase.iter().filter(|p| p.quantize || p.when == When::Always).all(idle) {
-        return Err(Error::usage("training needs images: give --data PATH, or --steps 0 to pack as it is"));
-    }
-    if recipe.activation.bits != 32 {
-        return Err(Error::usage(format!(
-            "activation.bits = {} needs images to calibrate on: give --data PATH",
-            recipe.activation.bits
-        )));
-    }
-    Ok(())
-}
-
 fn summary_head(recipe: &Recipe, start: &Start, wall_s: f64, device: &Device) -> Map<String, Value> {
     let total: usize = start.config.shapes().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
     let head = json!({
@@ -670,78 +467,6 @@ fn write_summary(dir: &Path, summary: Map<String, Value>) -> Result<Value> {
     let text = serde_json::to_vec_pretty(&summary).map_err(|e| Error::Run(format!("summary.json: {e}")))?;
     files::write_bytes(&dir.join("summary.json"), &text)?;
     Ok(summary)
-}
-
-/// What a recipe would do, without doing it.
-#[derive(Debug)]
-pub struct Plan {
-    /// Every tensor: name, shape, what becomes of it, bytes in the packed file.
-    pub tensors: Vec<(String, Vec<usize>, String, usize)>,
-    /// Parameters of the model.
-    pub params: usize,
-    /// Phases that would run: name and steps.
-    pub phases: Vec<(String, usize)>,
-    /// Estimated peak memory in bytes.
-    pub memory: usize,
-    /// What is worth a line.
-    pub notes: Vec<String>,
-}
-
-/// Plans a run.
-pub fn plan(recipe: &Recipe, device: &Device) -> Result<Plan> {
-    let (start, dataset) = prepare(recipe, open_data(recipe)?, device)?;
-    let chosen = targets(recipe, &start.weights)?;
-    let mut tensors = Vec::new();
-    for (name, shape) in start.config.shapes() {
-        let count: usize = shape.iter().product();
-        let (what, bytes) = match chosen.get(&name) {
-            Some(index) => {
-                let transform = &recipe.transform[*index];
-                let grid = transform.kind.grid(transform.bits)?;
-                let cols = count / shape[0];
-                let kind = match transform.kind {
-                    WeightQuant::Statsq => "statsq",
-                    WeightQuant::Lsq => "lsq",
-                };
-                (format!("{kind}, {} bits", transform.bits), shape[0] * (grid.row_bytes(cols) + 4))
-            }
-            None => ("f32".to_string(), 4 * count),
-        };
-        tensors.push((name, shape, what, bytes));
-    }
-    let samples = dataset.as_ref().map(|d| d.train.len()).unwrap_or(0);
-    let runs = recipe.phase.iter().filter(|p| p.when == When::Always || start.untrained);
-    let phases = runs.map(|p| (p.name.clone(), phase_steps(recipe, p, samples))).collect();
-    let params = tensors.iter().map(|t| t.1.iter().product::<usize>()).sum();
-    let memory = memory_estimate(recipe, &start.config, params);
-    let mut notes: Vec<String> = dataset.iter().flat_map(|d| d.notes.clone()).collect();
-    notes.extend(start.notes);
-    if samples > 0 {
-        notes.push(format!("{samples} training samples, {} steps an epoch", epoch_steps(recipe, samples)));
-    }
-    Ok(Plan { tensors, params, phases, memory, notes })
-}
-
-/// Peak memory of a run, in bytes: parameters with their gradients, moments and teacher, and the
-/// activations that a forward pass of one batch leaves behind for its backward pass.
-fn memory_estimate(recipe: &Recipe, config: &VitConfig, params: usize) -> usize {
-    let (tokens, c, m) = (config.tokens(), config.hidden, config.mlp);
-    let quantized = recipe.activation.bits != 32;
-    // Per block: both norms, q, k, v, mix, projection, two residuals, MLP in, GELU, MLP out.
-    let mut per_token = 10 * c + 2 * m;
-    let mut probabilities = config.heads * tokens;
-    if quantized {
-        // Each tap keeps what it quantized and, where shifted, the sum with the shift.
-        per_token += 2 * (6 * c + m);
-        probabilities *= 2;
-    }
-    let sample = tokens * (config.layers * (per_token + probabilities) + 4 * c);
-    // Backward holds the gradients of one block beside what forward left.
-    let transient = tokens * (per_token + probabilities);
-    let activations = 4 * recipe.train.batch_size * (sample + transient);
-    let state = params * (4 * 4 + recipe.optimizer.state_bytes());
-    let program = 48 << 20;
-    program + state + activations
 }
 
 /// A device as summary.json calls it: `cpu`, `cuda:0`.

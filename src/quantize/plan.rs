@@ -1,0 +1,83 @@
+//! What a recipe would do, without doing it: the tensors, the phases, the memory.
+
+use candle_core::Device;
+
+use super::start::{open_data, prepare};
+use super::targets;
+use crate::models::VitConfig;
+use crate::recipe::{Recipe, When};
+use crate::train::{epoch_steps, phase_steps};
+use crate::transform::WeightQuant;
+use crate::Result;
+
+/// What a recipe would do, without doing it.
+#[derive(Debug)]
+pub struct Plan {
+    /// Every tensor: name, shape, what becomes of it, bytes in the packed file.
+    pub tensors: Vec<(String, Vec<usize>, String, usize)>,
+    /// Parameters of the model.
+    pub params: usize,
+    /// Phases that would run: name and steps.
+    pub phases: Vec<(String, usize)>,
+    /// Estimated peak memory in bytes.
+    pub memory: usize,
+    /// What is worth a line.
+    pub notes: Vec<String>,
+}
+
+/// Plans a run.
+pub fn plan(recipe: &Recipe, device: &Device) -> Result<Plan> {
+    let (start, dataset) = prepare(recipe, open_data(recipe)?, device)?;
+    let chosen = targets(recipe, &start.weights)?;
+    let mut tensors = Vec::new();
+    for (name, shape) in start.config.shapes() {
+        let count: usize = shape.iter().product();
+        let (what, bytes) = match chosen.get(&name) {
+            Some(index) => {
+                let transform = &recipe.transform[*index];
+                let grid = transform.kind.grid(transform.bits)?;
+                let cols = count / shape[0];
+                let kind = match transform.kind {
+                    WeightQuant::Statsq => "statsq",
+                    WeightQuant::Lsq => "lsq",
+                };
+                (format!("{kind}, {} bits", transform.bits), shape[0] * (grid.row_bytes(cols) + 4))
+            }
+            None => ("f32".to_string(), 4 * count),
+        };
+        tensors.push((name, shape, what, bytes));
+    }
+    let samples = dataset.as_ref().map(|d| d.train.len()).unwrap_or(0);
+    let runs = recipe.phase.iter().filter(|p| p.when == When::Always || start.untrained);
+    let phases = runs.map(|p| (p.name.clone(), phase_steps(recipe, p, samples))).collect();
+    let params = tensors.iter().map(|t| t.1.iter().product::<usize>()).sum();
+    let memory = memory_estimate(recipe, &start.config, params);
+    let mut notes: Vec<String> = dataset.iter().flat_map(|d| d.notes.clone()).collect();
+    notes.extend(start.notes);
+    if samples > 0 {
+        notes.push(format!("{samples} training samples, {} steps an epoch", epoch_steps(recipe, samples)));
+    }
+    Ok(Plan { tensors, params, phases, memory, notes })
+}
+
+/// Peak memory of a run, in bytes: parameters with their gradients, moments and teacher, and the
+/// activations that a forward pass of one batch leaves behind for its backward pass.
+fn memory_estimate(recipe: &Recipe, config: &VitConfig, params: usize) -> usize {
+    let (tokens, c, m) = (config.tokens(), config.hidden, config.mlp);
+    let quantized = recipe.activation.bits != 32;
+    // Per block: both norms, q, k, v, mix, projection, two residuals, MLP in, GELU, MLP out.
+    let mut per_token = 10 * c + 2 * m;
+    let mut probabilities = config.heads * tokens;
+    if quantized {
+        // Each tap keeps what it quantized and, where shifted, the sum with the shift.
+        per_token += 2 * (6 * c + m);
+        probabilities *= 2;
+    }
+    let sample = tokens * (config.layers * (per_token + probabilities) + 4 * c);
+    // Backward holds the gradients of one block beside what forward left.
+    let transient = tokens * (per_token + probabilities);
+    let activations = 4 * recipe.train.batch_size * (sample + transient);
+    let state = params * (4 * 4 + recipe.optimizer.state_bytes());
+    let program = 48 << 20;
+    program + state + activations
+}

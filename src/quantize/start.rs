@@ -1,0 +1,245 @@
+//! What a run starts from: data, a model read or made, and the checks that come before any work.
+
+use std::path::Path;
+
+use candle_core::{Device, Tensor};
+
+use super::{targets, teacher};
+use crate::data::{Dataset, Preprocess};
+use crate::models::{self, import_vit, Imported, VitConfig, Want};
+use crate::random::Random;
+use crate::recipe::{DistillKind, ModelConfig, PhaseConfig, Recipe, VitSource, When};
+use crate::train::phase_steps;
+use crate::weights::Weights;
+use crate::{hub, Error, Result};
+
+/// The model that a run starts from.
+#[derive(Debug)]
+pub struct Start {
+    /// Sizes and labels.
+    pub config: VitConfig,
+    /// Dense weights.
+    pub weights: Weights,
+    /// How images become tensors.
+    pub preprocess: Preprocess,
+    /// Whether the model, or its classifier, starts from random numbers.
+    pub untrained: bool,
+    /// What is worth a line.
+    pub notes: Vec<String>,
+    /// How summary.json calls the model.
+    pub name: String,
+}
+
+/// The data of a recipe: `None` where a pretrained model is packed without any.
+pub fn open_data(recipe: &Recipe) -> Result<Option<Dataset>> {
+    let ModelConfig::Vit(source) = &recipe.model;
+    if source.path.is_some() && recipe.data.path.is_none() {
+        return Ok(None);
+    }
+    recipe.data.open(recipe.seed).map(Some)
+}
+
+/// Reads or makes the model that a recipe starts from.
+pub fn start(recipe: &Recipe, dataset: Option<&Dataset>, device: &Device) -> Result<Start> {
+    let ModelConfig::Vit(source) = &recipe.model;
+    match &source.path {
+        Some(path) => pretrained(recipe, source, path, dataset, device),
+        None => {
+            let dataset = dataset.ok_or_else(|| Error::usage("a new model needs data"))?;
+            new_model(recipe, source, dataset, device)
+        }
+    }
+}
+
+fn pretrained(
+    recipe: &Recipe,
+    source: &VitSource,
+    path: &Path,
+    dataset: Option<&Dataset>,
+    device: &Device,
+) -> Result<Start> {
+    let dir = models::model_dir(&hub::resolve(&path.to_string_lossy())?);
+    let want = Want {
+        image_size: source.image_size.map(|size| (size, size)),
+        classes: dataset.map(|d| d.classes.clone()),
+        seed: recipe.seed,
+    };
+    let Imported { config, tensors, notes, new_head, .. } = import_vit(&dir, &want, device)?;
+    let preprocess = models::preprocess_for(&dir, &config)?;
+    let name = path.display().to_string();
+    let weights = Weights::from_tensors(tensors);
+    Ok(Start { config, weights, preprocess, untrained: new_head, notes, name })
+}
+
+fn new_model(recipe: &Recipe, source: &VitSource, dataset: &Dataset, device: &Device) -> Result<Start> {
+    if dataset.train.is_empty() {
+        return Err(no_training_images(recipe, dataset));
+    }
+    let mut looks = Vec::new();
+    for index in 0..dataset.train.len().min(32) {
+        looks.push(dataset.train.image(index)?);
+    }
+    let (width, height) = (looks[0].width, looks[0].height);
+    let one_size = looks.iter().all(|i| (i.width, i.height) == (width, width));
+    let natural = if one_size && height <= 64 { width } else { 64 };
+    let channels = looks.iter().map(|i| i.channels).max().unwrap_or(1);
+    let size = source.image_size.unwrap_or(natural);
+    let (size, patch) = match source.patch_size {
+        Some(patch) => (size, patch),
+        None => patches(size),
+    };
+    let config = VitConfig {
+        image_size: (size, size),
+        patch_size: patch,
+        channels,
+        hidden: source.hidden,
+        layers: source.layers,
+        heads: source.heads,
+        mlp: source.mlp,
+        eps: 1e-6,
+        qkv_bias: true,
+        distilled: false,
+        two_heads: false,
+        classes: dataset.classes.clone(),
+    };
+    config.check()?;
+    let mut tensors = Vec::new();
+    for (name, shape) in config.shapes() {
+        tensors.push((name.clone(), initial(recipe.seed, &name, &shape, device)?));
+    }
+    let preprocess = Preprocess::default_for(size, size, config.channels);
+    let note = format!(
+        "new ViT: {size} px, {channels} colours, patches of {patch}, {} x {} channels, {} heads, {} classes",
+        config.layers,
+        config.hidden,
+        config.heads,
+        config.classes.len()
+    );
+    Ok(Start {
+        config,
+        weights: Weights::from_tensors(tensors),
+        preprocess,
+        untrained: true,
+        notes: vec![note],
+        name: format!("new {}", recipe.name),
+    })
+}
+
+/// The patch of a new model, the divisor of the image's size nearest an eighth of it and at least 4; a
+/// size without one is brought down to a multiple of 4.
+fn patches(size: usize) -> (usize, usize) {
+    let wanted = (size / 8).max(4);
+    let divisors = (4..=size / 2).filter(|p| size.is_multiple_of(*p));
+    match divisors.min_by_key(|p| p.abs_diff(wanted)).filter(|p| *p <= 2 * wanted) {
+        Some(patch) => (size, patch),
+        None => ((size / 4).max(1) * 4, 4),
+    }
+}
+
+fn no_training_images(recipe: &Recipe, dataset: &Dataset) -> Error {
+    let path = recipe.data.path.clone().unwrap_or_else(|| dataset.name.clone().into());
+    Error::input(path, "found images to evaluate on, but none to train on")
+}
+
+/// A fresh tensor: norms one, biases zero, tokens and the classifier from a truncated normal of 0.02,
+/// other matrices of 0.7 / sqrt(inputs), which keeps a pre-norm block's output near its input's size.
+fn initial(seed: u64, name: &str, shape: &[usize], device: &Device) -> Result<Tensor> {
+    let count: usize = shape.iter().product();
+    let norm = name.contains("layernorm");
+    let values: Vec<f32> = if name.ends_with(".bias") {
+        vec![0.0; count]
+    } else if norm {
+        vec![1.0; count]
+    } else {
+        let small = name.contains("token") || name.contains("position") || name.contains("classifier");
+        let inputs: usize = shape.iter().skip(1).product();
+        let std = if small { 0.02 } else { 0.7 / (inputs as f32).sqrt() };
+        let mut random = Random::new(seed, &format!("initial:{name}"), &[]);
+        (0..count).map(|_| random.truncated_normal(std)).collect()
+    };
+    Ok(Tensor::from_vec(values, shape, device)?)
+}
+
+/// Opens what a recipe starts from and checks, before any work, what would else fail hours later.
+pub(super) fn prepare(
+    recipe: &Recipe,
+    dataset: Option<Dataset>,
+    device: &Device,
+) -> Result<(Start, Option<Dataset>)> {
+    if dataset.is_none() {
+        check_without_data(recipe)?;
+    }
+    let start = start(recipe, dataset.as_ref(), device)?;
+    targets(recipe, &start.weights)?;
+    let Some(mut dataset) = dataset else {
+        if start.untrained {
+            return Err(Error::usage(format!("{}: a new classifier needs images: give --data", start.name)));
+        }
+        return Ok((start, None));
+    };
+    if !start.untrained {
+        dataset = dataset.under_labels(&start.config.classes)?;
+    }
+    let samples = dataset.train.len();
+    let runs: Vec<_> = recipe.phase.iter().filter(|p| p.when == When::Always || start.untrained).collect();
+    let trains = runs.iter().any(|p| p.steps.unwrap_or(usize::from(p.epochs > 0.0)) > 0);
+    if samples == 0 && (trains || recipe.activation.bits != 32) {
+        return Err(no_training_images(recipe, &dataset));
+    }
+    if dataset.eval.is_empty() {
+        let path = recipe.data.path.clone().unwrap_or_else(|| dataset.name.clone().into());
+        return Err(Error::input(path, "found no images to evaluate on"));
+    }
+    let steps = |quantize: bool| -> usize {
+        let of = runs.iter().filter(|p| p.quantize == quantize);
+        of.map(|p| phase_steps(recipe, p, samples)).sum()
+    };
+    if recipe.distill.kind == DistillKind::Soft && steps(true) > 0 {
+        if recipe.distill.teacher.is_some() {
+            teacher(recipe, Path::new(""), &start, device)?;
+        } else if start.untrained && steps(false) == 0 {
+            return Err(Error::usage(
+                "the teacher would be an untrained model: train a float phase first, name a --teacher, or set \
+                 --kd none",
+            ));
+        }
+    }
+    Ok((start, Some(dataset)))
+}
+
+/// Training, calibration and a new classifier need data.
+pub fn check_without_data(recipe: &Recipe) -> Result<()> {
+    let idle = |p: &PhaseConfig| p.steps == Some(0) || (p.steps.is_none() && p.epochs == 0.0);
+    if recipe.data.eval_path.is_some() {
+        return Err(Error::usage("data.eval_path: it needs data.path (--data) beside it"));
+    }
+    if !recipe.phase.iter().filter(|p| p.quantize || p.when == When::Always).all(idle) {
+        return Err(Error::usage("training needs images: give --data PATH, or --steps 0 to pack as it is"));
+    }
+    if recipe.activation.bits != 32 {
+        return Err(Error::usage(format!(
+            "activation.bits = {} needs images to calibrate on: give --data PATH",
+            recipe.activation.bits
+        )));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::patches;
+
+    #[test]
+    fn patches_divide_the_image() {
+        assert_eq!(
+            [28, 32, 64, 48, 8, 12].map(patches),
+            [(28, 4), (32, 4), (64, 8), (48, 6), (8, 4), (12, 4)]
+        );
+        // 31 is prime, and 58 has no divisor near an eighth.
+        assert_eq!([31, 58, 62].map(patches), [(28, 4), (56, 4), (60, 4)]);
+        for size in 8..=300 {
+            let (size, patch) = patches(size);
+            assert!(patch >= 4 && size % patch == 0 && size / patch >= 2, "{size} {patch}");
+        }
+    }
+}
