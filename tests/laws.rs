@@ -182,6 +182,48 @@ fn activation_codes_stand_for_what_training_sees() {
 }
 
 #[test]
+fn fitted_activation_steps_leave_less_error_than_those_that_training_starts_from() {
+    for granularity in [Granularity::Token, Granularity::Channel, Granularity::Tensor] {
+        for signedness in [Signedness::Signed, Signedness::Unsigned] {
+            for bits in BITS {
+                let site = Site { granularity, signedness, shifts: Shifts::None, edge: false };
+                let mut x = random("activation", (4, 9, 50));
+                if signedness == Signedness::Unsigned {
+                    x = x.abs().unwrap();
+                }
+                let error = |rule: ActQuant| {
+                    let d = (rule.apply(std::slice::from_ref(&x)).unwrap() - &x).unwrap();
+                    d.sqr().unwrap().mean_all().unwrap().to_scalar::<f32>().unwrap()
+                };
+                let fitted = error(ActQuant::fit(bits, site, &x).unwrap().0);
+                let started = error(ActQuant::start(bits, site, &x).unwrap().0);
+                assert!(fitted <= started, "{site:?} {bits} bits: {fitted} {started}");
+                // A uniform grid over the range leaves a twelfth of a squared step, clipping less.
+                let reach = values(&x).iter().fold(0f32, |m, v| m.max(v.abs()));
+                let step = reach / ((1u32 << (bits - u8::from(signedness == Signedness::Signed))) - 1) as f32;
+                assert!(fitted <= step * step / 6.0, "{site:?} {bits} bits: {fitted}, step {step}");
+            }
+        }
+    }
+}
+
+#[test]
+fn fitting_lifts_what_an_unsigned_grid_would_cut_off() {
+    let site = Site {
+        granularity: Granularity::Token,
+        signedness: Signedness::Unsigned,
+        shifts: Shifts::InOut,
+        edge: false,
+    };
+    let x = random("activation", (4, 9, 50));
+    let (rule, _) = ActQuant::fit(8, site, &x).unwrap();
+    let y = rule.apply(std::slice::from_ref(&x)).unwrap();
+    // Half of the values are negative: 8 bits over the range leave less than a hundredth of the largest.
+    let reach = values(&x).iter().fold(0f32, |m, v| m.max(v.abs()));
+    close(&y, &x, 0.01 * reach, "lifted");
+}
+
+#[test]
 fn a_token_count_that_differs_is_named_with_both_lengths() {
     let site = Site {
         granularity: Granularity::Token,

@@ -169,7 +169,7 @@ fn task(act_bits: u8) -> (Classify, Weights, Vec<Batch>, OptimizerConfig) {
             .collect()
     };
     let whole = load((0..24).collect(), 24);
-    quantize::calibrate(&recipe, &start.config, &mut weights, &whole[0].images, &Quiet).unwrap();
+    quantize::calibrate(&recipe, &start.config, &mut weights, &whole[0].images, true, &Quiet).unwrap();
     let model = Vit::new(&start.config, &weights).unwrap();
     let batches = [whole, load((0..24).collect(), 7)].concat_batches();
     (Classify { model, teacher: None, distill: DistillKind::None }, weights, batches, recipe.optimizer)

@@ -255,7 +255,12 @@ impl Quantize {
         }
         signal::watch()?;
         let dir = self.create(&recipe)?;
-        progress.note(&format!("{}: {} ({})", dir.display(), recipe.about, recipe.name));
+        let bits = recipe.transform.first().map(|t| t.bits).unwrap_or(32);
+        let (dir_name, act_bits) = (dir.display(), recipe.activation.bits);
+        progress.note(&format!(
+            "{dir_name}: recipe {}, weights {bits} bits, activations {act_bits}",
+            recipe.name
+        ));
         let summary = quantize::run(&recipe, &dir, &device, &progress);
         self.report(&dir, summary)
     }

@@ -89,12 +89,14 @@ fn lay_quantizers(
     Ok(())
 }
 
-/// Hangs activation quantizers on every tap of the model, started from `images`.
+/// Hangs activation quantizers on every tap of the model, from what `images` give there: where training
+/// follows with the steps that it starts from, else with those of least squared error.
 pub fn calibrate(
     recipe: &Recipe,
     config: &VitConfig,
     weights: &mut Weights,
     images: &Tensor,
+    training: bool,
     progress: &dyn Progress,
 ) -> Result<()> {
     let activation = recipe.activation;
@@ -105,7 +107,8 @@ pub fn calibrate(
     let seen = silent.clone();
     let calibration = Calibration::new(Box::new(move |name, site, x| {
         let bits = if site.edge { activation.edge_bits } else { activation.bits };
-        let (rule, zero) = ActQuant::start(bits, site, x)?;
+        let (rule, zero) =
+            if training { ActQuant::start(bits, site, x) } else { ActQuant::fit(bits, site, x) }?;
         if let (true, Ok(mut seen)) = (zero, seen.lock()) {
             seen.push(name.to_string());
         }
@@ -295,7 +298,7 @@ fn begin_quantization(
     lay_quantizers(trainer.recipe, weights, !untrained, trainer.progress)?;
     if trainer.recipe.activation.bits != 32 {
         let images = trainer.first_batch()?.images;
-        calibrate(trainer.recipe, &start.config, weights, &images, trainer.progress)?;
+        calibrate(trainer.recipe, &start.config, weights, &images, !untrained, trainer.progress)?;
     }
     // What was measured is the model without quantizers.
     trainer.state.measured = None;

@@ -109,7 +109,7 @@ fn new_model(recipe: &Recipe, source: &VitSource, dataset: &Dataset, device: &De
     }
     let preprocess = Preprocess::default_for(size, size, config.channels);
     let note = format!(
-        "new ViT: {size} px, {channels} colours, patches of {patch}, {} x {} channels, {} heads, {} classes",
+        "new ViT: {size} x {size} x {channels} images, patches of {patch}, {} blocks of {} channels, {} heads, {} classes",
         config.layers,
         config.hidden,
         config.heads,

@@ -13,6 +13,11 @@ use super::lsq::{trainable, STEP_FLOOR};
 use crate::weights::{Centering, Granularity, Grid, Quantized, Role, Shifts, Signedness, Site, Transform};
 use crate::{kernels, Error, Result};
 
+/// Steps tried by [`ActQuant::fit`], from the one that reaches the largest value down by factors.
+const SWEEP: i32 = 40;
+/// The smallest of them, as a share of the largest.
+const SMALLEST: f64 = 0.02;
+
 /// What a file says of an activation quantizer.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -67,6 +72,49 @@ impl ActQuant {
         let shift_in = shift(site.shifts != Shifts::None)?;
         let shift_out = shift(site.shifts == Shifts::InOut)?;
         Ok((ActQuant { grid, axis, step, shift_in, shift_out }, silent))
+    }
+
+    /// As [`ActQuant::start`], with the steps of least squared error on `x` in place of those that
+    /// training starts from: for packing without training.
+    pub fn fit(bits: u8, site: Site, x: &Tensor) -> Result<(Self, bool)> {
+        let (mut rule, silent) = ActQuant::start(bits, site, x)?;
+        let levels = rule.grid.levels();
+        let mut x = x.detach().to_dtype(DType::F32)?;
+        // An unsigned grid cuts what is negative off, as of a GELU, until training lifts it: here the
+        // shifts lift it at once.
+        let least = f64::from(x.flatten_all()?.min(0)?.to_scalar::<f32>()?);
+        if let (true, Some(shift_in), Some(_)) =
+            (levels.lo == 0 && least < 0.0, &rule.shift_in, &rule.shift_out)
+        {
+            let lift = (shift_in.zeros_like()?.detach() - least)?;
+            x = x.broadcast_add(&lift)?;
+            rule.shift_out = Some(lift.neg()?);
+            rule.shift_in = Some(lift);
+        }
+        // One row for each step.
+        let rows = match absolute(rule.axis, x.rank())? {
+            Some(axis) => x.transpose(0, axis)?.contiguous()?.flatten_from(1)?,
+            None => x.flatten_all()?.unsqueeze(0)?,
+        };
+        let reach = (rows.abs()?.max(1)? / f64::from(levels.hi))?.maximum(STEP_FLOOR)?;
+        let mut best: Option<(Tensor, Tensor)> = None;
+        for i in 0..SWEEP {
+            let share = SMALLEST.powf(f64::from(i) / f64::from(SWEEP - 1));
+            let step = (&reach * share)?.maximum(STEP_FLOOR)?;
+            let codes = kernels::lsq_codes(&rows, &step, None, levels, Some(0))?;
+            let error = (codes.broadcast_mul(&step.unsqueeze(1)?)? - &rows)?.sqr()?.sum(1)?;
+            best = Some(match best {
+                None => (error, step),
+                Some((least, kept)) => {
+                    let better = error.lt(&least)?;
+                    (better.where_cond(&error, &least)?, better.where_cond(&step, &kept)?)
+                }
+            });
+        }
+        if let Some((_, step)) = best {
+            rule.step = step;
+        }
+        Ok((rule, silent))
     }
 
     /// Builds a quantizer from what a file says and holds: `read` gives the tensor with a suffix.
