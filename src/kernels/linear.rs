@@ -117,19 +117,42 @@ unsafe fn tile<T: Real>(
 
 /// `dst [m, n] = scale * a [m, k] b [k, n]` on one thread, rows of dst `stride` apart.
 pub(super) fn product<T: Real>(
-    (m, n, k): (usize, usize, usize),
+    sizes: (usize, usize, usize),
     dst: &mut [T],
     stride: usize,
     a: View<T>,
     b: View<T>,
     scale: T,
 ) {
+    into(sizes, dst, stride, a, b, scale, false);
+}
+
+/// As [`product`], added onto what `dst` holds, without a scale.
+pub(super) fn add_product<T: Real>(
+    sizes: (usize, usize, usize),
+    dst: &mut [T],
+    stride: usize,
+    a: View<T>,
+    b: View<T>,
+) {
+    into(sizes, dst, stride, a, b, T::ONE, true);
+}
+
+fn into<T: Real>(
+    (m, n, k): (usize, usize, usize),
+    dst: &mut [T],
+    stride: usize,
+    a: View<T>,
+    b: View<T>,
+    scale: T,
+    add: bool,
+) {
     if m == 0 || n == 0 {
         return;
     }
     assert!(n <= stride && (m - 1) * stride + n <= dst.len(), "result of a product lies outside its slice");
     // SAFETY: the assertion keeps every write inside `dst`, which is borrowed exclusively.
-    unsafe { tile((m, n, k), Place(dst.as_mut_ptr()), stride, a, b, scale, false) }
+    unsafe { tile((m, n, k), Place(dst.as_mut_ptr()), stride, a, b, scale, add) }
 }
 
 /// Multiply-adds that make a unit of parallel work.

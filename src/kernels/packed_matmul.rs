@@ -12,6 +12,7 @@ use std::sync::Arc;
 use candle_core::{bail, CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
+use super::linear::{add_product, product, View};
 use super::Levels;
 
 /// Rows of activations that one task takes through all the weight.
@@ -129,48 +130,6 @@ impl PackedRows {
     }
 }
 
-/// `dst [m, n] = a [m, k] · b` with `b` read as `b[k * k_stride + n * n_stride]`.
-#[allow(clippy::too_many_arguments)]
-fn gemm(
-    dst: &mut [f32],
-    dst_stride: usize,
-    add: bool,
-    a: (&[f32], usize),
-    b: (&[f32], usize, usize),
-    m: usize,
-    n: usize,
-    k: usize,
-) {
-    assert!(m == 0 || n == 0 || (m - 1) * dst_stride + n <= dst.len());
-    assert!(m == 0 || k == 0 || (m - 1) * a.1 + k <= a.0.len());
-    assert!(n == 0 || k == 0 || (k - 1) * b.1 + (n - 1) * b.2 < b.0.len());
-    // SAFETY: the asserts above hold every index that the strides can reach inside its slice, and
-    // `dst` is borrowed mutably, so it overlaps neither operand.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            dst.as_mut_ptr(),
-            1,
-            dst_stride as isize,
-            add,
-            a.0.as_ptr(),
-            1,
-            a.1 as isize,
-            b.0.as_ptr(),
-            b.2 as isize,
-            b.1 as isize,
-            1.0,
-            1.0,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
-    }
-}
-
 /// `x [tokens, in] · W^T` with the rows of `W` given by `unpack`.
 fn forward(x: &[f32], rows: &PackedRows, unpack: impl Fn(usize, &mut [f32]) + Sync) -> Vec<f32> {
     let (n, k) = (rows.rows(), rows.cols);
@@ -184,7 +143,8 @@ fn forward(x: &[f32], rows: &PackedRows, unpack: impl Fn(usize, &mut [f32]) + Sy
             for (row, out) in block.chunks_exact_mut(k).take(count).enumerate() {
                 unpack(start + row, out);
             }
-            gemm(&mut y[start..], n, false, (x, k), (&block, 1, k), m, count, k);
+            let (x, block) = (View::rows(x, k), View::rows(&block, k));
+            product((m, count, k), &mut y[start..], n, x, block.t(), 1.0);
         }
     });
     y
@@ -203,7 +163,9 @@ fn backward(g: &[f32], rows: &PackedRows) -> Vec<f32> {
             for (row, out) in block.chunks_exact_mut(k).take(count).enumerate() {
                 rows.values(start + row, out);
             }
-            gemm(dx, k, start > 0, (&g[start..], n), (&block, k, 1), m, k, count);
+            // dx starts from zeros.
+            let (g, block) = (View { data: &g[start..], rs: n, cs: 1 }, View::rows(&block, k));
+            add_product((m, k, count), dx, k, g, block);
         }
     });
     dx
