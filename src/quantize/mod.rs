@@ -127,8 +127,11 @@ pub fn calibrate(
     Ok(())
 }
 
-/// Writes a model folder: config.json, model.safetensors, preprocessor_config.json. Returns the bytes of
-/// the safetensors file.
+/// Models above this are written in shards, as Hugging Face does.
+const SHARD_BYTES: u64 = 5_000_000_000;
+
+/// Writes a model folder: config.json, model.safetensors or its shards, preprocessor_config.json. Returns
+/// the bytes of the weights' files.
 pub fn write_model(
     dir: &Path,
     config: &VitConfig,
@@ -151,8 +154,7 @@ pub fn write_model(
     let pretty =
         |value: &Value| serde_json::to_vec_pretty(value).map_err(|e| Error::Run(format!("config.json: {e}")));
     let metadata = [("format".to_string(), "pt".to_string())].into();
-    let bytes =
-        checkpoint::save(&staging.path().join("model.safetensors"), &stored_tensors(weights)?, &metadata)?;
+    let bytes = checkpoint::save_model(staging.path(), &stored_tensors(weights)?, &metadata, SHARD_BYTES)?;
     files::write_bytes(&staging.path().join("config.json"), &pretty(&json)?)?;
     let processor = staging.path().join("preprocessor_config.json");
     files::write_bytes(&processor, &pretty(&preprocess.to_json())?)?;

@@ -1,9 +1,12 @@
-//! The index of a model in shards: which file beside it holds which tensor.
+//! Models in shards, and the index that says which file holds which tensor.
 
 use super::header::{Pairs, MAX_HEADER};
-use super::shown;
+use super::{save, shown};
 use crate::error::{Error, Result};
+use crate::files::write_bytes;
+use candle_core::Tensor;
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::path::Path;
 
 /// The `weight_map` of an index: tensor name and shard file name, in the order of the file.
@@ -44,11 +47,70 @@ pub(crate) fn read_index(path: &Path) -> Result<Vec<(String, String)>> {
     Ok(pairs)
 }
 
+/// Writes `tensors` into the folder `dir`: as `model.safetensors` where they take at most `limit` bytes,
+/// else as shards of at most that (a larger tensor is a shard of its own) with
+/// `model.safetensors.index.json` beside them, named as Hugging Face names them. Returns the bytes of
+/// the safetensors files.
+pub fn save_model(
+    dir: &Path,
+    tensors: &[(String, Tensor)],
+    metadata: &BTreeMap<String, String>,
+    limit: u64,
+) -> Result<u64> {
+    let size = |(_, t): &(String, Tensor)| (t.elem_count() * t.dtype().size_in_bytes()) as u64;
+    let total: u64 = tensors.iter().map(size).sum();
+    if total <= limit {
+        return save(&dir.join("model.safetensors"), tensors, metadata);
+    }
+    let mut shards = Vec::new();
+    let (mut begin, mut filled) = (0, 0u64);
+    for (at, tensor) in tensors.iter().enumerate() {
+        if at > begin && filled + size(tensor) > limit {
+            shards.push(&tensors[begin..at]);
+            (begin, filled) = (at, 0);
+        }
+        filled += size(tensor);
+    }
+    shards.push(&tensors[begin..]);
+    let (mut map, mut bytes) = (serde_json::Map::new(), 0);
+    for (n, part) in shards.iter().enumerate() {
+        let file = format!("model-{:05}-of-{:05}.safetensors", n + 1, shards.len());
+        bytes += save(&dir.join(&file), part, metadata)?;
+        map.extend(part.iter().map(|(name, _)| (name.clone(), Value::from(file.clone()))));
+    }
+    // The index last: without it the shards are no model.
+    let index = serde_json::json!({"metadata": {"total_size": total}, "weight_map": map});
+    let text = serde_json::to_vec_pretty(&index).map_err(|e| Error::Run(format!("index: {e}")))?;
+    write_bytes(&dir.join("model.safetensors.index.json"), &text)?;
+    Ok(bytes)
+}
+
 #[cfg(test)]
 mod tests {
-    use super::super::{save, Checkpoint};
-    use candle_core::{Device, Tensor};
-    use std::collections::BTreeMap;
+    use super::super::Checkpoint;
+    use super::*;
+    use candle_core::Device;
+
+    #[test]
+    fn what_is_written_in_shards_comes_back() {
+        let tensor = |n: usize| Tensor::arange(0f32, n as f32, &Device::Cpu).unwrap();
+        let sizes = [("c", 3), ("a", 2), ("b", 9), ("d", 1), ("e", 1)];
+        let tensors: Vec<(String, Tensor)> = sizes.map(|(name, n)| (name.to_string(), tensor(n))).to_vec();
+        // (limit in bytes, files): 64 bytes in one; c and a, then b, then d and e; one each.
+        for (limit, files) in [(64, 1), (20, 3), (1, 5)] {
+            let dir = tempfile::tempdir().unwrap();
+            let bytes = save_model(dir.path(), &tensors, &BTreeMap::new(), limit).unwrap();
+            let read = Checkpoint::open(dir.path()).unwrap();
+            assert_eq!(read.files().len(), files, "limit {limit}");
+            let on_disk: u64 = read.files().iter().map(|f| std::fs::metadata(f).unwrap().len()).sum();
+            assert_eq!(bytes, on_disk);
+            assert_eq!(dir.path().join("model.safetensors.index.json").exists(), files > 1);
+            for (name, t) in &tensors {
+                let back = read.tensor(name, &Device::Cpu).unwrap().to_vec1::<f32>().unwrap();
+                assert_eq!(back, t.to_vec1::<f32>().unwrap(), "{name}");
+            }
+        }
+    }
 
     #[test]
     fn shards_are_joined_and_their_index_is_not_trusted() {

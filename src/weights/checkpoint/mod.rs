@@ -22,6 +22,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 pub(crate) use index::read_index;
+pub use index::save_model;
 pub use safetensors::Dtype;
 pub use save::save;
 
