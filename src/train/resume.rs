@@ -22,7 +22,7 @@ const STATE_VERSION: u64 = 1;
 /// Where a run stands.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct State {
-    /// See [`STATE_VERSION`].
+    /// The version of this file.
     pub version: u64,
     /// Index of the phase in the recipe.
     pub phase: usize,
