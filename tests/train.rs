@@ -144,6 +144,42 @@ fn without_steps_a_trained_model_is_packed_as_it_is() {
     assert_eq!(summary["steps"], 60);
 }
 
+/// Asks for a stop when so many evaluations have begun.
+struct StopAtEvaluation(Mutex<usize>);
+
+impl Progress for StopAtEvaluation {
+    fn note(&self, _line: &str) {}
+    fn start(&self, what: &str, _total: usize) {
+        if what == "evaluating" {
+            let mut left = self.0.lock().unwrap();
+            *left -= 1;
+            if *left == 0 {
+                signal::ask(2);
+            }
+        }
+    }
+    fn tick(&self, _done: usize, _message: &str) {}
+    fn finish(&self) {}
+}
+
+#[test]
+fn untrained_packing_is_resumed_with_the_steps_that_were_fitted() {
+    let _turn = turn();
+    let recipe = recipe(&["phase.1.steps=0", "activation.bits=4"]);
+    let whole = tempfile::tempdir().unwrap();
+    quantize::run(&recipe, whole.path(), &Device::Cpu, &Quiet).unwrap();
+    // The second evaluation, of the fake-quantized model, comes after the quantized phase's checkpoint.
+    let dir = tempfile::tempdir().unwrap();
+    let stop = StopAtEvaluation(Mutex::new(2));
+    let stopped = quantize::run(&recipe, dir.path(), &Device::Cpu, &stop);
+    signal::ask(0);
+    assert!(matches!(stopped, Err(Error::Stopped { .. })), "{stopped:?}");
+    assert!(dir.path().join("checkpoints/step-00000007-p1").exists());
+    quantize::run(&recipe, dir.path(), &Device::Cpu, &Quiet).unwrap();
+    assert_eq!(metrics(dir.path()), metrics(whole.path()));
+    assert!(model_bytes(dir.path()) == model_bytes(whole.path()));
+}
+
 /// A quantized student and batches for it.
 fn task(act_bits: u8) -> (Classify, Weights, Vec<Batch>, OptimizerConfig) {
     let recipe = recipe(&[&format!("activation.bits={act_bits}")]);

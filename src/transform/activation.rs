@@ -88,8 +88,8 @@ impl ActQuant {
         {
             let lift = (shift_in.zeros_like()?.detach() - least)?;
             x = x.broadcast_add(&lift)?;
-            rule.shift_out = Some(lift.neg()?);
-            rule.shift_in = Some(lift);
+            rule.shift_out = Some(Var::from_tensor(&lift.neg()?)?.as_tensor().clone());
+            rule.shift_in = Some(Var::from_tensor(&lift)?.as_tensor().clone());
         }
         // One row for each step.
         let rows = match absolute(rule.axis, x.rank())? {
@@ -112,7 +112,8 @@ impl ActQuant {
             });
         }
         if let Some((_, step)) = best {
-            rule.step = step;
+            // A variable, as every state of a rule that a checkpoint must hold.
+            rule.step = Var::from_tensor(&step)?.as_tensor().clone();
         }
         Ok((rule, silent))
     }
