@@ -21,6 +21,7 @@ pub const EMBEDDED: &[(&str, &str)] = &[
     ("vit-w4a4", include_str!("../recipes/vit-w4a4.toml")),
     ("deit-tiny-w2a2", include_str!("../recipes/deit-tiny-w2a2.toml")),
     ("deit-small-w2a2", include_str!("../recipes/deit-small-w2a2.toml")),
+    ("ablation-ofq", include_str!("../recipes/ablation-ofq.toml")),
 ];
 
 /// A whole run.
@@ -248,8 +249,11 @@ pub struct PhaseConfig {
     /// Epochs that the cosine of `cosine_epochs` spans. None: all of them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cosine_span: Option<f64>,
+    /// Whether the optimizer goes on from the state that the quantized phase before left.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub continue_optimizer: bool,
     /// Confidence-guided annealing: only weights within so many steps of a threshold move, and the
-    /// optimizer goes on from the state that the phase before left. None: all weights move.
+    /// optimizer goes on as with `continue_optimizer`. None: all weights move.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub calm: Option<f64>,
     /// What annealing does to a product of query and key.
@@ -303,6 +307,10 @@ pub enum QkrBias {
     Drop,
 }
 
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
 fn always() -> When {
     When::Always
 }
@@ -332,6 +340,15 @@ impl Recipe {
             }
         };
         // Once as the type, so that a mistake is reported with its line in this file.
+        let mut plain: toml::Table = toml::from_str(&text)
+            .map_err(|e| Error::usage(format!("{}: {}", origin.display(), toml_message(&e))))?;
+        if plain.remove("ablation").is_some() {
+            // Variants of a recipe: the recipe itself is what stands beside them.
+            Recipe::deserialize(toml::Value::Table(plain))
+                .map_err(|e| Error::usage(format!("{}: {}", origin.display(), toml_message(&e))))?;
+            return toml::from_str(&text)
+                .map_err(|e| Error::usage(format!("{}: {}", origin.display(), toml_message(&e))));
+        }
         toml::from_str::<Recipe>(&text)
             .map_err(|e| Error::usage(format!("{}: {}", origin.display(), toml_message(&e))))?;
         toml::from_str(&text).map_err(|e| Error::usage(format!("{}: {}", origin.display(), toml_message(&e))))

@@ -290,8 +290,9 @@ fn train_phases(
         if index < first {
             continue;
         }
-        // Annealing goes on from the optimizer's state of the phase before it.
-        let mut optimizer = match carried.take().filter(|_| phase.calm.is_some()) {
+        // Annealing, for one, goes on from the optimizer's state of the phase before it.
+        let mut optimizer = match carried.take().filter(|_| phase.calm.is_some() || phase.continue_optimizer)
+        {
             Some(carried) => carried,
             None => recipe.optimizer.build(),
         };
