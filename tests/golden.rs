@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
 use qtune::kernels::{self, Levels};
-use qtune::models::vit::{Attention, Mlp, VitOutput};
-use qtune::models::VitConfig;
+use qtune::models::vit::{Attention, Mlp};
+use qtune::models::{VisionOutput, VitConfig};
 use qtune::train::oscillation::Track;
 use qtune::train::task::distillation_loss;
 use qtune::transform::{ActQuant, StatsQ};
@@ -123,7 +123,7 @@ fn kd_loss(case: &Case) -> Outputs {
     let second = two.then(|| case.var("student_dist"));
     let ids = case.attrs["target"].as_str() == Some("class ids as floats");
     let teacher = case.input("teacher");
-    let output = VitOutput {
+    let output = VisionOutput {
         class: student.as_tensor().clone(),
         distillation: second.as_ref().map(|v| v.as_tensor().clone()),
     };

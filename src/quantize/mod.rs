@@ -13,8 +13,7 @@ use indexmap::IndexMap;
 use serde_json::{json, Map, Value};
 
 use crate::data::Preprocess;
-use crate::models::vit::Vit;
-use crate::models::{self, open_vit, VitConfig};
+use crate::models::{self, open_model, VisionConfig, VisionModel};
 use crate::optim::Optimizer;
 use crate::recipe::{DistillKind, Recipe, When};
 use crate::select::select;
@@ -93,7 +92,7 @@ fn lay_quantizers(
 /// follows with the steps that it starts from, else with those of least squared error.
 pub fn calibrate(
     recipe: &Recipe,
-    config: &VitConfig,
+    config: &VisionConfig,
     weights: &mut Weights,
     images: &Tensor,
     training: bool,
@@ -115,7 +114,7 @@ pub fn calibrate(
         Ok(Some(Arc::new(rule)))
     }));
     let store = weights.folded()?.calibrating(calibration.clone());
-    Vit::new(config, &store)?.forward(images)?;
+    config.build(&store)?.forward(images)?;
     for (name, rule) in calibration.rules()? {
         weights.hang(name, rule);
     }
@@ -134,7 +133,7 @@ const SHARD_BYTES: u64 = 5_000_000_000;
 /// the bytes of the weights' files.
 pub fn write_model(
     dir: &Path,
-    config: &VitConfig,
+    config: &VisionConfig,
     preprocess: &Preprocess,
     weights: &Weights,
 ) -> Result<u64> {
@@ -331,9 +330,9 @@ fn run_phase(
         (true, DistillKind::Soft) if phase_steps(recipe, config, trainer.dataset.train.len()) == 0 => None,
         (true, DistillKind::Soft) => Some(teacher(recipe, trainer.dir, start, trainer.device)?),
     };
-    let model = Vit::new(&start.config, weights)?;
+    let model = start.config.build(weights)?;
     let task = Classify { model, teacher, distill: recipe.distill.kind };
-    let phase = Phase { config, vit: &start.config, weights, task: &task, optimizer, tracker };
+    let phase = Phase { config, model: &start.config, weights, task: &task, optimizer, tracker };
     let before = trainer.state.phase_step;
     trainer.run(phase)?;
     if trainer.state.phase_step != before {
@@ -347,25 +346,26 @@ fn run_phase(
 
 /// The teacher: the model at the start of quantization, or the one that the recipe names, which must
 /// see the same images and know the same classes as the student.
-fn teacher(recipe: &Recipe, run: &Path, start: &Start, device: &Device) -> Result<Vit> {
+fn teacher(recipe: &Recipe, run: &Path, start: &Start, device: &Device) -> Result<VisionModel> {
     let dir = match &recipe.distill.teacher {
         Some(path) => models::model_dir(&hub::resolve(&path.to_string_lossy())?),
         None => float_dir(run),
     };
-    let opened = open_vit(&dir, device)?;
+    let opened = open_model(&dir, device)?;
     let differ = |what: &str, found: String, expected: String| {
         Err(Error::input(&dir, format!("the teacher's {what}: found {found}, the student's is {expected}")))
     };
     let (found, expected) = (&opened.config, &start.config);
-    if found.classes.len() != expected.classes.len() {
-        let (a, b) = (found.classes.len(), expected.classes.len());
+    if found.classes().len() != expected.classes().len() {
+        let (a, b) = (found.classes().len(), expected.classes().len());
         return differ("number of classes", a.to_string(), b.to_string());
     }
-    let known = |c: &VitConfig| c.classes.iter().cloned().collect::<std::collections::BTreeSet<String>>();
-    if known(found) == known(expected) && found.classes != expected.classes {
-        return differ("order of classes", found.classes.join(", "), expected.classes.join(", "));
+    let known =
+        |c: &VisionConfig| c.classes().iter().cloned().collect::<std::collections::BTreeSet<String>>();
+    if known(found) == known(expected) && found.classes() != expected.classes() {
+        return differ("order of classes", found.classes().join(", "), expected.classes().join(", "));
     }
-    let input = |c: &VitConfig| format!("{} x {:?}", c.channels, c.image_size);
+    let input = |c: &VisionConfig| format!("{} x {:?}", c.channels(), c.image_size());
     if input(found) != input(expected) {
         return differ("image size", input(found), input(expected));
     }
@@ -373,7 +373,7 @@ fn teacher(recipe: &Recipe, run: &Path, start: &Start, device: &Device) -> Resul
     if normal(&opened.preprocess) != normal(&start.preprocess) {
         return differ("normalisation", normal(&opened.preprocess), normal(&start.preprocess));
     }
-    Vit::new(&opened.config, &opened.weights)
+    opened.config.build(&opened.weights)
 }
 
 /// Packs, writes, reads back, measures, sums up.
@@ -384,7 +384,7 @@ fn finish(trainer: &mut Trainer<'_>, start: &Start, trained: Trained) -> Result<
     let packed = weights.packed()?;
     let dir = trainer.dir.join("model");
     let packed_bytes = write_model(&dir, &start.config, &start.preprocess, &packed)?;
-    let read_back = open_vit(&dir, trainer.device)?;
+    let read_back = open_model(&dir, trainer.device)?;
     let got = trainer.evaluate(&read_back.config, &read_back.weights, "packed", true)?;
     let fp = trainer.state.full_precision.unwrap_or_default();
     let params = weights.params();
@@ -420,8 +420,7 @@ fn without_data(
     device: &Device,
     progress: &dyn Progress,
 ) -> Result<Value> {
-    let fp_bytes: usize =
-        start.config.shapes().iter().map(|(_, shape)| 4 * shape.iter().product::<usize>()).sum();
+    let fp_bytes = 4 * start.config.params();
     let mut weights = start.weights.clone();
     lay_quantizers(recipe, &mut weights, false, progress)?;
     let packed_bytes = write_model(&dir.join("model"), &start.config, &start.preprocess, &weights.packed()?)?;
@@ -444,7 +443,6 @@ fn without_data(
 }
 
 fn summary_head(recipe: &Recipe, start: &Start, wall_s: f64, device: &Device) -> Map<String, Value> {
-    let total: usize = start.config.shapes().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
     let head = json!({
         "command": "quantize",
         "method": match recipe.transform.first().map(|t| t.kind) {
@@ -458,7 +456,7 @@ fn summary_head(recipe: &Recipe, start: &Start, wall_s: f64, device: &Device) ->
         "threads": rayon::current_num_threads(),
         "wall_s": wall_s,
         "peak_rss_bytes": peak_rss_bytes(),
-        "params_total": total,
+        "params_total": start.config.params(),
         "version": env!("CARGO_PKG_VERSION"),
         "commit": env!("QTUNE_COMMIT"),
         "bits": recipe.transform.first().map(|t| t.bits),
