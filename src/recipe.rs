@@ -72,6 +72,29 @@ pub enum ModelConfig {
     Vit(VitSource),
 }
 
+impl ModelConfig {
+    /// The pretrained model, where there is one.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            ModelConfig::Vit(vit) => vit.path.as_deref(),
+        }
+    }
+
+    /// The same, to be changed.
+    pub fn path_mut(&mut self) -> &mut Option<PathBuf> {
+        match self {
+            ModelConfig::Vit(vit) => &mut vit.path,
+        }
+    }
+
+    /// Pixels on a side that images are brought to, where the recipe says so.
+    pub fn image_size(&self) -> Option<usize> {
+        match self {
+            ModelConfig::Vit(vit) => vit.image_size,
+        }
+    }
+}
+
 /// A pretrained ViT, or the sizes of a new one.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]

@@ -10,7 +10,8 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor, Var};
 use qtune::kernels::{self, Levels};
 use qtune::models::attention::{Attention, AttentionPlace};
-use qtune::models::vit::{Mlp, VitOutput};
+use qtune::models::vit::Mlp;
+use qtune::models::VisionOutput;
 use qtune::optim::adamw::AdamWConfig;
 use qtune::optim::OptimizerConfig;
 use qtune::train::oscillation::Track;
@@ -126,7 +127,7 @@ fn kd_loss(case: &Case) -> Outputs {
     let second = two.then(|| case.var("student_dist"));
     let ids = case.attrs["target"].as_str() == Some("class ids as floats");
     let teacher = case.input("teacher");
-    let output = VitOutput {
+    let output = VisionOutput {
         class: student.as_tensor().clone(),
         distillation: second.as_ref().map(|v| v.as_tensor().clone()),
     };

@@ -6,7 +6,7 @@ use std::sync::Mutex;
 
 use candle_core::{Device, Tensor};
 use qtune::data::{Augment, Batch, DataConfig, Loader, Preprocess};
-use qtune::models::{open_vit, Vit};
+use qtune::models::open_model;
 use qtune::optim::{Optimizer, OptimizerConfig};
 use qtune::quantize;
 use qtune::random::Random;
@@ -132,8 +132,8 @@ fn without_steps_a_trained_model_is_packed_as_it_is() {
     let dir = tempfile::tempdir().unwrap();
     let recipe = recipe(&["phase.1.steps=0", "phase.0.steps=60", "transform.0.bits=4"]);
     let summary = quantize::run(&recipe, dir.path(), &Device::Cpu, &Quiet).unwrap();
-    let float = open_vit(&dir.path().join("checkpoints/float"), &Device::Cpu).unwrap();
-    let packed = open_vit(&dir.path().join("model"), &Device::Cpu).unwrap();
+    let float = open_model(&dir.path().join("checkpoints/float"), &Device::Cpu).unwrap();
+    let packed = open_model(&dir.path().join("model"), &Device::Cpu).unwrap();
     let name = "vit.encoder.layer.0.intermediate.dense.weight";
     let (a, b) = (float.weights.get(name).unwrap(), packed.weights.get(name).unwrap());
     let (a, b) = (a.tensor().unwrap(), b.tensor().unwrap());
@@ -190,7 +190,7 @@ fn task(act_bits: u8) -> (Classify, Weights, Vec<Batch>, OptimizerConfig) {
     short.phase[0].steps = Some(1);
     short.phase[1].steps = Some(1);
     quantize::run(&short, dir.path(), &Device::Cpu, &Quiet).unwrap();
-    let start = open_vit(&dir.path().join("checkpoints/float"), &Device::Cpu).unwrap();
+    let start = open_model(&dir.path().join("checkpoints/float"), &Device::Cpu).unwrap();
     let mut weights = start.weights.trainable().unwrap();
     for (name, _) in quantize::targets(&recipe, &weights).unwrap() {
         let w = weights.get(&name).unwrap().tensor().unwrap().detach();
@@ -206,7 +206,7 @@ fn task(act_bits: u8) -> (Classify, Weights, Vec<Batch>, OptimizerConfig) {
     };
     let whole = load((0..24).collect(), 24);
     quantize::calibrate(&recipe, &start.config, &mut weights, &whole[0].images, true, &Quiet).unwrap();
-    let model = Vit::new(&start.config, &weights).unwrap();
+    let model = start.config.build(&weights).unwrap();
     let batches = [whole, load((0..24).collect(), 7)].concat_batches();
     (Classify { model, teacher: None, distill: DistillKind::None }, weights, batches, recipe.optimizer)
 }

@@ -288,9 +288,8 @@ impl Quantize {
             set(&mut table, assignment)?;
         }
         let mut recipe = Recipe::resolve(table)?;
-        let qtune::recipe::ModelConfig::Vit(vit) = &mut recipe.model;
-        let paths =
-            [&mut recipe.data.path, &mut recipe.data.eval_path, &mut recipe.distill.teacher, &mut vit.path];
+        let model = recipe.model.path_mut();
+        let paths = [&mut recipe.data.path, &mut recipe.data.eval_path, &mut recipe.distill.teacher, model];
         for path in paths.into_iter().flatten() {
             *path = anchored(path);
         }

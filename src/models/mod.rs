@@ -4,6 +4,7 @@ pub mod attention;
 pub mod import;
 pub mod names;
 pub mod nn;
+pub mod vision;
 pub mod vit;
 pub mod vit_config;
 
@@ -13,7 +14,8 @@ use std::sync::Arc;
 use candle_core::Device;
 use serde_json::Value;
 
-pub use import::{import_vit, Imported, Want};
+pub use import::{import_model, Imported, Want};
+pub use vision::{VisionConfig, VisionModel, VisionOutput};
 pub use vit::Vit;
 pub use vit_config::VitConfig;
 
@@ -27,7 +29,7 @@ use crate::{files, Error, Result};
 #[derive(Debug)]
 pub struct Opened {
     /// Sizes and labels.
-    pub config: VitConfig,
+    pub config: VisionConfig,
     /// Its weights, dense or packed, and the rules on its taps.
     pub weights: Weights,
     /// What the file says of the quantization, where it is quantized.
@@ -73,8 +75,8 @@ fn revive(
     Ok(Arc::new(ActQuant::revive(name, description, read, false)?))
 }
 
-/// Opens a vision transformer, full precision or packed, for evaluation.
-pub fn open_vit(dir: &Path, device: &Device) -> Result<Opened> {
+/// Opens a vision model, full precision or packed, for evaluation.
+pub fn open_model(dir: &Path, device: &Device) -> Result<Opened> {
     let (path, json) = if dir.join("config.json").exists() {
         read_config(dir)?
     } else {
@@ -82,7 +84,7 @@ pub fn open_vit(dir: &Path, device: &Device) -> Result<Opened> {
     };
     let Some(quantization) = QuantizationConfig::read(&path, &json)? else {
         let want = Want { image_size: None, classes: None, seed: 0 };
-        let Imported { config, tensors, notes, new_head } = import_vit(dir, &want, device)?;
+        let Imported { config, tensors, notes, new_head } = import_model(dir, &want, device)?;
         if new_head {
             return Err(Error::input(
                 dir,
@@ -93,8 +95,7 @@ pub fn open_vit(dir: &Path, device: &Device) -> Result<Opened> {
         let weights = Weights::from_tensors(tensors);
         return Ok(Opened { config, weights, quantization: None, preprocess, notes });
     };
-    let config = VitConfig::from_hf(&path, &json)?;
-    config.check()?;
+    let config = VisionConfig::from_hf(&path, &json)?;
     let checkpoint = Checkpoint::open(dir)?;
     let weights = quantization.open(&checkpoint, device, &revive)?;
     let mut expected = std::collections::HashSet::new();
@@ -113,7 +114,7 @@ pub fn open_vit(dir: &Path, device: &Device) -> Result<Opened> {
             format!("found in {}, but the model has no such tensor", dir.display()),
         ));
     }
-    let taps = Vit::taps(&config, &weights);
+    let taps = config.taps(&weights);
     let stranger =
         weights.taps().find(|(name, _)| !taps.iter().any(|t| t == name)).map(|(n, _)| n.to_string());
     if let Some(name) = stranger {
@@ -126,9 +127,9 @@ pub fn open_vit(dir: &Path, device: &Device) -> Result<Opened> {
 /// How the images of a model become tensors: its preprocessor_config.json, what timm says, or
 /// (x / 255 - 0.5) / 0.5. Where the model runs at another size than its file says, the size that images
 /// have before the center is cropped out follows.
-pub fn preprocess_for(dir: &Path, config: &VitConfig) -> Result<Preprocess> {
-    let (height, width) = config.image_size;
-    let mut found = match Preprocess::load(dir, height, width, config.channels)? {
+pub fn preprocess_for(dir: &Path, config: &VisionConfig) -> Result<Preprocess> {
+    let (height, width) = config.image_size();
+    let mut found = match Preprocess::load(dir, height, width, config.channels())? {
         Some(found) => found,
         None => timm_or_plain(dir, config)?,
     };
@@ -147,11 +148,11 @@ pub fn preprocess_for(dir: &Path, config: &VitConfig) -> Result<Preprocess> {
     Ok(found)
 }
 
-fn timm_or_plain(dir: &Path, config: &VitConfig) -> Result<Preprocess> {
-    let (height, width) = config.image_size;
-    let mut plain = Preprocess::default_for(height, width, config.channels);
+fn timm_or_plain(dir: &Path, config: &VisionConfig) -> Result<Preprocess> {
+    let (height, width) = config.image_size();
+    let mut plain = Preprocess::default_for(height, width, config.channels());
     let Some(timm) = import::timm_preprocess(dir)? else { return Ok(plain) };
-    if timm.mean.len() == config.channels && timm.std.len() == config.channels {
+    if timm.mean.len() == config.channels() && timm.std.len() == config.channels() {
         plain.mean = timm.mean.iter().map(|&v| v as f32).collect();
         plain.std = timm.std.iter().map(|&v| v as f32).collect();
     }

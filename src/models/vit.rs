@@ -8,6 +8,7 @@ use candle_core::Tensor;
 
 use super::attention::{site, Attention, TOKEN};
 use super::nn::{finite, LayerNorm, Linear};
+use super::vision::VisionOutput;
 use super::vit_config::VitConfig;
 use crate::weights::{Granularity, Shifts, Signedness, Site, Tap, Weight, Weights};
 use crate::{kernels, Error, On, Result};
@@ -18,25 +19,6 @@ const GELU: Site = site(Granularity::Token, Signedness::Unsigned, Shifts::InOut)
 const IMAGE: Site = Site { edge: true, ..site(Granularity::Token, Signedness::Data, Shifts::InOut) };
 /// Input of a classifier: one step.
 const HEAD: Site = Site { edge: true, ..site(Granularity::Tensor, Signedness::Signed, Shifts::InOut) };
-
-/// What the model says of a batch: logits `[batch, classes]`.
-#[derive(Debug)]
-pub struct VitOutput {
-    /// Of the class token.
-    pub class: Tensor,
-    /// Of the distillation token, where the model has a head for it.
-    pub distillation: Option<Tensor>,
-}
-
-impl VitOutput {
-    /// The answer at inference: the mean of the heads.
-    pub fn logits(&self) -> Result<Tensor> {
-        match &self.distillation {
-            None => Ok(self.class.clone()),
-            Some(distillation) => Ok(((&self.class + distillation)? * 0.5)?),
-        }
-    }
-}
 
 #[derive(Debug)]
 struct Head {
@@ -157,7 +139,7 @@ impl Vit {
 
     /// Runs the model on `images [batch, channels, height, width]`, normalised. Another image size than
     /// the model's is an error.
-    pub fn forward(&self, images: &Tensor) -> Result<VitOutput> {
+    pub fn forward(&self, images: &Tensor) -> Result<VisionOutput> {
         self.walk(images, &mut |_, _| Ok(()))
     }
 
@@ -187,7 +169,11 @@ impl Vit {
     }
 
     /// The forward pass, each stage's output shown to `see` under the stage's name.
-    fn walk(&self, images: &Tensor, see: &mut dyn FnMut(&str, &Tensor) -> Result<()>) -> Result<VitOutput> {
+    fn walk(
+        &self,
+        images: &Tensor,
+        see: &mut dyn FnMut(&str, &Tensor) -> Result<()>,
+    ) -> Result<VisionOutput> {
         let (batch, channels, height, width) = images.dims4().on("images")?;
         let (rows, cols) = self.config.image_size;
         if (channels, height, width) != (self.config.channels, rows, cols) {
@@ -226,6 +212,6 @@ impl Vit {
         let class = self.head.forward(&at(0)?)?;
         see("the classifier", &class)?;
         let second = self.distillation_head.as_ref();
-        Ok(VitOutput { class, distillation: second.map(|head| head.forward(&at(1)?)).transpose()? })
+        Ok(VisionOutput { class, distillation: second.map(|head| head.forward(&at(1)?)).transpose()? })
     }
 }

@@ -14,8 +14,7 @@ use serde_json::{json, Map, Value};
 
 use crate::data::Preprocess;
 use crate::models::attention::AttentionPlace;
-use crate::models::vit::Vit;
-use crate::models::{self, open_vit, VitConfig};
+use crate::models::{self, open_model, VisionConfig, VisionModel};
 use crate::optim::Optimizer;
 use crate::recipe::{CalmQk, DistillKind, PhaseConfig, QkrBias, Recipe, When};
 use crate::select::select;
@@ -57,7 +56,7 @@ pub fn targets(recipe: &Recipe, weights: &Weights) -> Result<IndexMap<String, us
 /// steps of least squared error.
 fn lay_quantizers(
     recipe: &Recipe,
-    vit: &VitConfig,
+    config: &VisionConfig,
     weights: &mut Weights,
     training: bool,
     progress: &dyn Progress,
@@ -73,7 +72,7 @@ fn lay_quantizers(
         }
     }
     let mut chosen = targets(recipe, weights)?;
-    reparameterize(recipe, vit, weights, &mut chosen)?;
+    reparameterize(recipe, config, weights, &mut chosen)?;
     for (name, index) in chosen {
         let config = &recipe.transform[index];
         let w = weights.get(&name)?.tensor()?.detach();
@@ -94,9 +93,9 @@ fn lay_quantizers(
 }
 
 /// The attentions whose query and key the recipe makes one weight.
-pub fn products(recipe: &Recipe, vit: &VitConfig) -> Result<Vec<AttentionPlace>> {
+pub fn products(recipe: &Recipe, config: &VisionConfig) -> Result<Vec<AttentionPlace>> {
     let Some(qkr) = &recipe.qkr else { return Ok(Vec::new()) };
-    let places = vit.attentions();
+    let places = config.attentions();
     let names: Vec<&str> = places.iter().map(|place| place.inner.as_str()).collect();
     let picked: Vec<String> = select(&qkr.targets, &names)?.into_iter().map(String::from).collect();
     Ok(places.into_iter().filter(|place| picked.contains(&place.inner)).collect())
@@ -105,11 +104,11 @@ pub fn products(recipe: &Recipe, vit: &VitConfig) -> Result<Vec<AttentionPlace>>
 /// Makes query and key one weight where the recipe says so; what is for both of them is for it.
 fn reparameterize(
     recipe: &Recipe,
-    vit: &VitConfig,
+    config: &VisionConfig,
     weights: &mut Weights,
     chosen: &mut IndexMap<String, usize>,
 ) -> Result<()> {
-    for place in products(recipe, vit)? {
+    for place in products(recipe, config)? {
         let [query, key] = place.factors().map(|name| (chosen.shift_remove(&name), name));
         if query.0 != key.0 {
             let of = |index: Option<usize>| index.map_or("none".into(), |i| format!("transform.{i}"));
@@ -130,7 +129,7 @@ fn reparameterize(
 /// follows with the steps that it starts from, else with those of least squared error.
 pub fn calibrate(
     recipe: &Recipe,
-    config: &VitConfig,
+    config: &VisionConfig,
     weights: &mut Weights,
     images: &Tensor,
     training: bool,
@@ -152,7 +151,7 @@ pub fn calibrate(
         Ok(Some(Arc::new(rule)))
     }));
     let store = weights.folded()?.calibrating(calibration.clone());
-    Vit::new(config, &store)?.forward(images)?;
+    config.build(&store)?.forward(images)?;
     for (name, rule) in calibration.rules()? {
         weights.hang(name, rule);
     }
@@ -171,7 +170,7 @@ const SHARD_BYTES: u64 = 5_000_000_000;
 /// the bytes of the weights' files.
 pub fn write_model(
     dir: &Path,
-    config: &VitConfig,
+    config: &VisionConfig,
     preprocess: &Preprocess,
     weights: &Weights,
 ) -> Result<u64> {
@@ -377,9 +376,9 @@ fn run_phase(
     };
     let calm = annealed(config, weights, trainer.progress)?;
     let weights = calm.as_ref().unwrap_or(weights);
-    let model = Vit::new(&start.config, weights)?;
+    let model = start.config.build(weights)?;
     let task = Classify { model, teacher, distill: recipe.distill.kind };
-    let phase = Phase { config, vit: &start.config, weights, task: &task, optimizer, tracker };
+    let phase = Phase { config, model: &start.config, weights, task: &task, optimizer, tracker };
     let before = trainer.state.phase_step;
     trainer.run(phase)?;
     if trainer.state.phase_step != before {
@@ -416,25 +415,26 @@ fn annealed(phase: &PhaseConfig, weights: &Weights, progress: &dyn Progress) -> 
 
 /// The teacher: the model at the start of quantization, or the one that the recipe names, which must
 /// see the same images and know the same classes as the student.
-fn teacher(recipe: &Recipe, run: &Path, start: &Start, device: &Device) -> Result<Vit> {
+fn teacher(recipe: &Recipe, run: &Path, start: &Start, device: &Device) -> Result<VisionModel> {
     let dir = match &recipe.distill.teacher {
         Some(path) => models::model_dir(&hub::resolve(&path.to_string_lossy())?),
         None => float_dir(run),
     };
-    let opened = open_vit(&dir, device)?;
+    let opened = open_model(&dir, device)?;
     let differ = |what: &str, found: String, expected: String| {
         Err(Error::input(&dir, format!("the teacher's {what}: found {found}, the student's is {expected}")))
     };
     let (found, expected) = (&opened.config, &start.config);
-    if found.classes.len() != expected.classes.len() {
-        let (a, b) = (found.classes.len(), expected.classes.len());
+    if found.classes().len() != expected.classes().len() {
+        let (a, b) = (found.classes().len(), expected.classes().len());
         return differ("number of classes", a.to_string(), b.to_string());
     }
-    let known = |c: &VitConfig| c.classes.iter().cloned().collect::<std::collections::BTreeSet<String>>();
-    if known(found) == known(expected) && found.classes != expected.classes {
-        return differ("order of classes", found.classes.join(", "), expected.classes.join(", "));
+    let known =
+        |c: &VisionConfig| c.classes().iter().cloned().collect::<std::collections::BTreeSet<String>>();
+    if known(found) == known(expected) && found.classes() != expected.classes() {
+        return differ("order of classes", found.classes().join(", "), expected.classes().join(", "));
     }
-    let input = |c: &VitConfig| format!("{} x {:?}", c.channels, c.image_size);
+    let input = |c: &VisionConfig| format!("{} x {:?}", c.channels(), c.image_size());
     if input(found) != input(expected) {
         return differ("image size", input(found), input(expected));
     }
@@ -442,7 +442,7 @@ fn teacher(recipe: &Recipe, run: &Path, start: &Start, device: &Device) -> Resul
     if normal(&opened.preprocess) != normal(&start.preprocess) {
         return differ("normalisation", normal(&opened.preprocess), normal(&start.preprocess));
     }
-    Vit::new(&opened.config, &opened.weights)
+    opened.config.build(&opened.weights)
 }
 
 /// Packs, writes, reads back, measures, sums up.
@@ -453,7 +453,7 @@ fn finish(trainer: &mut Trainer<'_>, start: &Start, trained: Trained) -> Result<
     let packed = weights.packed()?;
     let dir = trainer.dir.join("model");
     let packed_bytes = write_model(&dir, &start.config, &start.preprocess, &packed)?;
-    let read_back = open_vit(&dir, trainer.device)?;
+    let read_back = open_model(&dir, trainer.device)?;
     let got = trainer.evaluate(&read_back.config, &read_back.weights, "packed", true)?;
     let fp = trainer.state.full_precision.unwrap_or_default();
     let params = weights.params();
@@ -489,8 +489,7 @@ fn without_data(
     device: &Device,
     progress: &dyn Progress,
 ) -> Result<Value> {
-    let fp_bytes: usize =
-        start.config.shapes().iter().map(|(_, shape)| 4 * shape.iter().product::<usize>()).sum();
+    let fp_bytes = 4 * start.config.params();
     let mut weights = start.weights.clone();
     lay_quantizers(recipe, &start.config, &mut weights, false, progress)?;
     let packed_bytes = write_model(&dir.join("model"), &start.config, &start.preprocess, &weights.packed()?)?;
@@ -513,7 +512,6 @@ fn without_data(
 }
 
 fn summary_head(recipe: &Recipe, start: &Start, wall_s: f64, device: &Device) -> Map<String, Value> {
-    let total: usize = start.config.shapes().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
     let head = json!({
         "command": "quantize",
         "method": match recipe.transform.first().map(|t| t.kind) {
@@ -527,7 +525,7 @@ fn summary_head(recipe: &Recipe, start: &Start, wall_s: f64, device: &Device) ->
         "threads": rayon::current_num_threads(),
         "wall_s": wall_s,
         "peak_rss_bytes": peak_rss_bytes(),
-        "params_total": total,
+        "params_total": start.config.params(),
         "version": env!("CARGO_PKG_VERSION"),
         "commit": env!("QTUNE_COMMIT"),
         "bits": recipe.transform.first().map(|t| t.bits),

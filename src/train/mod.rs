@@ -21,8 +21,7 @@ pub use resume::State;
 pub use task::{evaluate, Accuracy, Classify};
 
 use crate::data::{epoch_order, Batch, Dataset, Loader, Preprocess};
-use crate::models::vit::Vit;
-use crate::models::VitConfig;
+use crate::models::VisionConfig;
 use crate::optim::{Optimizer, Rate};
 use crate::recipe::{CalmQk, PhaseConfig, Recipe};
 use crate::weights::{Expr, Gate, Param, Weights};
@@ -80,7 +79,7 @@ pub struct Phase<'a> {
     /// Its settings.
     pub config: &'a PhaseConfig,
     /// The model's sizes.
-    pub vit: &'a VitConfig,
+    pub model: &'a VisionConfig,
     /// The trainable store that the task's model reads.
     pub weights: &'a Weights,
     /// Loss and model.
@@ -179,12 +178,12 @@ impl Trainer<'_> {
     /// not in the middle of a phase, whose steps would be lost with it.
     pub fn evaluate(
         &mut self,
-        config: &VitConfig,
+        config: &VisionConfig,
         weights: &Weights,
         what: &str,
         stoppable: bool,
     ) -> Result<Accuracy> {
-        let model = Vit::new(config, weights)?;
+        let model = config.build(weights)?;
         let batch = self.recipe.train.eval_batch_size;
         let eval = self.dataset.eval.clone();
         let device = self.device;
@@ -206,7 +205,7 @@ impl Trainer<'_> {
     }
 
     /// The figures of the model as it stands: those at the end of the phase that just ended, or new ones.
-    pub fn measure(&mut self, config: &VitConfig, weights: &Weights, what: &str) -> Result<Accuracy> {
+    pub fn measure(&mut self, config: &VisionConfig, weights: &Weights, what: &str) -> Result<Accuracy> {
         match self.state.measured {
             Some((step, known)) if step == self.state.step && step > 0 => Ok(known),
             _ => self.evaluate(config, weights, what, true),
@@ -223,7 +222,7 @@ impl Trainer<'_> {
 
     /// Trains one phase from where the state stands to its end.
     pub fn run(&mut self, phase: Phase<'_>) -> Result<()> {
-        let Phase { config, vit, weights, task, optimizer, tracker } = phase;
+        let Phase { config, model, weights, task, optimizer, tracker } = phase;
         let recipe = self.recipe;
         let samples = self.dataset.train.len();
         let rate = rate(recipe, config, samples);
@@ -291,7 +290,7 @@ impl Trainer<'_> {
             }
             let due = recipe.train.eval_steps;
             if last || (due > 0 && done.is_multiple_of(due)) {
-                let got = self.evaluate(vit, &weights.folded()?, &config.name, false)?;
+                let got = self.evaluate(model, &weights.folded()?, &config.name, false)?;
                 if self.state.best.is_none_or(|(best, _)| got.top1 > best) {
                     self.state.best = Some((got.top1, self.state.step));
                 }

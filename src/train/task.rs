@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor, D};
 use serde::{Deserialize, Serialize};
 
 use crate::data::{Batch, Loader, Preprocess, Source};
-use crate::models::vit::{Vit, VitOutput};
+use crate::models::{VisionModel, VisionOutput};
 use crate::recipe::DistillKind;
 use crate::{kernels, Error, Result};
 
@@ -31,9 +31,9 @@ pub struct Accuracy {
 #[derive(Debug)]
 pub struct Classify {
     /// The student.
-    pub model: Vit,
+    pub model: VisionModel,
     /// A frozen teacher in full precision.
-    pub teacher: Option<Vit>,
+    pub teacher: Option<VisionModel>,
     /// What the student learns from it.
     pub distill: DistillKind,
 }
@@ -51,7 +51,7 @@ pub struct Loss {
 /// plus, with a teacher, the soft cross-entropy against the teacher's class head. A model with two
 /// heads learns the labels with the class head and the teacher with the other.
 pub fn distillation_loss(
-    output: &VitOutput,
+    output: &VisionOutput,
     labels: &Tensor,
     teacher_class_logits: Option<&Tensor>,
 ) -> Result<Tensor> {
@@ -102,7 +102,7 @@ fn rank(logits: &[f32], label: u32) -> usize {
 
 /// Evaluates `model` on every sample of `source`, in order. Where `stoppable`, a signal ends it.
 pub fn evaluate(
-    model: &Vit,
+    model: &VisionModel,
     source: Arc<dyn Source>,
     preprocess: Arc<Preprocess>,
     batch_size: usize,
