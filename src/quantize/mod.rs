@@ -25,7 +25,7 @@ use crate::train::{
 use crate::transform::{self, ActQuant, WeightQuant};
 use crate::weights::format::{stored_tensors, QuantizationConfig};
 use crate::weights::{checkpoint, Calibration, Weights};
-use crate::{files, hub, Error, Result};
+use crate::{files, hub, report, Error, Result};
 
 pub use plan::{plan, Plan};
 pub use start::{open_data, start, Start};
@@ -477,7 +477,7 @@ fn finish(trainer: &mut Trainer<'_>, start: &Start, trained: Trained) -> Result<
     put("train_samples_per_s", if rate > 0.0 { json!(rate) } else { Value::Null });
     put("infer_samples_per_s_fp", json!(fp.samples_per_s));
     put("infer_samples_per_s_packed", json!(got.samples_per_s));
-    write_summary(trainer.dir, summary)
+    write_summary(trainer.dir, summary, trainer.progress)
 }
 
 /// Packs a pretrained model as it is, where there is no data to train or measure with.
@@ -508,7 +508,7 @@ fn without_data(
     put("compression", json!(fp_bytes as f64 / packed_bytes.max(1) as f64));
     put("oscillation", json!(0.0));
     put("frozen", json!(0.0));
-    write_summary(dir, summary)
+    write_summary(dir, summary, progress)
 }
 
 fn summary_head(recipe: &Recipe, start: &Start, wall_s: f64, device: &Device) -> Map<String, Value> {
@@ -534,8 +534,9 @@ fn summary_head(recipe: &Recipe, start: &Start, wall_s: f64, device: &Device) ->
     head.as_object().cloned().unwrap_or_default()
 }
 
-fn write_summary(dir: &Path, summary: Map<String, Value>) -> Result<Value> {
+fn write_summary(dir: &Path, summary: Map<String, Value>, progress: &dyn Progress) -> Result<Value> {
     let summary = Value::Object(summary);
+    report::finish(dir, &summary).unwrap_or_else(|e| progress.note(&format!("report: {e}")));
     let text = serde_json::to_vec_pretty(&summary).map_err(|e| Error::Run(format!("summary.json: {e}")))?;
     files::write_bytes(&dir.join("summary.json"), &text)?;
     Ok(summary)
