@@ -208,6 +208,14 @@ pub struct TrainConfig {
     pub checkpoint_steps: usize,
     /// Checkpoints kept, the best one beside.
     pub keep: usize,
+    /// Decay of an exponential average of the weights that evaluations see and that each phase ends with;
+    /// 0: none.
+    pub ema: f64,
+    /// Stochastic depth: the probability with which the deepest block leaves out a branch for a sample; 0:
+    /// never.
+    pub drop_path: f64,
+    /// Factor on the learning rate from each block to the one before it; 1: the same for all.
+    pub layer_decay: f64,
 }
 
 impl Default for TrainConfig {
@@ -221,6 +229,9 @@ impl Default for TrainConfig {
             eval_steps: 0,
             checkpoint_steps: 0,
             keep: 2,
+            ema: 0.0,
+            drop_path: 0.0,
+            layer_decay: 1.0,
         }
     }
 }
@@ -418,6 +429,15 @@ impl Recipe {
         ];
         if let Some((key, n)) = counts.iter().find(|(_, n)| *n == 0 || *n > 1 << 20) {
             return Err(Error::usage(format!("{key} = {n}: expected 1 to {}", 1 << 20)));
+        }
+        for (key, value) in [("train.ema", train.ema), ("train.drop_path", train.drop_path)] {
+            if !(0.0..1.0).contains(&value) {
+                return Err(Error::usage(format!("{key} = {value}: expected 0 or more and less than 1")));
+            }
+        }
+        if !(train.layer_decay > 0.0 && train.layer_decay <= 1.0) {
+            let found = train.layer_decay;
+            return Err(Error::usage(format!("train.layer_decay = {found}: expected above 0 and at most 1")));
         }
         self.optimizer.check()?;
         if !(train.clip.is_finite() && train.clip >= 0.0) {

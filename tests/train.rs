@@ -208,7 +208,12 @@ fn task(act_bits: u8) -> (Classify, Weights, Vec<Batch>, OptimizerConfig) {
     quantize::calibrate(&recipe, &start.config, &mut weights, &whole[0].images, true, &Quiet).unwrap();
     let model = start.config.build(&weights).unwrap();
     let batches = [whole, load((0..24).collect(), 7)].concat_batches();
-    (Classify { model, teacher: None, distill: DistillKind::None }, weights, batches, recipe.optimizer)
+    (
+        Classify { model, teacher: None, distill: DistillKind::None, drop_path: None },
+        weights,
+        batches,
+        recipe.optimizer,
+    )
 }
 
 trait Concat {

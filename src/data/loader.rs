@@ -22,6 +22,8 @@ pub struct Batch {
     pub labels: Vec<u32>,
     /// The index of each image in its source.
     pub indices: Vec<u32>,
+    /// The number of the epoch, which addresses the random streams of its samples.
+    pub epoch: u64,
 }
 
 /// A random order of the images of an epoch: the same for the same `seed` and `epoch`.
@@ -124,7 +126,8 @@ impl Loader {
         let p = &self.job.preprocess;
         let shape = (prepared.labels.len(), p.channels, p.height, p.width);
         let images = Tensor::from_vec(prepared.images, shape, &self.device)?;
-        Ok(Batch { images, labels: prepared.labels, indices: prepared.indices })
+        let epoch = self.job.epoch;
+        Ok(Batch { images, labels: prepared.labels, indices: prepared.indices, epoch })
     }
 }
 

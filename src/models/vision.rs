@@ -6,6 +6,7 @@ use candle_core::Tensor;
 use serde_json::Value;
 
 use super::attention::AttentionPlace;
+use super::drop_path::DropPath;
 use super::vit::Vit;
 use super::vit_config::VitConfig;
 use crate::weights::Weights;
@@ -66,6 +67,21 @@ impl VisionConfig {
         self.shapes().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
     }
 
+    /// How deep the parameter called `name` lies, and how deep the classifier does: 0 is the embedding, then
+    /// come the blocks in order, then everything behind them.
+    pub fn depth(&self, name: &str) -> (usize, usize) {
+        let (blocks, embedding): (Vec<String>, String) = match self {
+            VisionConfig::Vit(vit) => {
+                let prefix = vit.prefix();
+                let block = |i| format!("{prefix}.encoder.layer.{i}.");
+                ((0..vit.layers).map(block).collect(), format!("{prefix}.embeddings."))
+            }
+        };
+        let last = blocks.len() + 1;
+        let block = blocks.iter().position(|block| name.starts_with(block.as_str()));
+        (block.map(|i| i + 1).unwrap_or(if name.starts_with(&embedding) { 0 } else { last }), last)
+    }
+
     /// The attentions of all blocks, from input to output.
     pub fn attentions(&self) -> Vec<AttentionPlace> {
         match self {
@@ -120,6 +136,13 @@ impl VisionModel {
     pub fn forward(&self, images: &Tensor) -> Result<VisionOutput> {
         match self {
             VisionModel::Vit(vit) => vit.forward(images),
+        }
+    }
+
+    /// As [`VisionModel::forward`], in training: residual branches are left out as `drop` draws it.
+    pub fn train(&self, images: &Tensor, drop: Option<&DropPath>) -> Result<VisionOutput> {
+        match self {
+            VisionModel::Vit(vit) => vit.train(images, drop),
         }
     }
 

@@ -19,8 +19,8 @@ use crate::optim::Optimizer;
 use crate::recipe::{CalmQk, DistillKind, PhaseConfig, Recipe, When};
 use crate::select::select;
 use crate::train::{
-    peak_rss_bytes, phase_steps, resume, signal, Accuracy, Classify, Metrics, Phase, Progress, Quiet,
-    Tracker, Trainer,
+    peak_rss_bytes, phase_steps, resume, signal, Accuracy, Average, Classify, Metrics, Phase, Progress,
+    Quiet, Tracker, Trainer,
 };
 use crate::transform::{ActQuant, WeightQuant};
 use crate::weights::format::{stored_tensors, QuantizationConfig};
@@ -199,6 +199,7 @@ pub fn run(recipe: &Recipe, dir: &Path, device: &Device, progress: &dyn Progress
         device,
         progress,
         metrics,
+        average: None,
         earlier_s: state.wall_s,
         state,
         started,
@@ -268,6 +269,12 @@ fn train_phases(
                 saved.restore(&params, device)?;
                 if saved.has_optimizer() {
                     optimizer.restore(&params, &|name| saved.optimizer(name, device))?;
+                    let (decay, steps) = (recipe.train.ema, phase_steps(recipe, phase, samples));
+                    let midway = trainer.state.phase_step > 0 && trainer.state.phase_step < steps;
+                    if decay > 0.0 && midway {
+                        let read = |name: &str| saved.optimizer(name, device);
+                        trainer.average = Some(Average::restore(&params, decay, &read)?);
+                    }
                 }
                 tracker = Tracker::restore(&trainer.state.tracked, &|name| saved.oscillation(name))?;
                 true
@@ -348,7 +355,8 @@ fn run_phase(
     let calm = annealed(config, weights, trainer.progress)?;
     let weights = calm.as_ref().unwrap_or(weights);
     let model = start.config.build(weights)?;
-    let task = Classify { model, teacher, distill: recipe.distill.kind };
+    let drop_path = Some((recipe.train.drop_path, recipe.seed)).filter(|(rate, _)| *rate > 0.0);
+    let task = Classify { model, teacher, distill: recipe.distill.kind, drop_path };
     let phase = Phase { config, model: &start.config, weights, task: &task, optimizer, tracker };
     let before = trainer.state.phase_step;
     trainer.run(phase)?;
@@ -443,7 +451,8 @@ fn finish(trainer: &mut Trainer<'_>, start: &Start, trained: Trained) -> Result<
     put("fp_bytes", json!(trainer.state.fp_bytes));
     put("packed_bytes", json!(packed_bytes));
     put("compression", json!(trainer.state.fp_bytes as f64 / packed_bytes.max(1) as f64));
-    put("oscillation", json!(tracker.figures().percent));
+    let coarse = crate::train::coarse(&weights);
+    put("oscillation", json!(tracker.figures(|name| coarse.contains(name)).percent));
     put("frozen", json!(trainer.state.frozen));
     let rate = trainer.state.samples_per_s;
     put("train_samples_per_s", if rate > 0.0 { json!(rate) } else { Value::Null });

@@ -160,13 +160,7 @@ mod tests {
     use super::*;
 
     fn place(width: usize, heads: usize) -> AttentionPlace {
-        AttentionPlace {
-            inner: "b".into(),
-            output: "o".into(),
-            width,
-            heads,
-            qkv_bias: true,
-        }
+        AttentionPlace { inner: "b".into(), output: "o".into(), width, heads, qkv_bias: true }
     }
 
     #[test]
@@ -192,6 +186,9 @@ mod tests {
         assert_eq!(chosen, IndexMap::from([(place.product(), 0)]));
         let mut chosen: IndexMap<String, usize> = [(query, 0), (key, 1)].into();
         let error = merge(std::slice::from_ref(&place), &mut chosen).unwrap_err().to_string();
-        assert!(error.contains("b.query.weight is for transform.0 and b.key.weight for transform.1"), "{error}");
+        assert!(
+            error.contains("b.query.weight is for transform.0 and b.key.weight for transform.1"),
+            "{error}"
+        );
     }
 }

@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor, D};
 use serde::{Deserialize, Serialize};
 
 use crate::data::{Batch, Loader, Preprocess, Source};
-use crate::models::{VisionModel, VisionOutput};
+use crate::models::{DropPath, VisionModel, VisionOutput};
 use crate::recipe::DistillKind;
 use crate::{kernels, Error, Result};
 
@@ -36,6 +36,8 @@ pub struct Classify {
     pub teacher: Option<VisionModel>,
     /// What the student learns from it.
     pub distill: DistillKind,
+    /// Stochastic depth: the rate of the deepest layer and the seed.
+    pub drop_path: Option<(f64, u64)>,
 }
 
 /// The loss of a batch (mean over its samples, with its graph) and how many of its answers are right.
@@ -72,7 +74,11 @@ impl Classify {
     /// The loss of `batch`.
     pub fn loss(&self, batch: &Batch, device: &Device) -> Result<Loss> {
         let labels = Tensor::from_slice(&batch.labels, batch.labels.len(), device)?;
-        let output = self.model.forward(&batch.images)?;
+        let drop = self.drop_path.map(|(rate, seed)| {
+            let samples = batch.indices.clone();
+            DropPath { rate, seed, epoch: batch.epoch, samples }
+        });
+        let output = self.model.train(&batch.images, drop.as_ref())?;
         let teacher = match (&self.teacher, self.distill) {
             (Some(teacher), DistillKind::Soft) => Some(teacher.forward(&batch.images)?.class.detach()),
             _ => None,
