@@ -20,7 +20,11 @@ pub const EMBEDDED: &[(&str, &str)] = &[
     ("vit-w2a2", include_str!("../recipes/vit-w2a2.toml")),
     ("vit-w4a4", include_str!("../recipes/vit-w4a4.toml")),
     ("deit-tiny-w2a2", include_str!("../recipes/deit-tiny-w2a2.toml")),
+    ("deit-tiny-w3a3", include_str!("../recipes/deit-tiny-w3a3.toml")),
+    ("deit-tiny-w4a4", include_str!("../recipes/deit-tiny-w4a4.toml")),
     ("deit-small-w2a2", include_str!("../recipes/deit-small-w2a2.toml")),
+    ("deit-small-w3a3", include_str!("../recipes/deit-small-w3a3.toml")),
+    ("deit-small-w4a4", include_str!("../recipes/deit-small-w4a4.toml")),
 ];
 
 /// A whole run.
@@ -40,7 +44,7 @@ pub struct Recipe {
     /// `[data]`.
     #[serde(default)]
     pub data: DataConfig,
-    /// `[augment]`: random crops and flips of the training images.
+    /// `[augment]`: random changes to the training images.
     #[serde(default)]
     pub augment: Augment,
     /// `[activation]`.
@@ -142,6 +146,9 @@ pub enum DistillKind {
     None,
     /// Soft cross-entropy against the teacher's class probabilities (ofq.md 6.1).
     Soft,
+    /// The teacher's ranking of the classes behind the label (Plackett-Luce, Bassam et al. 2025), which
+    /// takes the place of the cross-entropy with the labels too.
+    Pld,
 }
 
 /// `[distill]`: the teacher is the model at the start of quantization unless `teacher` names another.
@@ -323,6 +330,7 @@ impl Recipe {
         if let Some((key, n)) = counts.iter().find(|(_, n)| *n == 0 || *n > 1 << 20) {
             return Err(Error::usage(format!("{key} = {n}: expected 1 to {}", 1 << 20)));
         }
+        self.augment.check()?;
         self.optimizer.check()?;
         if !(train.clip.is_finite() && train.clip >= 0.0) {
             return Err(Error::usage(format!("train.clip = {}: expected 0 or more", train.clip)));
