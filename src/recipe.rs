@@ -20,7 +20,11 @@ pub const EMBEDDED: &[(&str, &str)] = &[
     ("vit-w2a2", include_str!("../recipes/vit-w2a2.toml")),
     ("vit-w4a4", include_str!("../recipes/vit-w4a4.toml")),
     ("deit-tiny-w2a2", include_str!("../recipes/deit-tiny-w2a2.toml")),
+    ("deit-tiny-w3a3", include_str!("../recipes/deit-tiny-w3a3.toml")),
+    ("deit-tiny-w4a4", include_str!("../recipes/deit-tiny-w4a4.toml")),
     ("deit-small-w2a2", include_str!("../recipes/deit-small-w2a2.toml")),
+    ("deit-small-w3a3", include_str!("../recipes/deit-small-w3a3.toml")),
+    ("deit-small-w4a4", include_str!("../recipes/deit-small-w4a4.toml")),
     ("ablation-ofq", include_str!("../recipes/ablation-ofq.toml")),
 ];
 
@@ -41,7 +45,7 @@ pub struct Recipe {
     /// `[data]`.
     #[serde(default)]
     pub data: DataConfig,
-    /// `[augment]`: random crops and flips of the training images.
+    /// `[augment]`: random changes to the training images.
     #[serde(default)]
     pub augment: Augment,
     /// `[activation]`.
@@ -169,6 +173,9 @@ pub enum DistillKind {
     None,
     /// Soft cross-entropy against the teacher's class probabilities (ofq.md 6.1).
     Soft,
+    /// The teacher's ranking of the classes behind the label (Plackett-Luce, Bassam et al. 2025), which
+    /// takes the place of the cross-entropy with the labels too.
+    Pld,
 }
 
 /// `[distill]`: the teacher is the model at the start of quantization unless `teacher` names another.
@@ -430,6 +437,7 @@ impl Recipe {
         if let Some((key, n)) = counts.iter().find(|(_, n)| *n == 0 || *n > 1 << 20) {
             return Err(Error::usage(format!("{key} = {n}: expected 1 to {}", 1 << 20)));
         }
+        self.augment.check()?;
         for (key, value) in [("train.ema", train.ema), ("train.drop_path", train.drop_path)] {
             if !(0.0..1.0).contains(&value) {
                 return Err(Error::usage(format!("{key} = {value}: expected 0 or more and less than 1")));

@@ -349,8 +349,10 @@ fn run_phase(
     let config = &recipe.phase[index];
     let teacher = match (config.quantize, recipe.distill.kind) {
         (false, _) | (_, DistillKind::None) => None,
-        (true, DistillKind::Soft) if phase_steps(recipe, config, trainer.dataset.train.len()) == 0 => None,
-        (true, DistillKind::Soft) => Some(teacher(recipe, trainer.dir, start, trainer.device)?),
+        (true, _) if phase_steps(recipe, config, trainer.dataset.train.len()) == 0 => None,
+        (true, DistillKind::Soft | DistillKind::Pld) => {
+            Some(teacher(recipe, trainer.dir, start, trainer.device)?)
+        }
     };
     let calm = annealed(config, weights, trainer.progress)?;
     let weights = calm.as_ref().unwrap_or(weights);

@@ -22,7 +22,7 @@ pub use oscillation::Tracker;
 pub use resume::State;
 pub use task::{evaluate, Accuracy, Classify};
 
-use crate::data::{epoch_order, Batch, Dataset, Loader, Preprocess};
+use crate::data::{epoch_order, Batch, Dataset, Loader, Preprocess, Training};
 use crate::models::VisionConfig;
 use crate::optim::{Optimizer, Rate};
 use crate::recipe::{CalmQk, PhaseConfig, Recipe};
@@ -158,16 +158,17 @@ impl Trainer<'_> {
     }
 
     fn loader(&self, epoch: usize, skip: usize) -> Loader {
-        let order = epoch_order(self.dataset.train.len(), self.recipe.seed, self.stream(epoch));
-        let order = order[skip.min(order.len())..].to_vec();
+        let augment = self.recipe.augment.clone();
+        let (seed, number) = (self.recipe.seed, self.stream(epoch));
+        let order = epoch_order(self.dataset.train.len(), augment.repeats, seed, number);
+        let done = skip.min(order.len());
+        let classes = self.dataset.classes.len();
         Loader::new(
             self.dataset.train.clone(),
             self.preprocess.clone(),
-            Some(self.recipe.augment.clone()),
-            order,
+            order[done..].to_vec(),
             self.recipe.train.batch_size,
-            self.recipe.seed,
-            self.stream(epoch),
+            Some(Training { augment, classes, seed, epoch: number, done }),
             rayon::current_num_threads().clamp(1, 4),
             self.device,
         )
