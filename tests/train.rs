@@ -245,6 +245,7 @@ impl Optimizer for Remember {
     fn state(&self) -> qtune::Result<Vec<(String, Tensor)>> {
         Ok(Vec::new())
     }
+    fn retain(&mut self, _params: &[qtune::weights::Param]) {}
     fn restore(
         &mut self,
         _params: &[qtune::weights::Param],

@@ -235,7 +235,13 @@ fn train_phases(
     let mut carried: Option<Box<dyn Optimizer>> = None;
     for (index, phase) in recipe.phase.iter().enumerate() {
         let skip = phase.when == When::Untrained && !start.untrained;
+        // A product that an earlier phase made a weight of its own stays one, on a resumed run too.
+        let unfactor = |weights: Weights| match phase.calm_qk {
+            CalmQk::Hold => weights.unfactored(),
+            CalmQk::Off | CalmQk::MaskGrad => Ok(weights),
+        };
         if index < first && (quantized || !phase.quantize) {
+            weights = unfactor(weights)?;
             continue;
         }
         // What a phase needs to be in place, made once and read again on resume.
@@ -254,6 +260,7 @@ fn train_phases(
             }
             quantized = true;
         }
+        weights = unfactor(weights)?;
         if index < first {
             continue;
         }
@@ -263,6 +270,7 @@ fn train_phases(
             Some(carried) => carried,
             None => recipe.optimizer.build(),
         };
+        optimizer.retain(&weights.params());
         let restored = match resumed.take().filter(|_| index == first) {
             Some(saved) => {
                 let params = weights.params();
@@ -375,7 +383,7 @@ fn run_phase(
 /// error; one that leaves nothing free is worth a line.
 fn annealed(phase: &PhaseConfig, weights: &Weights, progress: &dyn Progress) -> Result<Option<Weights>> {
     let Some(band) = phase.calm else { return Ok(None) };
-    let (calm, reached) = weights.calmed(Some(band), phase.calm_qk == CalmQk::MaskGrad);
+    let (calm, reached) = weights.calmed(Some(band), phase.calm_qk != CalmQk::Off);
     if reached == 0 {
         let message = format!("phase {}: calm = {band} reaches no weight", phase.name);
         return Err(Error::usage(format!("{message}, expected weights quantized by statsq")));

@@ -423,7 +423,7 @@ impl Trainer<'_> {
             let (frozen, masked) = closed(&gates, tracker.codes(counts))?;
             self.state.frozen = frozen;
             put("frozen", json!(frozen));
-            if phase.calm_qk != CalmQk::Off {
+            if phase.calm_qk == CalmQk::MaskGrad {
                 put("masked", json!(masked));
             }
         }
