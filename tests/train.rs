@@ -85,13 +85,34 @@ fn model_bytes(dir: &Path) -> Vec<u8> {
 #[test]
 fn stopped_and_resumed_is_the_run_that_never_stopped() {
     let _turn = turn();
-    for changes in [&[][..], &["activation.bits=2", "transform.0.kind=\"lsq\"", "train.accumulate=2"]] {
+    let published = [
+        "augment.crop_pad=0",
+        "augment.resized_crop=true",
+        "augment.rand_augment=rand-m9-mstd0.5-inc1",
+        "augment.erase=0.25",
+        "augment.mixup=0.8",
+        "augment.cutmix=1.0",
+        "augment.label_smoothing=0.1",
+        "augment.repeats=3",
+        "distill.kind=pld",
+        "phase.1.steps=20", // into a second epoch
+    ];
+    let learned = ["activation.bits=2", "transform.0.kind=\"lsq\"", "train.accumulate=2"];
+    for changes in [&[][..], &learned, &published] {
         let recipe = recipe(changes);
         let whole = tempfile::tempdir().unwrap();
         quantize::run(&recipe, whole.path(), &Device::Cpu, &Quiet).unwrap();
-        for (phase, step) in
-            [("float", 3), ("float", 7), ("quantized", 1), ("quantized", 6), ("quantized", 9)]
-        {
+        for (phase, step) in [
+            ("float", 3),
+            ("float", 7),
+            ("quantized", 1),
+            ("quantized", 6),
+            ("quantized", 9),
+            ("quantized", 17),
+        ] {
+            if phase == "quantized" && Some(step) > recipe.phase[1].steps {
+                continue;
+            }
             let dir = tempfile::tempdir().unwrap();
             let stop = StopAt { phase, step, now: Mutex::default() };
             let stopped = quantize::run(&recipe, dir.path(), &Device::Cpu, &stop);
