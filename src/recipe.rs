@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::{Augment, DataConfig};
 use crate::optim::{OptimizerConfig, Schedule};
+use crate::select::SelectBits;
 use crate::transform::WeightQuant;
 use crate::weights::nearest;
 use crate::{files, Error, Result};
@@ -54,6 +55,9 @@ pub struct Recipe {
     /// `[qkr]`. None: query and key are quantized each on its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub qkr: Option<QkrConfig>,
+    /// `[select]`: layers that keep more bits. None: all of a transform have its bits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub select: Option<SelectBits>,
     /// `[distill]`.
     #[serde(default)]
     pub distill: DistillConfig,
@@ -422,6 +426,9 @@ impl Recipe {
             if transform.targets.is_empty() {
                 return Err(Error::usage(format!("transform.{i}.targets: found none, expected patterns")));
             }
+        }
+        if let Some(select) = &self.select {
+            select.check()?;
         }
         let ActivationConfig { bits, edge_bits } = self.activation;
         if !matches!(bits, 2 | 3 | 4 | 8 | 32) {

@@ -3,6 +3,7 @@
 
 mod plan;
 pub mod qkr;
+pub mod sensitivity;
 mod start;
 
 use std::path::{Path, PathBuf};
@@ -30,13 +31,23 @@ use crate::{files, hub, report, Error, Result};
 pub use plan::{plan, Plan};
 pub use start::{open_data, start, Start};
 
-/// What each weight becomes: its name, its shape, and the index of the `[[transform]]` that is for it.
-pub fn targets(recipe: &Recipe, weights: &Weights) -> Result<IndexMap<String, usize>> {
+/// What is for a weight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// The index of the `[[transform]]`.
+    pub transform: usize,
+    /// Its bits, or those of `[select]`.
+    pub bits: u8,
+}
+
+/// What each weight becomes, by its name, in the store's order within each transform.
+pub fn targets(recipe: &Recipe, weights: &Weights) -> Result<IndexMap<String, Target>> {
     let names: Vec<&str> = weights.iter().map(|(name, _)| name).collect();
-    let mut chosen: IndexMap<String, usize> = IndexMap::new();
+    let mut chosen: IndexMap<String, Target> = IndexMap::new();
     for (index, transform) in recipe.transform.iter().enumerate() {
         for name in select(&transform.targets, &names)? {
-            if let Some(other) = chosen.insert(name.to_string(), index) {
+            let target = Target { transform: index, bits: transform.bits };
+            if let Some(Target { transform: other, .. }) = chosen.insert(name.to_string(), target) {
                 return Err(Error::usage(format!(
                     "{name}: both transform.{other} and transform.{index} match it"
                 )));
@@ -46,6 +57,15 @@ pub fn targets(recipe: &Recipe, weights: &Weights) -> Result<IndexMap<String, us
                 return Err(Error::usage(format!(
                     "{name}: found a tensor of rank {rank}, a weight quantizer needs a matrix"
                 )));
+            }
+        }
+    }
+    if let Some(rule) = &recipe.select {
+        let layers: Vec<&str> =
+            chosen.iter().filter(|(_, t)| t.transform == 0).map(|(name, _)| name.as_str()).collect();
+        for name in rule.pick(&layers)? {
+            if let Some(target) = chosen.get_mut(&name) {
+                target.bits = rule.bits;
             }
         }
     }
@@ -73,16 +93,16 @@ fn lay_quantizers(
     }
     let mut chosen = targets(recipe, weights)?;
     qkr::reparameterize(recipe, config, weights, &mut chosen)?;
-    for (name, index) in chosen {
-        let config = &recipe.transform[index];
+    for (name, Target { transform, bits }) in chosen {
+        let config = &recipe.transform[transform];
         let w = weights.get(&name)?.tensor()?.detach();
         checkpoint::check_finite(&name, &w)?;
         let sums = w.abs()?.flatten_from(1)?.sum(1)?.to_vec1::<f32>()?;
         zero_rows += sums.iter().filter(|s| **s == 0.0).count();
         rows += sums.len();
         let rule = match training {
-            true => config.kind.training(config.bits, &w)?,
-            false => config.kind.untrained(config.bits, &w)?,
+            true => config.kind.training(bits, &w)?,
+            false => config.kind.untrained(bits, &w)?,
         };
         weights.wrap(&name, rule)?;
     }

@@ -38,15 +38,15 @@ pub fn plan(recipe: &Recipe, device: &Device) -> Result<Plan> {
     for (name, shape) in with_products(start.config.shapes(), &places, &weights) {
         let count: usize = shape.iter().product();
         let (what, bytes) = match chosen.get(&name) {
-            Some(index) => {
-                let transform = &recipe.transform[*index];
-                let grid = transform.kind.grid(transform.bits)?;
+            Some(target) => {
+                let transform = &recipe.transform[target.transform];
+                let grid = transform.kind.grid(target.bits)?;
                 let cols = count / shape[0];
                 let kind = match transform.kind {
                     WeightQuant::Statsq => "statsq",
                     WeightQuant::Lsq => "lsq",
                 };
-                (format!("{kind}, {} bits", transform.bits), shape[0] * (grid.row_bytes(cols) + 4))
+                (format!("{kind}, {} bits", target.bits), shape[0] * (grid.row_bytes(cols) + 4))
             }
             None => ("f32".to_string(), 4 * count),
         };
@@ -60,7 +60,7 @@ pub fn plan(recipe: &Recipe, device: &Device) -> Result<Plan> {
         + data_estimate(recipe, &start.config, dataset.as_ref())?;
     let mut notes: Vec<String> = dataset.iter().flat_map(|d| d.notes.clone()).collect();
     notes.extend(start.notes);
-    let bits = |name: &str| chosen.get(name).map(|index| recipe.transform[*index].bits);
+    let bits = |name: &str| chosen.get(name).map(|target| target.bits);
     notes.extend(qkr::notes(&qkr::held(&start.config, &weights), bits)?);
     if samples > 0 {
         notes.push(format!("{samples} training samples, {} steps an epoch", epoch_steps(recipe, samples)));

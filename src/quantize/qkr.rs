@@ -3,6 +3,7 @@
 use candle_core::Tensor;
 use indexmap::IndexMap;
 
+use super::Target;
 use crate::models::attention::AttentionPlace;
 use crate::models::VisionConfig;
 use crate::recipe::{QkrBias, Recipe};
@@ -27,18 +28,21 @@ pub fn products(recipe: &Recipe, config: &VisionConfig) -> Result<Vec<AttentionP
 
 /// What is for query and key of each product, as one entry for the product: an error where the two
 /// differ. `chosen` maps names of weights to what is for them.
-pub fn merge(places: &[AttentionPlace], chosen: &mut IndexMap<String, usize>) -> Result<()> {
+pub fn merge(places: &[AttentionPlace], chosen: &mut IndexMap<String, Target>) -> Result<()> {
     for place in places {
         let [query, key] = place.factors().map(|name| (chosen.shift_remove(&name), name));
-        if query.0 != key.0 {
-            let of = |index: Option<usize>| index.map_or("none".into(), |i| format!("transform.{i}"));
+        let transform = |target: Option<Target>| target.map(|t| t.transform);
+        if transform(query.0) != transform(key.0) {
+            let of = |t: Option<Target>| transform(t).map_or("none".into(), |i| format!("transform.{i}"));
             let (q, k) = (of(query.0), of(key.0));
             return Err(Error::usage(format!(
                 "qkr: {} is for {q} and {} for {k}, expected one transform for both",
                 query.1, key.1
             )));
         }
-        chosen.extend(query.0.map(|index| (place.product(), index)));
+        // Where one of them keeps more bits than the other, so does their product.
+        let target = query.0.zip(key.0).map(|(q, k)| Target { bits: q.bits.max(k.bits), ..q });
+        chosen.extend(target.map(|target| (place.product(), target)));
     }
     Ok(())
 }
@@ -48,7 +52,7 @@ pub fn reparameterize(
     recipe: &Recipe,
     config: &VisionConfig,
     weights: &mut Weights,
-    chosen: &mut IndexMap<String, usize>,
+    chosen: &mut IndexMap<String, Target>,
 ) -> Result<()> {
     let places = products(recipe, config)?;
     merge(&places, chosen)?;
@@ -181,10 +185,12 @@ mod tests {
     fn one_transform_for_both() {
         let place = place(4, 2);
         let [query, key] = place.factors();
-        let mut chosen: IndexMap<String, usize> = [(query.clone(), 0), (key.clone(), 0)].into();
+        let target = |transform: usize, bits: u8| Target { transform, bits };
+        let mut chosen: IndexMap<String, Target> =
+            [(query.clone(), target(0, 2)), (key.clone(), target(0, 4))].into();
         merge(std::slice::from_ref(&place), &mut chosen).unwrap();
-        assert_eq!(chosen, IndexMap::from([(place.product(), 0)]));
-        let mut chosen: IndexMap<String, usize> = [(query, 0), (key, 1)].into();
+        assert_eq!(chosen, IndexMap::from([(place.product(), target(0, 4))]));
+        let mut chosen: IndexMap<String, Target> = [(query, target(0, 2)), (key, target(1, 2))].into();
         let error = merge(std::slice::from_ref(&place), &mut chosen).unwrap_err().to_string();
         assert!(
             error.contains("b.query.weight is for transform.0 and b.key.weight for transform.1"),

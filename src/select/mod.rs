@@ -1,5 +1,9 @@
 //! Which weights a rule is for: patterns over checkpoint names.
 
+pub mod bits;
+
+pub use bits::SelectBits;
+
 use crate::weights::nearest;
 use crate::{Error, Result};
 
