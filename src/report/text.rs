@@ -45,6 +45,7 @@ pub fn cell(value: f64) -> String {
             let digits = 2 - size.log10().floor() as i32;
             trimmed(format!("{value:.*}", digits.max(0) as usize))
         }
+        size if size < 1e-3 => format!("{value:.2e}"),
         _ => number(value),
     }
 }
@@ -143,7 +144,7 @@ mod tests {
             assert_eq!(number(value), text);
         }
         for (value, text) in
-            [(18432.0, "18432"), (0.6352, "0.635"), (97.54, "97.5"), (1.19e-5, "1.19e-5"), (-0.2, "-0.2")]
+            [(18432.0, "18432"), (0.6352, "0.635"), (97.54, "97.5"), (1.19e-4, "1.19e-4"), (-0.2, "-0.2")]
         {
             assert_eq!(cell(value), text);
         }
