@@ -96,7 +96,7 @@ fn head(out: &mut String, run: &Run) {
     let _ =
         write!(out, "<header>\n<h1>{} <small class=\"{class}\">{state}</small></h1>\n", escape(&title(run)));
     if let Some(about) = recipe.get("about").and_then(toml::Value::as_str).filter(|a| !a.is_empty()) {
-        let _ = write!(out, "<p>{}</p>\n", escape(about));
+        let _ = writeln!(out, "<p>{}</p>", escape(about));
     }
     out.push_str("<div class=\"facts\">");
     for (name, value) in facts(run) {
@@ -130,7 +130,7 @@ fn head(out: &mut String, run: &Run) {
     }
     out.push_str("</div>\n");
     if run.spoiled > 0 {
-        let _ = write!(out, "<p>{} lines of metrics.jsonl could not be read.</p>\n", run.spoiled);
+        let _ = writeln!(out, "<p>{} lines of metrics.jsonl could not be read.</p>", run.spoiled);
     }
 }
 
@@ -425,16 +425,16 @@ fn layers(run: &Run) -> String {
 
 fn recipe(out: &mut String, run: &Run) {
     out.push_str("<section>\n<h2 id=\"Recipe\">Recipe</h2>\n");
-    let _ = write!(
+    let _ = writeln!(
         out,
-        "<details><summary>recipe.toml, as it was resolved</summary><pre>{}</pre></details>\n",
+        "<details><summary>recipe.toml, as it was resolved</summary><pre>{}</pre></details>",
         escape(&run.recipe.0)
     );
     if let Some(summary) = &run.summary {
         let text = serde_json::to_string_pretty(summary).unwrap_or_default();
-        let _ = write!(
+        let _ = writeln!(
             out,
-            "<details><summary>summary.json, every figure</summary><pre>{}</pre></details>\n",
+            "<details><summary>summary.json, every figure</summary><pre>{}</pre></details>",
             escape(&text)
         );
     }
