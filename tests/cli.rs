@@ -116,6 +116,14 @@ fn the_road_from_training_to_prediction() {
     let saved = std::fs::read(dir.path().join("run/summary.json")).unwrap();
     assert_eq!(serde_json::from_slice::<Value>(&saved).unwrap(), summary);
 
+    // The page of the run has its last figures, and every line of metrics an event.
+    let page = std::fs::read_to_string(dir.path().join("run/report.html")).unwrap();
+    assert!(page.contains(">finished</small>") && page.contains("vit.encoder.layer.1.output.dense.weight"));
+    let events = std::fs::read(dir.path().join("run/events.out.tfevents.0.qtune")).unwrap();
+    let tag = b"eval/top1";
+    let evaluations = metrics(&dir.path().join("run")).iter().filter(|line| line["split"] == "eval").count();
+    assert_eq!(events.windows(tag.len()).filter(|w| w == tag).count(), evaluations);
+
     // The packed model answers as it was measured, by run folder and by model folder.
     for model in ["run", "run/model"] {
         let mut eval = qtune(dir.path());

@@ -91,7 +91,7 @@ impl Heat {
         let _ = write!(out, "<text x=\"{left:.1}\" y=\"{under}\">step {}</text>", number(steps.0));
         let right = width - 60.0;
         let _ = write!(out, "<text class=\"e\" x=\"{right}\" y=\"{under}\">{}</text>", number(steps.1));
-        let _ = write!(out, "<text x=\"{}\" y=\"{under}\">last</text></svg></figure>\n", width - 54.0);
+        let _ = writeln!(out, "<text x=\"{}\" y=\"{under}\">last</text></svg></figure>", width - 54.0);
         out
     }
 }

@@ -96,7 +96,7 @@ fn head(out: &mut String, run: &Run) {
     let _ =
         write!(out, "<header>\n<h1>{} <small class=\"{class}\">{state}</small></h1>\n", escape(&title(run)));
     if let Some(about) = recipe.get("about").and_then(toml::Value::as_str).filter(|a| !a.is_empty()) {
-        let _ = write!(out, "<p>{}</p>\n", escape(about));
+        let _ = writeln!(out, "<p>{}</p>", escape(about));
     }
     out.push_str("<div class=\"facts\">");
     for (name, value) in facts(run) {
@@ -130,7 +130,7 @@ fn head(out: &mut String, run: &Run) {
     }
     out.push_str("</div>\n");
     if run.spoiled > 0 {
-        let _ = write!(out, "<p>{} lines of metrics.jsonl could not be read.</p>\n", run.spoiled);
+        let _ = writeln!(out, "<p>{} lines of metrics.jsonl could not be read.</p>", run.spoiled);
     }
 }
 
@@ -188,6 +188,7 @@ const fn key(key: &'static str, title: &'static str, unit: &'static str) -> Key 
 const CURVES: &[Key] = &[
     Key { noisy: true, ..key("loss", "Loss", "") },
     Key { noisy: true, ..key("top1", "Top-1", "%") },
+    key("top5", "Top-5", "%"),
     key("lr", "Learning rate", "a step"),
     Key { noisy: true, log: true, ..key("grad_norm", "Gradient norm", "") },
     key("samples_per_s", "Throughput", "samples/s"),
@@ -217,10 +218,7 @@ fn curves(run: &Run) -> String {
     others.dedup();
     for other in others {
         let mut chart = curve(run, other, &key("", "", ""));
-        chart.title = match other {
-            "top5" => "Top-5".into(),
-            other => other.to_string(),
-        };
+        chart.title = other.to_string();
         html += &chart.html();
     }
     grid(html, "")
@@ -271,10 +269,14 @@ fn smooth_phases(points: &[Point], phases: &[(f64, String)]) -> Vec<Point> {
 }
 
 fn grid(html: String, class: &str) -> String {
-    if html.is_empty() {
-        return html;
+    wrapped(html, format!("grid {class}").trim())
+}
+
+fn wrapped(html: String, class: &str) -> String {
+    match html.is_empty() {
+        true => html,
+        false => format!("<div class=\"{class}\">\n{html}</div>\n"),
     }
-    format!("<div class=\"grid {class}\">\n{html}</div>\n")
 }
 
 fn said(words: &str, html: String) -> String {
@@ -348,13 +350,21 @@ fn scales(run: &Run) -> String {
             Chart { title: short, hint: name.to_string(), lines, small: true, most, ..Chart::default() };
         html += &chart.html();
     }
-    said(
-        &format!(
-            "The scales of a few rows of each weight over the steps: what one code stands for.{}",
-            more(run)
-        ),
-        grid(html, "many"),
-    )
+    let rows = run.layers.values().map(|layer| layer.scales.len()).max().unwrap_or(0);
+    let mut legend = String::new();
+    for i in (0..rows).filter(|_| rows > 1) {
+        let name = match i {
+            0 => "first of these rows".to_string(),
+            i if i + 1 == rows => "last".to_string(),
+            i => (i + 1).to_string(),
+        };
+        let _ = write!(legend, "<span class=\"c{}\"><i></i>{name}</span>", i % 8);
+    }
+    let words = format!(
+        "The scales of a few rows of each weight over the steps: what one code stands for.{}",
+        more(run)
+    );
+    said(&words, wrapped(legend, "legend head") + &grid(html, "many"))
 }
 
 fn more(run: &Run) -> String {
@@ -415,16 +425,16 @@ fn layers(run: &Run) -> String {
 
 fn recipe(out: &mut String, run: &Run) {
     out.push_str("<section>\n<h2 id=\"Recipe\">Recipe</h2>\n");
-    let _ = write!(
+    let _ = writeln!(
         out,
-        "<details><summary>recipe.toml, as it was resolved</summary><pre>{}</pre></details>\n",
+        "<details><summary>recipe.toml, as it was resolved</summary><pre>{}</pre></details>",
         escape(&run.recipe.0)
     );
     if let Some(summary) = &run.summary {
         let text = serde_json::to_string_pretty(summary).unwrap_or_default();
-        let _ = write!(
+        let _ = writeln!(
             out,
-            "<details><summary>summary.json, every figure</summary><pre>{}</pre></details>\n",
+            "<details><summary>summary.json, every figure</summary><pre>{}</pre></details>",
             escape(&text)
         );
     }

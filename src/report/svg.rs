@@ -178,7 +178,7 @@ impl Chart {
         let (left, right) = (x.from, x.to);
         let (values, apart) = match y.log {
             true => (log_ticks(y.low, y.high), 0.0),
-            false => ticks(y.low, y.high, if self.small { 2 } else { 4 }),
+            false => ticks(y.low, y.high, if self.small { 3 } else { 4 }),
         };
         *out += "<g class=\"axis\">";
         for value in values {
@@ -197,7 +197,10 @@ impl Chart {
         }
         *out += "</g>";
         let mut free = f64::NEG_INFINITY;
-        for (step, name) in self.marks.iter().filter(|(step, _)| (x.low..=x.high).contains(step)) {
+        // What began before the first point has its name there.
+        let begun = self.marks.partition_point(|(step, _)| *step <= x.low);
+        for (step, name) in self.marks[begun.saturating_sub(1)..].iter().filter(|(step, _)| *step <= x.high) {
+            let step = &step.max(x.low);
             let at = x.at(*step);
             let _ = write!(out, "<g class=\"mark\"><title>{}</title>", escape(name));
             let _ = write!(out, "<path d=\"M{at:.1} {}V{}\"/>", y.to, y.from);

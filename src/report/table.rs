@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use super::collect::{Row, Run};
 use super::series::range;
-use super::text::{escape, number};
+use super::text::{cell, escape, number};
 
 /// A column: its heading, what it means, its value, and whether a bar behind the value shows its size.
 struct Column {
@@ -91,7 +91,7 @@ pub fn html(run: &Run) -> String {
         let _ = write!(out, "<tr><td>{}</td><td>{shape}</td>", escape(&row.name));
         for (column, most) in columns.iter().zip(&most) {
             let value = (column.value)(row);
-            let text = value.map_or("–".to_string(), number);
+            let text = value.map_or("–".to_string(), cell);
             let share = value.filter(|v| column.bar && *v > 0.0).map(|v| 100.0 * v / most);
             let _ = match share {
                 Some(share) => write!(out, "<td class=\"part\" style=\"--p:{share:.0}%\">{text}</td>"),

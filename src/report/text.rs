@@ -37,14 +37,28 @@ pub fn number(value: f64) -> String {
     trimmed(format!("{value:.*}", digits.max(0) as usize))
 }
 
+/// A number in a table: whole ones in full, others with three digits that count.
+pub fn cell(value: f64) -> String {
+    match value.abs() {
+        size if value == value.round() && size < 1e15 => format!("{value:.0}"),
+        size if (1e-3..1e3).contains(&size) => {
+            let digits = 2 - size.log10().floor() as i32;
+            trimmed(format!("{value:.*}", digits.max(0) as usize))
+        }
+        size if size < 1e-3 => format!("{value:.2e}"),
+        _ => number(value),
+    }
+}
+
 /// A mark of an axis whose marks lie `apart` from one another.
 pub fn mark(value: f64, apart: f64) -> String {
     let size = value.abs().max(apart);
     if value == 0.0 {
         return "0".into();
     }
-    if size < 1e-3 {
-        return trimmed_exponent(value);
+    if apart < 1e-4 {
+        let digits = (size / apart).log10().floor().clamp(0.0, 4.0) as usize;
+        return format!("{value:.digits$e}");
     }
     for (unit, letter) in [(1e9, "G"), (1e6, "M"), (1e3, "k")] {
         if size >= 10.0 * unit || (size >= unit && apart >= unit / 10.0) {
@@ -63,11 +77,6 @@ fn trimmed(text: String) -> String {
     }
 }
 
-fn trimmed_exponent(value: f64) -> String {
-    let text = format!("{value:.1e}");
-    text.replace(".0e", "e")
-}
-
 /// Bytes for people.
 pub fn bytes(n: f64) -> String {
     match n {
@@ -81,7 +90,8 @@ pub fn bytes(n: f64) -> String {
 /// Seconds for people.
 pub fn seconds(s: f64) -> String {
     match s {
-        s if s < 120.0 => format!("{} s", number(s)),
+        s if s < 10.0 => format!("{s:.1} s"),
+        s if s < 120.0 => format!("{s:.0} s"),
         s if s < 7200.0 => format!("{:.1} min", s / 60.0),
         s => format!("{:.1} h", s / 3600.0),
     }
@@ -133,10 +143,17 @@ mod tests {
         ] {
             assert_eq!(number(value), text);
         }
+        for (value, text) in
+            [(18432.0, "18432"), (0.6352, "0.635"), (97.54, "97.5"), (1.19e-4, "1.19e-4"), (-0.2, "-0.2")]
+        {
+            assert_eq!(cell(value), text);
+        }
         for (value, apart, text) in [
             (0.5, 0.25, "0.5"),
             (100.25, 0.05, "100.25"),
             (2e-5, 1e-5, "2e-5"),
+            (0.0005, 0.0005, "0.0005"),
+            (0.0015, 0.00005, "1.5e-3"),
             (1500.0, 500.0, "1.5k"),
             (2000.0, 500.0, "2k"),
             (60.0, 20.0, "60"),
