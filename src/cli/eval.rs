@@ -1,6 +1,6 @@
 //! `qtune eval`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Result;
@@ -41,23 +41,28 @@ pub struct Eval {
     common: Common,
 }
 
-impl Eval {
-    /// The data to measure on: what the flags say, else what a run folder's own recipe says.
-    fn data(&self) -> qtune::Result<(DataConfig, u64)> {
-        if self.data.is_some() || self.eval_data.is_some() {
-            let (path, eval_path) = (self.data.clone(), self.eval_data.clone());
-            // A second path alone is the data.
-            let (path, eval_path) = if path.is_none() { (eval_path, None) } else { (path, eval_path) };
-            return Ok((DataConfig { path, eval_path, ..DataConfig::default() }, self.seed.unwrap_or(0)));
-        }
-        let recipe = self.model.join("recipe.toml");
-        if !recipe.exists() {
-            return Err(Error::usage("eval needs images: give --data PATH, or a run folder as MODEL"));
-        }
-        let recipe = Recipe::resolve(Recipe::table(&recipe.to_string_lossy())?)?;
-        Ok((recipe.data, self.seed.unwrap_or(recipe.seed)))
+/// The images to measure a model on and the seed of built-in ones: what the flags say, else what a run
+/// folder's own recipe says.
+pub fn images_for(
+    model: &Path,
+    data: Option<&Path>,
+    eval_data: Option<&Path>,
+) -> qtune::Result<(DataConfig, u64)> {
+    if data.is_some() || eval_data.is_some() {
+        // A second path alone is the data.
+        let (path, eval_path) = if data.is_none() { (eval_data, None) } else { (data, eval_data) };
+        let (path, eval_path) = (path.map(Path::to_path_buf), eval_path.map(Path::to_path_buf));
+        return Ok((DataConfig { path, eval_path, ..DataConfig::default() }, 0));
     }
+    let recipe = model.join("recipe.toml");
+    if !recipe.exists() {
+        return Err(Error::usage("measuring needs images: give --data PATH, or a run folder as the model"));
+    }
+    let recipe = Recipe::resolve(Recipe::table(&recipe.to_string_lossy())?)?;
+    Ok((recipe.data, recipe.seed))
+}
 
+impl Eval {
     pub fn run(self) -> Result<()> {
         let started = std::time::Instant::now();
         signal::watch()?;
@@ -69,7 +74,8 @@ impl Eval {
         let dir = model_dir(&hub::resolve(&self.model.to_string_lossy())?);
         let opened = open_model(&dir, &device)?;
         opened.notes.iter().for_each(|note| progress.note(note));
-        let (mut data, seed) = self.data()?;
+        let (mut data, seed) = images_for(&self.model, self.data.as_deref(), self.eval_data.as_deref())?;
+        let seed = self.seed.unwrap_or(seed);
         data.limit_eval = self.limit_eval.or(data.limit_eval);
         data.strict |= self.strict;
         // The training images are not looked at, so one is enough.

@@ -4,13 +4,16 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use clap::Args;
-use qtune::models::{model_dir, read_config};
+use qtune::models::{model_dir, open_model, read_config};
+use qtune::quantize::sensitivity;
 use qtune::report::layers::{last_line, Layer};
+use qtune::train::{signal, Progress};
 use qtune::weights::format::QuantizationConfig;
 use qtune::weights::Checkpoint;
-use qtune::{files, hub};
+use qtune::{files, hub, Error};
 use serde_json::{json, Value};
 
+use super::eval::images_for;
 use super::flags::Common;
 use super::{bytes, print, print_json};
 
@@ -18,6 +21,22 @@ use super::{bytes, print, print_json};
 pub struct Inspect {
     /// A model folder, a safetensors file, a run folder or a hub name
     path: PathBuf,
+    /// Rank the layers of a full-precision model by the accuracy lost when each alone is quantized; a run
+    /// folder keeps the figures as sensitivity.json, which [select] of a recipe reads
+    #[arg(long)]
+    sensitivity: bool,
+    /// Images to measure sensitivity on [default: those of the run, for a run folder]
+    #[arg(long, value_name = "PATH", requires = "sensitivity")]
+    data: Option<PathBuf>,
+    /// Images to evaluate on, where they lie elsewhere
+    #[arg(long, value_name = "PATH", requires = "sensitivity")]
+    eval_data: Option<PathBuf>,
+    /// Bits that each layer is quantized to
+    #[arg(long, value_name = "BITS", value_parser = ["2", "3", "4", "8"], default_value = "2", requires = "sensitivity")]
+    bits: String,
+    /// Measure on the first N evaluation samples
+    #[arg(long, value_name = "N", default_value_t = 1000, requires = "sensitivity")]
+    limit_eval: usize,
     #[command(flatten)]
     common: Common,
 }
@@ -32,6 +51,9 @@ struct Row {
 impl Inspect {
     pub fn run(self) -> Result<()> {
         let path = hub::resolve(&self.path.to_string_lossy())?;
+        if self.sensitivity {
+            return self.rank(&path);
+        }
         let dir = model_dir(&path);
         // A run that is not finished has no model yet: its full-precision start is there to look at.
         let start = path.join("checkpoints").join("float");
@@ -74,6 +96,18 @@ impl Inspect {
             let shape = row.shape.iter().map(usize::to_string).collect::<Vec<_>>().join(" x ");
             text += &format!("{:width$}  {shape:>18}  {:<20} {:>10}\n", row.name, row.kind, bytes(row.bytes));
         }
+        for row in rows.iter().filter(|row| row.name.ends_with(".qk.weight")) {
+            let [rows, width] = row.shape[..] else { continue };
+            let (heads, codes) = (rows / width.max(1), rows * width);
+            let separate = 2 * width * width;
+            text += &format!(
+                "{}: {codes} codes, {:.2} times those of query and key ({heads} heads / 2), {} where 8-bit query and key take {}\n",
+                row.name,
+                codes as f64 / separate.max(1) as f64,
+                bytes(row.bytes),
+                bytes(2 * width * (width + 4))
+            );
+        }
         if let Some(quantization) = &quantization {
             let bits = |v: &Value| v.get("bits").and_then(Value::as_u64).unwrap_or(0);
             for (name, value) in &quantization.activations {
@@ -100,6 +134,51 @@ impl Inspect {
             text += &format!("\nrun: {}", shown.join("  "));
         }
         print(&text)
+    }
+}
+
+impl Inspect {
+    /// `--sensitivity`.
+    fn rank(&self, path: &Path) -> Result<()> {
+        signal::watch()?;
+        let progress = self.common.progress();
+        let device = self.common.device()?;
+        let bits =
+            self.bits.parse().map_err(|_| Error::usage(format!("--bits {}: expected 2 to 8", self.bits)))?;
+        let start = path.join("checkpoints").join("float");
+        let dir = if start.exists() { start } else { model_dir(path) };
+        let opened = open_model(&dir, &device)?;
+        opened.notes.iter().for_each(|note| progress.note(note));
+        let (mut data, seed) = images_for(path, self.data.as_deref(), self.eval_data.as_deref())?;
+        (data.limit_eval, data.limit_train) = (Some(self.limit_eval.max(1)), Some(1));
+        let dataset = data.open(seed)?.under_labels(opened.config.classes())?;
+        dataset.notes.iter().for_each(|note| progress.note(note));
+        let ranked = sensitivity::rank(&opened, &dataset, bits, 250, &device, &progress)?;
+        if path.join("recipe.toml").exists() {
+            let text = serde_json::to_vec_pretty(&ranked)?;
+            files::write_bytes(&path.join("sensitivity.json"), &text)?;
+            qtune::report::write(path)?;
+        }
+        if self.common.json {
+            return print_json(&ranked);
+        }
+        let layers = ranked.get("layers").and_then(Value::as_array).cloned().unwrap_or_default();
+        let name = |layer: &Value| layer.get("name").and_then(Value::as_str).unwrap_or_default().to_string();
+        let number = |layer: &Value, key: &str| layer.get(key).and_then(Value::as_f64).unwrap_or(f64::NAN);
+        let width = layers.iter().map(|layer| name(layer).len()).max().unwrap_or(0);
+        let mut text =
+            format!("{:width$}  points lost   top-1    loss\n", format!("each alone at {bits} bits"));
+        for layer in &layers {
+            text += &format!(
+                "{:width$}  {:>11.2}  {:>5.2} %  {:>+.4}\n",
+                name(layer),
+                number(layer, "drop"),
+                number(layer, "top1"),
+                number(layer, "loss_rise")
+            );
+        }
+        let (base, samples) = (number(&ranked, "base_top1"), number(&ranked, "samples"));
+        print(&format!("{text}full precision: {base:.2} % on {samples} images"))
     }
 }
 
