@@ -9,11 +9,11 @@ mod collect;
 mod heat;
 mod html;
 pub mod layers;
-mod series;
-mod svg;
+pub(crate) mod series;
+pub(crate) mod svg;
 mod table;
 pub mod tensorboard;
-mod text;
+pub(crate) mod text;
 
 use std::path::Path;
 

@@ -4,6 +4,8 @@
 //! ablation: what is finished is kept and what was cut short goes on, so that a sweep can run in pieces,
 //! and in several processes whose parts differ.
 
+mod picture;
+
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
@@ -211,9 +213,12 @@ pub fn markdown(rows: &[Row]) -> String {
     text
 }
 
-/// Writes `table.md` and `ablation.json` into `dir`, and gives what the second holds.
+/// Writes `table.md`, `ablation.svg` and `ablation.json` into `dir`, and gives what the last holds.
 pub fn write(dir: &Path, rows: &[Row]) -> Result<Value> {
     files::write_bytes(&dir.join("table.md"), markdown(rows).as_bytes())?;
+    if let Some(picture) = picture::svg(rows)? {
+        files::write_bytes(&dir.join("ablation.svg"), picture.as_bytes())?;
+    }
     let value = json!({ "command": "ablate", "version": env!("CARGO_PKG_VERSION"), "commit": env!("QTUNE_COMMIT"), "rows": rows });
     let text = serde_json::to_vec_pretty(&value).map_err(|e| Error::Run(format!("ablation.json: {e}")))?;
     files::write_bytes(&dir.join("ablation.json"), &text)?;
