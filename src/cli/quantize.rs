@@ -65,7 +65,7 @@ pub struct Quantize {
     /// Teacher model [default: the model at the start of quantization]
     #[arg(long, value_name = "MODEL")]
     teacher: Option<PathBuf>,
-    /// Recipe: a name (glyphs, vit-w2a32, vit-w2a2, vit-w4a4, deit-tiny-w2a2, deit-small-w2a2) or a file
+    /// Recipe: a name (glyphs, vit-w2a32, vit-w2a2, vit-w4a4, deit-tiny-w2a2, deit-small-w2a2, swin-tiny-w2a2) or a file
     #[arg(long, value_name = "RECIPE")]
     recipe: Option<String>,
     /// Set any key of the recipe, e.g. phase.0.epochs=3

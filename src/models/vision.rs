@@ -5,6 +5,8 @@ use std::path::Path;
 use candle_core::Tensor;
 use serde_json::Value;
 
+use super::swin::Swin;
+use super::swin_config::SwinConfig;
 use super::vit::Vit;
 use super::vit_config::VitConfig;
 use crate::weights::Weights;
@@ -15,6 +17,8 @@ use crate::Result;
 pub enum VisionConfig {
     /// ViT or DeiT.
     Vit(VitConfig),
+    /// Swin.
+    Swin(SwinConfig),
 }
 
 impl VisionConfig {
@@ -22,13 +26,17 @@ impl VisionConfig {
     ///
     /// Errs as the architecture's own reading does.
     pub fn from_hf(path: &Path, json: &Value) -> Result<Self> {
-        VitConfig::from_hf(path, json).map(VisionConfig::Vit)
+        match is_swin(json) {
+            true => SwinConfig::from_hf(path, json).map(VisionConfig::Swin),
+            false => VitConfig::from_hf(path, json).map(VisionConfig::Vit),
+        }
     }
 
     /// The configuration as transformers reads it.
     pub fn to_hf(&self) -> Value {
         match self {
             VisionConfig::Vit(vit) => vit.to_hf(),
+            VisionConfig::Swin(swin) => swin.to_hf(),
         }
     }
 
@@ -36,6 +44,7 @@ impl VisionConfig {
     pub fn classes(&self) -> &[String] {
         match self {
             VisionConfig::Vit(vit) => &vit.classes,
+            VisionConfig::Swin(swin) => &swin.classes,
         }
     }
 
@@ -43,6 +52,7 @@ impl VisionConfig {
     pub fn image_size(&self) -> (usize, usize) {
         match self {
             VisionConfig::Vit(vit) => vit.image_size,
+            VisionConfig::Swin(swin) => swin.image_size,
         }
     }
 
@@ -50,6 +60,7 @@ impl VisionConfig {
     pub fn channels(&self) -> usize {
         match self {
             VisionConfig::Vit(vit) => vit.channels,
+            VisionConfig::Swin(swin) => swin.channels,
         }
     }
 
@@ -57,6 +68,7 @@ impl VisionConfig {
     pub fn shapes(&self) -> Vec<(String, Vec<usize>)> {
         match self {
             VisionConfig::Vit(vit) => vit.shapes(),
+            VisionConfig::Swin(swin) => swin.shapes(),
         }
     }
 
@@ -65,10 +77,11 @@ impl VisionConfig {
         self.shapes().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
     }
 
-    /// The names of the taps of the model.
-    pub fn taps(&self) -> Vec<String> {
+    /// The names of the taps of the model over `weights`.
+    pub fn taps(&self, weights: &Weights) -> Vec<String> {
         match self {
             VisionConfig::Vit(vit) => Vit::taps(vit),
+            VisionConfig::Swin(swin) => Swin::taps(swin, weights),
         }
     }
 
@@ -76,8 +89,18 @@ impl VisionConfig {
     pub fn build(&self, weights: &Weights) -> Result<VisionModel> {
         match self {
             VisionConfig::Vit(vit) => Vit::new(vit, weights).map(VisionModel::Vit),
+            VisionConfig::Swin(swin) => Swin::new(swin, weights).map(VisionModel::Swin),
         }
     }
+}
+
+/// Whether a Hugging Face configuration is a Swin's, of any version: an error then says what of it does
+/// not fit.
+pub(super) fn is_swin(json: &Value) -> bool {
+    let text = |value: Option<&Value>| value.and_then(Value::as_str).unwrap_or_default().to_lowercase();
+    let kind = text(json.get("model_type"));
+    let architecture = text(json.get("architectures").and_then(|a| a.get(0)));
+    kind.starts_with("swin") || (kind.is_empty() && architecture.starts_with("swin"))
 }
 
 /// What a model says of a batch: logits `[batch, classes]`.
@@ -104,6 +127,8 @@ impl VisionOutput {
 pub enum VisionModel {
     /// ViT or DeiT.
     Vit(Vit),
+    /// Swin.
+    Swin(Swin),
 }
 
 impl VisionModel {
@@ -112,6 +137,7 @@ impl VisionModel {
     pub fn forward(&self, images: &Tensor) -> Result<VisionOutput> {
         match self {
             VisionModel::Vit(vit) => vit.forward(images),
+            VisionModel::Swin(swin) => swin.forward(images),
         }
     }
 
@@ -119,6 +145,7 @@ impl VisionModel {
     pub fn not_finite(&self, images: &Tensor) -> Result<Option<String>> {
         match self {
             VisionModel::Vit(vit) => vit.not_finite(images),
+            VisionModel::Swin(swin) => swin.not_finite(images),
         }
     }
 }

@@ -6,99 +6,36 @@
 
 use candle_core::Tensor;
 
+use super::attention::{site, Attention, TOKEN};
 use super::nn::{finite, LayerNorm, Linear};
+use super::patches::PatchEmbedding;
 use super::vision::VisionOutput;
 use super::vit_config::VitConfig;
 use crate::weights::{Granularity, Shifts, Signedness, Site, Tap, Weight, Weights};
-use crate::{kernels, Error, On, Result};
+use crate::{kernels, Result};
 
-const fn site(granularity: Granularity, signedness: Signedness, shifts: Shifts, edge: bool) -> Site {
-    Site { granularity, signedness, shifts, edge }
-}
-
-/// Input of a linear layer and query: a step for each token.
-const TOKEN: Site = site(Granularity::Token, Signedness::Signed, Shifts::InOut, false);
-/// Key: as query, but a shift after it would add the same number to all logits of a query, which the
-/// softmax removes: there is none to train.
-const KEY: Site = site(Granularity::Token, Signedness::Signed, Shifts::In, false);
-/// Value: a step for each channel, so that it stays out of the sum over tokens.
-const VALUE: Site = site(Granularity::Channel, Signedness::Signed, Shifts::InOut, false);
-/// Softmax output: a step for each query token, nothing negative, no shift.
-const SOFTMAX: Site = site(Granularity::Token, Signedness::Unsigned, Shifts::None, false);
 /// GELU output: unsigned, what is negative clips unless the shift lifts it.
-const GELU: Site = site(Granularity::Token, Signedness::Unsigned, Shifts::InOut, false);
-/// The image: a step for each colour, shifts for each pixel.
-const IMAGE: Site = site(Granularity::Token, Signedness::Data, Shifts::InOut, true);
+const GELU: Site = site(Granularity::Token, Signedness::Unsigned, Shifts::InOut);
 /// Input of a classifier: one step.
-const HEAD: Site = site(Granularity::Tensor, Signedness::Signed, Shifts::InOut, true);
+const HEAD: Site = Site { edge: true, ..site(Granularity::Tensor, Signedness::Signed, Shifts::InOut) };
 
+/// A classifier with the tap of its input.
 #[derive(Debug)]
-struct Head {
+pub(super) struct Head {
     input: Tap,
     linear: Linear,
 }
 
 impl Head {
-    fn new(weights: &Weights, name: &str) -> Result<Self> {
+    pub(super) fn new(weights: &Weights, name: &str) -> Result<Self> {
         Ok(Head {
             input: weights.tap(format!("{name}.input_quant"), HEAD),
             linear: Linear::new(weights, name, true)?,
         })
     }
 
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.linear.forward(&self.input.forward(x)?)
-    }
-}
-
-/// Self-attention of a block, without its norm and residual.
-#[derive(Debug)]
-pub struct Attention {
-    input: Tap,
-    query: Linear,
-    key: Linear,
-    value: Linear,
-    query_out: Tap,
-    key_out: Tap,
-    value_out: Tap,
-    softmax_out: Tap,
-    context: Tap,
-    output: Linear,
-    heads: usize,
-    scale: f64,
-}
-
-impl Attention {
-    /// The attention of the block called `block` (`vit.encoder.layer.0`).
-    pub fn new(weights: &Weights, config: &VitConfig, block: &str) -> Result<Self> {
-        let inner = format!("{block}.attention.attention");
-        let projection = |part: &str| Linear::new(weights, &format!("{inner}.{part}"), config.qkv_bias);
-        let output = format!("{block}.attention.output.dense");
-        Ok(Attention {
-            input: weights.tap(format!("{inner}.input_quant"), TOKEN),
-            query: projection("query")?,
-            key: projection("key")?,
-            value: projection("value")?,
-            query_out: weights.tap(format!("{inner}.query_quant"), TOKEN),
-            key_out: weights.tap(format!("{inner}.key_quant"), KEY),
-            value_out: weights.tap(format!("{inner}.value_quant"), VALUE),
-            softmax_out: weights.tap(format!("{inner}.softmax_quant"), SOFTMAX),
-            context: weights.tap(format!("{output}.input_quant"), TOKEN),
-            output: Linear::new(weights, &output, true)?,
-            heads: config.heads,
-            scale: ((config.hidden / config.heads) as f64).powf(-0.5),
-        })
-    }
-
-    /// `x: [batch, tokens, channels]`, and so the result.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let x = self.input.forward(x)?;
-        let q = self.query_out.forward(&self.query.forward(&x)?)?.tensor()?;
-        let k = self.key_out.forward(&self.key.forward(&x)?)?.tensor()?;
-        let v = self.value_out.forward(&self.value.forward(&x)?)?.tensor()?;
-        let p = kernels::attention_probs(&q, &k, self.heads, self.scale)?;
-        let p = self.softmax_out.forward(&p)?.tensor()?; // [batch, heads, tokens, tokens]
-        self.output.forward(&self.context.forward(&kernels::attention_mix(&p, &v, self.heads)?)?)
     }
 }
 
@@ -142,7 +79,16 @@ impl Block {
     fn new(weights: &Weights, config: &VitConfig, name: &str) -> Result<Self> {
         Ok(Block {
             norm_before: LayerNorm::new(weights, &format!("{name}.layernorm_before"), config.eps)?,
-            attention: Attention::new(weights, config, name)?,
+            attention: Attention::new(
+                weights,
+                &super::attention::AttentionPlace {
+                    inner: format!("{name}.attention.attention"),
+                    output: format!("{name}.attention.output.dense"),
+                    width: config.hidden,
+                    heads: config.heads,
+                    qkv_bias: config.qkv_bias,
+                },
+            )?,
             norm_after: LayerNorm::new(weights, &format!("{name}.layernorm_after"), config.eps)?,
             mlp: Mlp::new(weights, name)?,
         })
@@ -150,7 +96,7 @@ impl Block {
 
     /// `h: [batch, tokens, channels]`.
     fn forward(&self, h: &Tensor) -> Result<Tensor> {
-        let h = (h + self.attention.forward(&self.norm_before.forward(h)?)?)?;
+        let h = (h + self.attention.forward(&self.norm_before.forward(h)?, None)?)?;
         Ok((&h + self.mlp.forward(&self.norm_after.forward(&h)?)?)?)
     }
 }
@@ -159,8 +105,7 @@ impl Block {
 #[derive(Debug)]
 pub struct Vit {
     config: VitConfig,
-    image: Tap,
-    projection: Linear,
+    patches: PatchEmbedding,
     class_token: Weight,
     distillation_token: Option<Weight>,
     positions: Weight,
@@ -176,14 +121,14 @@ impl Vit {
         config.check()?;
         let prefix = config.prefix();
         let embeddings = format!("{prefix}.embeddings");
-        let projection = format!("{embeddings}.patch_embeddings.projection");
+        let patches = format!("{embeddings}.patch_embeddings.projection");
+        let (size, channels, patch) = (config.image_size, config.channels, config.patch_size);
         let token = |name: &str| weights.get(&format!("{embeddings}.{name}")).cloned();
         let block = |i| Block::new(weights, config, &format!("{prefix}.encoder.layer.{i}"));
         let head = if config.two_heads { "cls_classifier" } else { "classifier" };
         let distillation_head = config.two_heads.then(|| Head::new(weights, "distillation_classifier"));
         Ok(Vit {
-            image: weights.tap(format!("{projection}.input_quant"), IMAGE),
-            projection: Linear::new(weights, &projection, true)?,
+            patches: PatchEmbedding::new(weights, &patches, size, channels, patch)?,
             class_token: token("cls_token")?,
             distillation_token: config.distilled.then(|| token("distillation_token")).transpose()?,
             positions: token("position_embeddings")?,
@@ -221,7 +166,8 @@ impl Vit {
     /// The names of the taps of a model of these sizes.
     pub fn taps(config: &VitConfig) -> Vec<String> {
         let prefix = config.prefix();
-        let mut names = vec![format!("{prefix}.embeddings.patch_embeddings.projection.input_quant")];
+        let mut names =
+            vec![PatchEmbedding::tap(&format!("{prefix}.embeddings.patch_embeddings.projection"))];
         for layer in 0..config.layers {
             let block = format!("{prefix}.encoder.layer.{layer}");
             let inner = ["input", "query", "key", "value", "softmax"];
@@ -239,19 +185,8 @@ impl Vit {
         images: &Tensor,
         see: &mut dyn FnMut(&str, &Tensor) -> Result<()>,
     ) -> Result<VisionOutput> {
-        let (batch, channels, height, width) = images.dims4().on("images")?;
-        let (rows, cols) = self.config.image_size;
-        if (channels, height, width) != (self.config.channels, rows, cols) {
-            return Err(Error::Run(format!(
-                "images: found {channels} x {height} x {width}, expected {} x {rows} x {cols}",
-                self.config.channels
-            )));
-        }
-        // A step for each colour and a shift for each pixel: [batch, colours, pixels].
-        let flat = images.reshape((batch, channels, height * width))?;
-        let images = self.image.forward(&flat)?.tensor()?.reshape(images.shape())?;
-        let patches = kernels::patchify(&images, self.config.patch_size)?;
-        let patches = self.projection.forward_float(&patches)?;
+        let patches = self.patches.forward(images)?;
+        let batch = patches.dim(0)?;
         let hidden = self.config.hidden;
         let token = |w: &Weight| -> Result<Tensor> {
             Ok(w.tensor()?.reshape((1, 1, hidden))?.broadcast_as((batch, 1, hidden))?)

@@ -1,12 +1,14 @@
 //! What the tests of the import share: a small ViT in every spelling, written to a folder.
 
+use super::super::vision::VisionConfig;
 use super::super::vit_config::VitConfig;
-use super::{import_vit, Imported, Want};
+use super::{import_model, Imported, Want};
 use crate::error::Result;
 use crate::weights::checkpoint::save;
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
 
 pub type Named = Vec<(String, Tensor)>;
 
@@ -49,8 +51,15 @@ pub fn folder(tensors: &[(String, Tensor)], config: Option<&Value>) -> tempfile:
     dir
 }
 
+pub fn import_from(dir: &Path, want: &Want, device: &Device) -> Result<Imported<VitConfig>> {
+    Ok(import_model(dir, want, device)?.map(|config| match config {
+        VisionConfig::Vit(vit) => vit,
+        VisionConfig::Swin(_) => panic!("found a Swin, expected a ViT"),
+    }))
+}
+
 pub fn import(dir: &tempfile::TempDir, want: &Want) -> Result<Imported<VitConfig>> {
-    import_vit(dir.path(), want, &Device::Cpu)
+    import_from(dir.path(), want, &Device::Cpu)
 }
 
 pub fn rename(tensors: &[(String, Tensor)], rules: &[(&str, &str)]) -> Vec<(String, Tensor)> {
