@@ -24,6 +24,7 @@
 #![warn(missing_docs)]
 #![deny(unsafe_code)]
 
+pub mod ablation;
 pub mod data;
 pub mod error;
 pub mod files;

@@ -22,6 +22,7 @@ pub const EMBEDDED: &[(&str, &str)] = &[
     ("deit-tiny-w2a2", include_str!("../recipes/deit-tiny-w2a2.toml")),
     ("deit-small-w2a2", include_str!("../recipes/deit-small-w2a2.toml")),
     ("swin-tiny-w2a2", include_str!("../recipes/swin-tiny-w2a2.toml")),
+    ("ablation-ofq", include_str!("../recipes/ablation-ofq.toml")),
 ];
 
 /// A whole run.
@@ -47,6 +48,9 @@ pub struct Recipe {
     /// `[activation]`.
     #[serde(default)]
     pub activation: ActivationConfig,
+    /// `[qkr]`. None: query and key are quantized each on its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub qkr: Option<QkrConfig>,
     /// `[distill]`.
     #[serde(default)]
     pub distill: DistillConfig,
@@ -368,6 +372,66 @@ pub struct PhaseConfig {
     /// Epochs that the cosine of `cosine_epochs` spans. None: all of them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cosine_span: Option<f64>,
+    /// Whether the optimizer goes on from the state that the quantized phase before left.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub continue_optimizer: bool,
+    /// Confidence-guided annealing: only weights within so many steps of a threshold move, and the
+    /// optimizer goes on as with `continue_optimizer`. None: all weights move.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub calm: Option<f64>,
+    /// What annealing does to a product of query and key.
+    #[serde(default, skip_serializing_if = "CalmQk::is_off")]
+    pub calm_qk: CalmQk,
+}
+
+/// What annealing does to the product of query and key, whose factors are shared by whole rows and
+/// columns of it, so that its entries cannot be held one by one (ofq.md 4).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CalmQk {
+    /// Nothing: what the release that gave the published figures does.
+    #[default]
+    Off,
+    /// The gradient of confident entries is cut, as the paper's text describes.
+    MaskGrad,
+}
+
+impl CalmQk {
+    fn is_off(&self) -> bool {
+        *self == CalmQk::Off
+    }
+}
+
+/// `[qkr]`: query-key reparameterization.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QkrConfig {
+    /// Patterns of the attentions whose query and key become one weight, as names of modules
+    /// (`vit.encoder.layer.0.attention.attention`).
+    #[serde(default = "every")]
+    pub targets: Vec<String>,
+    /// What becomes of the query's bias.
+    #[serde(default)]
+    pub bias: QkrBias,
+}
+
+fn every() -> Vec<String> {
+    vec!["*".into()]
+}
+
+/// What query-key reparameterization does with the query's bias. The key's changes no probability.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum QkrBias {
+    /// It becomes a trainable term of the key side, which keeps the model what it was.
+    #[default]
+    KeepQ,
+    /// It is dropped, as in the published code.
+    Drop,
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 fn always() -> When {
@@ -399,6 +463,15 @@ impl Recipe {
             }
         };
         // Once as the type, so that a mistake is reported with its line in this file.
+        let mut plain: toml::Table = toml::from_str(&text)
+            .map_err(|e| Error::usage(format!("{}: {}", origin.display(), toml_message(&e))))?;
+        if plain.remove("ablation").is_some() {
+            // Variants of a recipe: the recipe itself is what stands beside them.
+            Recipe::deserialize(toml::Value::Table(plain))
+                .map_err(|e| Error::usage(format!("{}: {}", origin.display(), toml_message(&e))))?;
+            return toml::from_str(&text)
+                .map_err(|e| Error::usage(format!("{}: {}", origin.display(), toml_message(&e))));
+        }
         toml::from_str::<Recipe>(&text)
             .map_err(|e| Error::usage(format!("{}: {}", origin.display(), toml_message(&e))))?;
         toml::from_str(&text).map_err(|e| Error::usage(format!("{}: {}", origin.display(), toml_message(&e))))
@@ -469,6 +542,23 @@ impl Recipe {
             }
             if let Some(span) = phase.cosine_span.filter(|span| !(span.is_finite() && *span > 0.0)) {
                 return Err(Error::usage(format!("{} = {span}: expected more than 0", key("cosine_span"))));
+            }
+            if let Some(band) = phase.calm {
+                if !(band > 0.0 && band < 0.5) {
+                    let found = format!("{} = {band}", key("calm"));
+                    return Err(Error::usage(format!("{found}: expected above 0 and below 0.5 steps")));
+                }
+                if !phase.quantize {
+                    return Err(Error::usage(format!("{}: it needs quantize = true", key("calm"))));
+                }
+                if !self.transform.iter().any(|t| t.kind == WeightQuant::Statsq) {
+                    let expected = "expected a transform of kind statsq, whose thresholds it is about";
+                    return Err(Error::usage(format!("{}: {expected}", key("calm"))));
+                }
+            }
+            if phase.calm_qk != CalmQk::Off && (phase.calm.is_none() || self.qkr.is_none()) {
+                let name = key("calm_qk");
+                return Err(Error::usage(format!("{name}: it needs calm in the phase and a [qkr] table")));
             }
             let after = self.phase[..i].iter().any(|earlier| earlier.quantize);
             if after && !phase.quantize {

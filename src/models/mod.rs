@@ -1,6 +1,6 @@
 //! Models, and how they are opened: plain, packed, ours or somebody else's.
 
-mod attention;
+pub mod attention;
 pub mod import;
 mod keys;
 pub mod names;
@@ -107,7 +107,8 @@ pub fn open_model(dir: &Path, device: &Device) -> Result<Opened> {
     let checkpoint = Checkpoint::open(dir)?;
     let weights = quantization.open(&checkpoint, device, &revive)?;
     let mut expected = std::collections::HashSet::new();
-    for (name, shape) in config.shapes() {
+    let shapes = attention::with_products(config.shapes(), &config.attentions(), &weights);
+    for (name, shape) in shapes {
         let found = weights.get(&name)?.shape()?;
         if found != shape {
             return Err(Error::tensor(&name, format!("found shape {found:?}, expected {shape:?}")));
@@ -132,8 +133,8 @@ pub fn open_model(dir: &Path, device: &Device) -> Result<Opened> {
 }
 
 /// How the images of a model become tensors: its preprocessor_config.json, what timm says, or
-/// (x / 255 - 0.5) / 0.5, for a Swin that of torchvision. Where the model runs at another size than its file says, the size that images
-/// have before the center is cropped out follows.
+/// (x / 255 - 0.5) / 0.5, for a Swin that of torchvision. Where the model runs at another size than its
+/// file says, the size that images have before the center is cropped out follows.
 pub fn preprocess_for(dir: &Path, config: &VisionConfig) -> Result<Preprocess> {
     let (height, width) = config.image_size();
     let mut found = match Preprocess::load(dir, height, width, config.channels())? {

@@ -3,13 +3,13 @@
 
 use candle_core::Tensor;
 
+use super::attention::site;
 use super::nn::Linear;
 use crate::weights::{Granularity, Shifts, Signedness, Site, Tap, Weights};
 use crate::{kernels, Error, On, Result};
 
 /// The image: a step for each colour, shifts for each pixel.
-const IMAGE: Site =
-    Site { granularity: Granularity::Token, signedness: Signedness::Data, shifts: Shifts::InOut, edge: true };
+const IMAGE: Site = Site { edge: true, ..site(Granularity::Token, Signedness::Data, Shifts::InOut) };
 
 /// The patch embedding, with the tap of the image before it.
 #[derive(Debug)]

@@ -5,6 +5,7 @@ use std::path::Path;
 use candle_core::Tensor;
 use serde_json::Value;
 
+use super::attention::AttentionPlace;
 use super::swin::Swin;
 use super::swin_config::SwinConfig;
 use super::vit::Vit;
@@ -72,6 +73,14 @@ impl VisionConfig {
         }
     }
 
+    /// The attentions of all blocks, from input to output.
+    pub fn attentions(&self) -> Vec<AttentionPlace> {
+        match self {
+            VisionConfig::Vit(vit) => vit.attentions(),
+            VisionConfig::Swin(swin) => swin.attentions(),
+        }
+    }
+
     /// Parameters of the model.
     pub fn params(&self) -> usize {
         self.shapes().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
@@ -80,7 +89,7 @@ impl VisionConfig {
     /// The names of the taps of the model over `weights`.
     pub fn taps(&self, weights: &Weights) -> Vec<String> {
         match self {
-            VisionConfig::Vit(vit) => Vit::taps(vit),
+            VisionConfig::Vit(vit) => Vit::taps(vit, weights),
             VisionConfig::Swin(swin) => Swin::taps(swin, weights),
         }
     }

@@ -2,7 +2,7 @@
 //! a class token and, in distilled DeiT, a distillation token.
 //!
 //! Tensor names are those of Hugging Face's `ViTForImageClassification` and `DeiTForImageClassification`.
-//! Taps stand where ofq.md 2.4 places activation quantizers, without query-key reparameterization.
+//! Taps stand where ofq.md 2.4 places activation quantizers.
 
 use candle_core::Tensor;
 
@@ -79,16 +79,7 @@ impl Block {
     fn new(weights: &Weights, config: &VitConfig, name: &str) -> Result<Self> {
         Ok(Block {
             norm_before: LayerNorm::new(weights, &format!("{name}.layernorm_before"), config.eps)?,
-            attention: Attention::new(
-                weights,
-                &super::attention::AttentionPlace {
-                    inner: format!("{name}.attention.attention"),
-                    output: format!("{name}.attention.output.dense"),
-                    width: config.hidden,
-                    heads: config.heads,
-                    qkv_bias: config.qkv_bias,
-                },
-            )?,
+            attention: Attention::new(weights, &config.attention(name))?,
             norm_after: LayerNorm::new(weights, &format!("{name}.layernorm_after"), config.eps)?,
             mlp: Mlp::new(weights, name)?,
         })
@@ -163,17 +154,15 @@ impl Vit {
         Ok(found)
     }
 
-    /// The names of the taps of a model of these sizes.
-    pub fn taps(config: &VitConfig) -> Vec<String> {
+    /// The names of the taps of a model of these sizes over `weights`.
+    pub fn taps(config: &VitConfig, weights: &Weights) -> Vec<String> {
         let prefix = config.prefix();
         let mut names =
             vec![PatchEmbedding::tap(&format!("{prefix}.embeddings.patch_embeddings.projection"))];
-        for layer in 0..config.layers {
+        for (layer, place) in config.attentions().iter().enumerate() {
+            names.extend(place.taps(weights.contains(&place.product())));
             let block = format!("{prefix}.encoder.layer.{layer}");
-            let inner = ["input", "query", "key", "value", "softmax"];
-            names.extend(inner.iter().map(|part| format!("{block}.attention.attention.{part}_quant")));
-            let dense = ["attention.output", "intermediate", "output"];
-            names.extend(dense.iter().map(|part| format!("{block}.{part}.dense.input_quant")));
+            names.extend(["intermediate", "output"].map(|part| format!("{block}.{part}.dense.input_quant")));
         }
         names.extend(config.heads_of_classes().iter().map(|head| format!("{head}.input_quant")));
         names
