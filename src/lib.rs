@@ -35,6 +35,7 @@ pub mod optim;
 pub mod quantize;
 pub mod random;
 pub mod recipe;
+pub mod report;
 pub mod select;
 pub mod train;
 pub mod transform;

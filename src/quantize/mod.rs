@@ -2,6 +2,7 @@
 //! packed, written, read back and measured.
 
 mod plan;
+pub mod qkr;
 mod start;
 
 use std::path::{Path, PathBuf};
@@ -13,19 +14,18 @@ use indexmap::IndexMap;
 use serde_json::{json, Map, Value};
 
 use crate::data::Preprocess;
-use crate::models::attention::AttentionPlace;
 use crate::models::{self, open_model, VisionConfig, VisionModel};
 use crate::optim::Optimizer;
-use crate::recipe::{CalmQk, DistillKind, PhaseConfig, QkrBias, Recipe, When};
+use crate::recipe::{CalmQk, DistillKind, PhaseConfig, Recipe, When};
 use crate::select::select;
 use crate::train::{
     peak_rss_bytes, phase_steps, resume, signal, Accuracy, Classify, Metrics, Phase, Progress, Quiet,
     Tracker, Trainer,
 };
-use crate::transform::{self, ActQuant, WeightQuant};
+use crate::transform::{ActQuant, WeightQuant};
 use crate::weights::format::{stored_tensors, QuantizationConfig};
-use crate::weights::{checkpoint, Calibration, Weights};
-use crate::{files, hub, Error, Result};
+use crate::weights::{checkpoint, Calibration, Expr, Weights};
+use crate::{files, hub, report, Error, Result};
 
 pub use plan::{plan, Plan};
 pub use start::{open_data, start, Start};
@@ -72,7 +72,7 @@ fn lay_quantizers(
         }
     }
     let mut chosen = targets(recipe, weights)?;
-    reparameterize(recipe, config, weights, &mut chosen)?;
+    qkr::reparameterize(recipe, config, weights, &mut chosen)?;
     for (name, index) in chosen {
         let config = &recipe.transform[index];
         let w = weights.get(&name)?.tensor()?.detach();
@@ -88,39 +88,6 @@ fn lay_quantizers(
     }
     if zero_rows > 0 {
         progress.note(&format!("{zero_rows} of {rows} weight rows are all zero and stay zero"));
-    }
-    Ok(())
-}
-
-/// The attentions whose query and key the recipe makes one weight.
-pub fn products(recipe: &Recipe, config: &VisionConfig) -> Result<Vec<AttentionPlace>> {
-    let Some(qkr) = &recipe.qkr else { return Ok(Vec::new()) };
-    let places = config.attentions();
-    let names: Vec<&str> = places.iter().map(|place| place.inner.as_str()).collect();
-    let picked: Vec<String> = select(&qkr.targets, &names)?.into_iter().map(String::from).collect();
-    Ok(places.into_iter().filter(|place| picked.contains(&place.inner)).collect())
-}
-
-/// Makes query and key one weight where the recipe says so; what is for both of them is for it.
-fn reparameterize(
-    recipe: &Recipe,
-    config: &VisionConfig,
-    weights: &mut Weights,
-    chosen: &mut IndexMap<String, usize>,
-) -> Result<()> {
-    for place in products(recipe, config)? {
-        let [query, key] = place.factors().map(|name| (chosen.shift_remove(&name), name));
-        if query.0 != key.0 {
-            let of = |index: Option<usize>| index.map_or("none".into(), |i| format!("transform.{i}"));
-            let (q, k) = (of(query.0), of(key.0));
-            return Err(Error::usage(format!(
-                "qkr: {} is for {q} and {} for {k}, expected one transform for both",
-                query.1, key.1
-            )));
-        }
-        let keep = recipe.qkr.as_ref().is_some_and(|qkr| qkr.bias == QkrBias::KeepQ);
-        transform::reparameterize(weights, &place.inner, place.heads, keep)?;
-        chosen.extend(query.0.map(|index| (place.product(), index)));
     }
     Ok(())
 }
@@ -340,6 +307,10 @@ fn begin_quantization(
     let accuracy = trainer.measure(&start.config, &folded, "full precision")?;
     trainer.progress.note(&format!("full precision: top-1 {:.2} %", accuracy.top1));
     trainer.state.full_precision = Some(accuracy);
+    if trainer.recipe.qkr.is_some() {
+        let images = trainer.first_batch()?.images;
+        qkr::say_moved(trainer.recipe, &start.config, weights, &images, trainer.progress)?;
+    }
     lay_quantizers(trainer.recipe, &start.config, weights, !untrained, trainer.progress)?;
     if trainer.recipe.activation.bits != 32 {
         let images = trainer.first_batch()?.images;
@@ -451,6 +422,7 @@ fn finish(trainer: &mut Trainer<'_>, start: &Start, trained: Trained) -> Result<
     let recipe = trainer.recipe;
     let fake = trainer.measure(&start.config, &weights.folded()?, "fake-quantized")?;
     let packed = weights.packed()?;
+    say_products(&start.config, &packed, trainer.progress)?;
     let dir = trainer.dir.join("model");
     let packed_bytes = write_model(&dir, &start.config, &start.preprocess, &packed)?;
     let read_back = open_model(&dir, trainer.device)?;
@@ -477,7 +449,18 @@ fn finish(trainer: &mut Trainer<'_>, start: &Start, trained: Trained) -> Result<
     put("train_samples_per_s", if rate > 0.0 { json!(rate) } else { Value::Null });
     put("infer_samples_per_s_fp", json!(fp.samples_per_s));
     put("infer_samples_per_s_packed", json!(got.samples_per_s));
-    write_summary(trainer.dir, summary)
+    write_summary(trainer.dir, summary, trainer.progress)
+}
+
+/// Warns where the product of query and key takes more room than both would.
+fn say_products(config: &VisionConfig, packed: &Weights, progress: &dyn Progress) -> Result<()> {
+    let places = qkr::held(config, packed);
+    let bits = |name: &str| match packed.get(name).ok()?.expr() {
+        Expr::Packed(packed) => Some(packed.grid().bits),
+        _ => None,
+    };
+    qkr::notes(&places, bits)?.iter().for_each(|note| progress.note(note));
+    Ok(())
 }
 
 /// Packs a pretrained model as it is, where there is no data to train or measure with.
@@ -492,7 +475,9 @@ fn without_data(
     let fp_bytes = 4 * start.config.params();
     let mut weights = start.weights.clone();
     lay_quantizers(recipe, &start.config, &mut weights, false, progress)?;
-    let packed_bytes = write_model(&dir.join("model"), &start.config, &start.preprocess, &weights.packed()?)?;
+    let packed = weights.packed()?;
+    say_products(&start.config, &packed, progress)?;
+    let packed_bytes = write_model(&dir.join("model"), &start.config, &start.preprocess, &packed)?;
     let mut summary = summary_head(recipe, &start, started.elapsed().as_secs_f64(), device);
     let mut put = |key: &str, value: Value| summary.insert(key.to_string(), value);
     for key in ["fp_top1", "fp_top5", "q_top1", "q_top5", "train_samples_per_s"] {
@@ -508,7 +493,7 @@ fn without_data(
     put("compression", json!(fp_bytes as f64 / packed_bytes.max(1) as f64));
     put("oscillation", json!(0.0));
     put("frozen", json!(0.0));
-    write_summary(dir, summary)
+    write_summary(dir, summary, progress)
 }
 
 fn summary_head(recipe: &Recipe, start: &Start, wall_s: f64, device: &Device) -> Map<String, Value> {
@@ -534,8 +519,9 @@ fn summary_head(recipe: &Recipe, start: &Start, wall_s: f64, device: &Device) ->
     head.as_object().cloned().unwrap_or_default()
 }
 
-fn write_summary(dir: &Path, summary: Map<String, Value>) -> Result<Value> {
+fn write_summary(dir: &Path, summary: Map<String, Value>, progress: &dyn Progress) -> Result<Value> {
     let summary = Value::Object(summary);
+    report::finish(dir, &summary).unwrap_or_else(|e| progress.note(&format!("report: {e}")));
     let text = serde_json::to_vec_pretty(&summary).map_err(|e| Error::Run(format!("summary.json: {e}")))?;
     files::write_bytes(&dir.join("summary.json"), &text)?;
     Ok(summary)

@@ -3,8 +3,9 @@
 use candle_core::Device;
 
 use super::start::{open_data, prepare};
-use super::targets;
+use super::{qkr, targets};
 use crate::data::Dataset;
+use crate::models::attention::with_products;
 use crate::models::{SwinConfig, VisionConfig, VitConfig};
 use crate::recipe::{Recipe, When};
 use crate::train::{epoch_steps, phase_steps};
@@ -29,9 +30,12 @@ pub struct Plan {
 /// Plans a run.
 pub fn plan(recipe: &Recipe, device: &Device) -> Result<Plan> {
     let (start, dataset) = prepare(recipe, open_data(recipe)?, device)?;
-    let chosen = targets(recipe, &start.weights)?;
+    let mut chosen = targets(recipe, &start.weights)?;
+    let mut weights = start.weights.clone();
+    qkr::reparameterize(recipe, &start.config, &mut weights, &mut chosen)?;
+    let places = start.config.attentions();
     let mut tensors = Vec::new();
-    for (name, shape) in start.config.shapes() {
+    for (name, shape) in with_products(start.config.shapes(), &places, &weights) {
         let count: usize = shape.iter().product();
         let (what, bytes) = match chosen.get(&name) {
             Some(index) => {
@@ -56,6 +60,8 @@ pub fn plan(recipe: &Recipe, device: &Device) -> Result<Plan> {
         + data_estimate(recipe, &start.config, dataset.as_ref())?;
     let mut notes: Vec<String> = dataset.iter().flat_map(|d| d.notes.clone()).collect();
     notes.extend(start.notes);
+    let bits = |name: &str| chosen.get(name).map(|index| recipe.transform[*index].bits);
+    notes.extend(qkr::notes(&qkr::held(&start.config, &weights), bits)?);
     if samples > 0 {
         notes.push(format!("{samples} training samples, {} steps an epoch", epoch_steps(recipe, samples)));
     }

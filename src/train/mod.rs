@@ -25,7 +25,7 @@ use crate::models::VisionConfig;
 use crate::optim::{Optimizer, Rate};
 use crate::recipe::{CalmQk, PhaseConfig, Recipe};
 use crate::weights::{Expr, Gate, Param, Weights};
-use crate::{Error, Result};
+use crate::{report, Error, Result};
 
 /// Who hears of a run while it goes on.
 pub trait Progress: Send + Sync {
@@ -201,6 +201,7 @@ impl Trainer<'_> {
         line.insert("peak_rss_bytes".into(), json!(peak_rss_bytes()));
         self.metrics.write(line)?;
         self.state.measured = Some((self.state.step, got));
+        report::write(self.dir).unwrap_or_else(|e| self.progress.note(&format!("report: {e}")));
         Ok(got)
     }
 
