@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Mutex;
 
 use candle_core::{Device, Tensor};
-use qtune::data::{Augment, Batch, DataConfig, Loader, Preprocess};
+use qtune::data::{Augment, Batch, DataConfig, Loader, Preprocess, Training};
 use qtune::models::open_model;
 use qtune::optim::{Optimizer, OptimizerConfig};
 use qtune::quantize;
@@ -198,9 +198,10 @@ fn task(act_bits: u8) -> (Classify, Weights, Vec<Batch>, OptimizerConfig) {
     }
     let preprocess = std::sync::Arc::new(Preprocess::default_for(28, 28, 1));
     let load = |order: Vec<u32>, size: usize| -> Vec<Batch> {
-        let augment = Some(Augment { crop_pad: 1, flip: false });
+        let augment = Augment { crop_pad: 1, ..Default::default() };
+        let training = Training { augment, classes: dataset.classes.len(), seed: 0, epoch: 0, done: 0 };
         let train = dataset.train.clone();
-        Loader::new(train, preprocess.clone(), augment, order, size, 0, 0, 1, &Device::Cpu)
+        Loader::new(train, preprocess.clone(), order, size, Some(training), 1, &Device::Cpu)
             .map(|b| b.unwrap())
             .collect()
     };
@@ -208,7 +209,12 @@ fn task(act_bits: u8) -> (Classify, Weights, Vec<Batch>, OptimizerConfig) {
     quantize::calibrate(&recipe, &start.config, &mut weights, &whole[0].images, true, &Quiet).unwrap();
     let model = start.config.build(&weights).unwrap();
     let batches = [whole, load((0..24).collect(), 7)].concat_batches();
-    (Classify { model, teacher: None, distill: DistillKind::None }, weights, batches, recipe.optimizer)
+    (
+        Classify { model, teacher: None, distill: DistillKind::None, drop_path: None },
+        weights,
+        batches,
+        recipe.optimizer,
+    )
 }
 
 trait Concat {
@@ -239,6 +245,7 @@ impl Optimizer for Remember {
     fn state(&self) -> qtune::Result<Vec<(String, Tensor)>> {
         Ok(Vec::new())
     }
+    fn retain(&mut self, _params: &[qtune::weights::Param]) {}
     fn restore(
         &mut self,
         _params: &[qtune::weights::Param],

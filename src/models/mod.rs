@@ -1,6 +1,7 @@
 //! Models, and how they are opened: plain, packed, ours or somebody else's.
 
 pub mod attention;
+pub mod drop_path;
 pub mod import;
 mod keys;
 pub mod names;
@@ -20,6 +21,7 @@ use std::sync::Arc;
 use candle_core::Device;
 use serde_json::Value;
 
+pub use drop_path::DropPath;
 pub use import::{import_model, Imported, Want};
 pub use swin::Swin;
 pub use swin_config::SwinConfig;

@@ -8,6 +8,7 @@
 use candle_core::Tensor;
 
 use super::attention::{Attention, TOKEN};
+use super::drop_path::DropPath;
 use super::nn::{finite, LayerNorm, Linear};
 use super::patches::PatchEmbedding;
 use super::swin_config::{Stage, SwinConfig};
@@ -77,12 +78,13 @@ impl Block {
         })
     }
 
-    /// `h: [batch, rows, columns, channels]`.
-    fn forward(&self, h: &Tensor) -> Result<Tensor> {
+    /// `h: [batch, rows, columns, channels]`; `drop` acts on what each branch adds.
+    fn forward(&self, h: &Tensor, drop: impl Fn(Tensor, u64) -> Result<Tensor>) -> Result<Tensor> {
         let x = self.windows.partition(&self.norm_before.forward(h)?)?;
         let x = self.attention.forward(&x, Some(&self.bias.tensor()?))?;
-        let h = (h + self.windows.merge(&x)?)?;
-        Ok((&h + self.mlp.forward(&self.norm_after.forward(&h)?)?)?)
+        let h = (h + drop(self.windows.merge(&x)?, 0)?)?;
+        let branch = drop(self.mlp.forward(&self.norm_after.forward(&h)?)?, 1)?;
+        Ok((h + branch)?)
     }
 }
 
@@ -165,13 +167,18 @@ impl Swin {
     /// Runs the model on `images [batch, channels, height, width]`, normalised. Another image size than
     /// the model's is an error.
     pub fn forward(&self, images: &Tensor) -> Result<VisionOutput> {
-        self.walk(images, &mut |_, _| Ok(()))
+        self.walk(images, None, &mut |_, _| Ok(()))
+    }
+
+    /// As [`Swin::forward`], in training: residual branches are left out as `drop` draws it.
+    pub fn train(&self, images: &Tensor, drop: Option<&DropPath>) -> Result<VisionOutput> {
+        self.walk(images, drop, &mut |_, _| Ok(()))
     }
 
     /// The first stage of the model whose output on `images` is not finite.
     pub fn not_finite(&self, images: &Tensor) -> Result<Option<String>> {
         let mut found = None;
-        self.walk(images, &mut |stage, h| {
+        self.walk(images, None, &mut |stage, h| {
             if found.is_none() && !finite(h)? {
                 found = Some(stage.to_string());
             }
@@ -205,6 +212,7 @@ impl Swin {
     fn walk(
         &self,
         images: &Tensor,
+        drop: Option<&DropPath>,
         see: &mut dyn FnMut(&str, &Tensor) -> Result<()>,
     ) -> Result<VisionOutput> {
         let patches = self.patches.forward(images)?;
@@ -213,11 +221,16 @@ impl Swin {
         let side = self.config.patch_size;
         let mut h = self.norm.forward(&patches)?.reshape((batch, height / side, width / side, embed))?;
         see("swin.embeddings", &h)?;
+        let (mut layer, layers) = (0, self.config.depths.iter().sum());
         for (s, (blocks, merging)) in self.stages.iter().enumerate() {
             for (b, block) in blocks.iter().enumerate() {
                 let name = format!("swin.encoder.layers.{s}.blocks.{b}");
-                h = block.forward(&h)?;
+                h = block.forward(&h, |x, branch| match drop {
+                    None => Ok(x),
+                    Some(drop) => drop.apply(&x, layer, layers, branch),
+                })?;
                 see(&name, &h)?;
+                layer += 1;
             }
             if let Some(merging) = merging {
                 h = merging.forward(&h)?;

@@ -6,6 +6,7 @@ use candle_core::Tensor;
 use serde_json::Value;
 
 use super::attention::AttentionPlace;
+use super::drop_path::DropPath;
 use super::swin::Swin;
 use super::swin_config::SwinConfig;
 use super::vit::Vit;
@@ -73,17 +74,42 @@ impl VisionConfig {
         }
     }
 
+    /// Parameters of the model.
+    pub fn params(&self) -> usize {
+        self.shapes().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
+    }
+
+    /// How deep the parameter called `name` lies, and how deep the classifier does: 0 is the embedding, then
+    /// come the blocks in order, then everything behind them. Patch merging is as deep as the block before.
+    pub fn depth(&self, name: &str) -> (usize, usize) {
+        let (modules, embedding): (Vec<(String, usize)>, String) = match self {
+            VisionConfig::Vit(vit) => {
+                let prefix = vit.prefix();
+                let block = |i| (format!("{prefix}.encoder.layer.{i}."), i + 1);
+                ((0..vit.layers).map(block).collect(), format!("{prefix}.embeddings."))
+            }
+            VisionConfig::Swin(swin) => {
+                let (mut modules, mut depth) = (Vec::new(), 0);
+                for (s, blocks) in swin.depths.iter().enumerate() {
+                    let stage = format!("swin.encoder.layers.{s}");
+                    modules.extend((0..*blocks).map(|b| (format!("{stage}.blocks.{b}."), depth + b + 1)));
+                    depth += blocks;
+                    modules.push((format!("{stage}.downsample."), depth));
+                }
+                (modules, "swin.embeddings.".into())
+            }
+        };
+        let last = 1 + modules.iter().map(|module| module.1).max().unwrap_or(0);
+        let within = modules.iter().find(|module| name.starts_with(&module.0)).map(|module| module.1);
+        (within.unwrap_or(if name.starts_with(&embedding) { 0 } else { last }), last)
+    }
+
     /// The attentions of all blocks, from input to output.
     pub fn attentions(&self) -> Vec<AttentionPlace> {
         match self {
             VisionConfig::Vit(vit) => vit.attentions(),
             VisionConfig::Swin(swin) => swin.attentions(),
         }
-    }
-
-    /// Parameters of the model.
-    pub fn params(&self) -> usize {
-        self.shapes().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
     }
 
     /// The names of the taps of the model over `weights`.
@@ -147,6 +173,14 @@ impl VisionModel {
         match self {
             VisionModel::Vit(vit) => vit.forward(images),
             VisionModel::Swin(swin) => swin.forward(images),
+        }
+    }
+
+    /// As [`VisionModel::forward`], in training: residual branches are left out as `drop` draws it.
+    pub fn train(&self, images: &Tensor, drop: Option<&DropPath>) -> Result<VisionOutput> {
+        match self {
+            VisionModel::Vit(vit) => vit.train(images, drop),
+            VisionModel::Swin(swin) => swin.train(images, drop),
         }
     }
 

@@ -7,6 +7,7 @@
 use candle_core::Tensor;
 
 use super::attention::{site, Attention, TOKEN};
+use super::drop_path::DropPath;
 use super::nn::{finite, LayerNorm, Linear};
 use super::patches::PatchEmbedding;
 use super::vision::VisionOutput;
@@ -85,10 +86,11 @@ impl Block {
         })
     }
 
-    /// `h: [batch, tokens, channels]`.
-    fn forward(&self, h: &Tensor) -> Result<Tensor> {
-        let h = (h + self.attention.forward(&self.norm_before.forward(h)?, None)?)?;
-        Ok((&h + self.mlp.forward(&self.norm_after.forward(&h)?)?)?)
+    /// `h: [batch, tokens, channels]`; `drop` acts on what each branch adds.
+    fn forward(&self, h: &Tensor, drop: impl Fn(Tensor, u64) -> Result<Tensor>) -> Result<Tensor> {
+        let h = (h + drop(self.attention.forward(&self.norm_before.forward(h)?, None)?, 0)?)?;
+        let branch = drop(self.mlp.forward(&self.norm_after.forward(&h)?)?, 1)?;
+        Ok((h + branch)?)
     }
 }
 
@@ -139,13 +141,18 @@ impl Vit {
     /// Runs the model on `images [batch, channels, height, width]`, normalised. Another image size than
     /// the model's is an error.
     pub fn forward(&self, images: &Tensor) -> Result<VisionOutput> {
-        self.walk(images, &mut |_, _| Ok(()))
+        self.walk(images, None, &mut |_, _| Ok(()))
+    }
+
+    /// As [`Vit::forward`], in training: residual branches are left out as `drop` draws it.
+    pub fn train(&self, images: &Tensor, drop: Option<&DropPath>) -> Result<VisionOutput> {
+        self.walk(images, drop, &mut |_, _| Ok(()))
     }
 
     /// The first stage of the model whose output on `images` is not finite.
     pub fn not_finite(&self, images: &Tensor) -> Result<Option<String>> {
         let mut found = None;
-        self.walk(images, &mut |stage, h| {
+        self.walk(images, None, &mut |stage, h| {
             if found.is_none() && !finite(h)? {
                 found = Some(stage.to_string());
             }
@@ -172,6 +179,7 @@ impl Vit {
     fn walk(
         &self,
         images: &Tensor,
+        drop: Option<&DropPath>,
         see: &mut dyn FnMut(&str, &Tensor) -> Result<()>,
     ) -> Result<VisionOutput> {
         let patches = self.patches.forward(images)?;
@@ -190,7 +198,10 @@ impl Vit {
         let prefix = self.config.prefix();
         see(&format!("{prefix}.embeddings"), &h)?;
         for (i, block) in self.blocks.iter().enumerate() {
-            h = block.forward(&h)?;
+            h = block.forward(&h, |x, branch| match drop {
+                None => Ok(x),
+                Some(drop) => drop.apply(&x, i, self.blocks.len(), branch),
+            })?;
             see(&format!("{prefix}.encoder.layer.{i}"), &h)?;
         }
         // The norm acts on each token alone, so only the tokens that are read go through it.

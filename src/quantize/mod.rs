@@ -19,8 +19,8 @@ use crate::optim::Optimizer;
 use crate::recipe::{CalmQk, DistillKind, PhaseConfig, Recipe, When};
 use crate::select::select;
 use crate::train::{
-    peak_rss_bytes, phase_steps, resume, signal, Accuracy, Classify, Metrics, Phase, Progress, Quiet,
-    Tracker, Trainer,
+    peak_rss_bytes, phase_steps, resume, signal, Accuracy, Average, Classify, Metrics, Phase, Progress,
+    Quiet, Tracker, Trainer,
 };
 use crate::transform::{ActQuant, WeightQuant};
 use crate::weights::format::{stored_tensors, QuantizationConfig};
@@ -199,6 +199,7 @@ pub fn run(recipe: &Recipe, dir: &Path, device: &Device, progress: &dyn Progress
         device,
         progress,
         metrics,
+        average: None,
         earlier_s: state.wall_s,
         state,
         started,
@@ -234,7 +235,13 @@ fn train_phases(
     let mut carried: Option<Box<dyn Optimizer>> = None;
     for (index, phase) in recipe.phase.iter().enumerate() {
         let skip = phase.when == When::Untrained && !start.untrained;
+        // A product that an earlier phase made a weight of its own stays one, on a resumed run too.
+        let unfactor = |weights: Weights| match phase.calm_qk {
+            CalmQk::Hold => weights.unfactored(),
+            CalmQk::Off | CalmQk::MaskGrad => Ok(weights),
+        };
         if index < first && (quantized || !phase.quantize) {
+            weights = unfactor(weights)?;
             continue;
         }
         // What a phase needs to be in place, made once and read again on resume.
@@ -253,6 +260,7 @@ fn train_phases(
             }
             quantized = true;
         }
+        weights = unfactor(weights)?;
         if index < first {
             continue;
         }
@@ -262,12 +270,19 @@ fn train_phases(
             Some(carried) => carried,
             None => recipe.optimizer.build(),
         };
+        optimizer.retain(&weights.params());
         let restored = match resumed.take().filter(|_| index == first) {
             Some(saved) => {
                 let params = weights.params();
                 saved.restore(&params, device)?;
                 if saved.has_optimizer() {
                     optimizer.restore(&params, &|name| saved.optimizer(name, device))?;
+                    let (decay, steps) = (recipe.train.ema, phase_steps(recipe, phase, samples));
+                    let midway = trainer.state.phase_step > 0 && trainer.state.phase_step < steps;
+                    if decay > 0.0 && midway {
+                        let read = |name: &str| saved.optimizer(name, device);
+                        trainer.average = Some(Average::restore(&params, decay, &read)?);
+                    }
                 }
                 tracker = Tracker::restore(&trainer.state.tracked, &|name| saved.oscillation(name))?;
                 true
@@ -342,13 +357,16 @@ fn run_phase(
     let config = &recipe.phase[index];
     let teacher = match (config.quantize, recipe.distill.kind) {
         (false, _) | (_, DistillKind::None) => None,
-        (true, DistillKind::Soft) if phase_steps(recipe, config, trainer.dataset.train.len()) == 0 => None,
-        (true, DistillKind::Soft) => Some(teacher(recipe, trainer.dir, start, trainer.device)?),
+        (true, _) if phase_steps(recipe, config, trainer.dataset.train.len()) == 0 => None,
+        (true, DistillKind::Soft | DistillKind::Pld) => {
+            Some(teacher(recipe, trainer.dir, start, trainer.device)?)
+        }
     };
     let calm = annealed(config, weights, trainer.progress)?;
     let weights = calm.as_ref().unwrap_or(weights);
     let model = start.config.build(weights)?;
-    let task = Classify { model, teacher, distill: recipe.distill.kind };
+    let drop_path = Some((recipe.train.drop_path, recipe.seed)).filter(|(rate, _)| *rate > 0.0);
+    let task = Classify { model, teacher, distill: recipe.distill.kind, drop_path };
     let phase = Phase { config, model: &start.config, weights, task: &task, optimizer, tracker };
     let before = trainer.state.phase_step;
     trainer.run(phase)?;
@@ -365,7 +383,7 @@ fn run_phase(
 /// error; one that leaves nothing free is worth a line.
 fn annealed(phase: &PhaseConfig, weights: &Weights, progress: &dyn Progress) -> Result<Option<Weights>> {
     let Some(band) = phase.calm else { return Ok(None) };
-    let (calm, reached) = weights.calmed(Some(band), phase.calm_qk == CalmQk::MaskGrad);
+    let (calm, reached) = weights.calmed(Some(band), phase.calm_qk != CalmQk::Off);
     if reached == 0 {
         let message = format!("phase {}: calm = {band} reaches no weight", phase.name);
         return Err(Error::usage(format!("{message}, expected weights quantized by statsq")));
@@ -443,7 +461,8 @@ fn finish(trainer: &mut Trainer<'_>, start: &Start, trained: Trained) -> Result<
     put("fp_bytes", json!(trainer.state.fp_bytes));
     put("packed_bytes", json!(packed_bytes));
     put("compression", json!(trainer.state.fp_bytes as f64 / packed_bytes.max(1) as f64));
-    put("oscillation", json!(tracker.figures().percent));
+    let coarse = crate::train::coarse(&weights);
+    put("oscillation", json!(tracker.figures(|name| coarse.contains(name)).percent));
     put("frozen", json!(trainer.state.frozen));
     let rate = trainer.state.samples_per_s;
     put("train_samples_per_s", if rate > 0.0 { json!(rate) } else { Value::Null });

@@ -237,7 +237,7 @@ pub(super) fn prepare(
         let of = runs.iter().filter(|p| p.quantize == quantize);
         of.map(|p| phase_steps(recipe, p, samples)).sum()
     };
-    if recipe.distill.kind == DistillKind::Soft && steps(true) > 0 {
+    if recipe.distill.kind != DistillKind::None && steps(true) > 0 {
         if recipe.distill.teacher.is_some() {
             teacher(recipe, Path::new(""), &start, device)?;
         } else if start.untrained && steps(false) == 0 {

@@ -230,3 +230,214 @@ fn infer(
     config.check().map_err(|e| Error::input(dir, e.to_string()))?;
     Ok(config)
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::super::keys::numbered_labels;
+    use super::super::super::vision::VisionConfig;
+    use super::super::import_model;
+    use super::super::testing::{folder, fused, rename, values, Named};
+    use super::*;
+
+    fn config() -> SwinConfig {
+        SwinConfig {
+            image_size: (16, 16),
+            patch_size: 2,
+            channels: 3,
+            embed: 4,
+            depths: vec![2, 2],
+            heads: vec![2, 4],
+            window: 3,
+            mlp_ratio: 1.5,
+            eps: 1e-5,
+            qkv_bias: true,
+            classes: ["cat", "dog", "cow"].map(String::from).to_vec(),
+        }
+    }
+
+    /// Every element of every tensor has a value of its own.
+    fn weights(config: &SwinConfig) -> Named {
+        let mut next = 0u32;
+        let mut of = |shape: Vec<usize>| {
+            let n = shape.iter().product::<usize>() as u32;
+            let values: Vec<f32> = (next..next + n).map(|v| v as f32 / 1024.0).collect();
+            next += n;
+            Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+        };
+        config.shapes().into_iter().map(|(name, shape)| (name, of(shape))).collect()
+    }
+
+    fn read(dir: &Path, want: &Want) -> Result<Imported<SwinConfig>> {
+        Ok(import_model(dir, want, &Device::Cpu)?.map(|config| match config {
+            VisionConfig::Swin(swin) => swin,
+            VisionConfig::Vit(_) => panic!("found a ViT, expected a Swin"),
+        }))
+    }
+
+    #[track_caller]
+    fn same(imported: &Imported<SwinConfig>, expected: &Named) {
+        let names: Vec<&String> = imported.tensors.keys().collect();
+        assert_eq!(names, expected.iter().map(|(n, _)| n).collect::<Vec<_>>());
+        for (name, tensor) in expected {
+            assert_eq!(imported.tensors[name].dims(), tensor.dims(), "{name}");
+            assert_eq!(values(&imported.tensors[name]), values(tensor), "{name}");
+        }
+    }
+
+    const BLOCK: [(&str, &str); 9] = [
+        ("attention.self.query", "attn.qkv"),
+        ("attention.self.relative", "attn.relative"),
+        ("attention.output.dense", "attn.proj"),
+        ("layernorm_before", "norm1"),
+        ("layernorm_after", "norm2"),
+        ("swin.layernorm", "norm"),
+        ("classifier", "head"),
+        ("intermediate.dense", "mlp.0"),
+        ("output.dense", "mlp.3"),
+    ];
+
+    /// torchvision's spelling, with the index that it stores.
+    fn torchvision(tensors: &Named) -> Named {
+        let mut out = rename(&fused(tensors), &BLOCK);
+        for (name, _) in &mut out {
+            *name = name
+                .replace("swin.embeddings.patch_embeddings.projection", "features.0.0")
+                .replace("swin.embeddings.norm", "features.0.2");
+            for stage in 0..4 {
+                let own = format!("swin.encoder.layers.{stage}");
+                *name = name
+                    .replace(&format!("{own}.blocks"), &format!("features.{}", 2 * stage + 1))
+                    .replace(&format!("{own}.downsample"), &format!("features.{}", 2 * stage + 2));
+            }
+        }
+        let index = Tensor::zeros(81, candle_core::DType::I64, &Device::Cpu).unwrap();
+        out.push(("features.1.0.attn.relative_position_index".into(), index));
+        out
+    }
+
+    /// timm's spelling, the merging of two stages in the later one, or in the earlier as in older files.
+    fn timm(tensors: &Named, later: bool) -> Named {
+        let mut out = rename(&fused(tensors), &BLOCK);
+        for (name, _) in &mut out {
+            *name = name
+                .replace("swin.embeddings.patch_embeddings.projection", "patch_embed.proj")
+                .replace("swin.embeddings", "patch_embed")
+                .replace("mlp.0", "mlp.fc1")
+                .replace("mlp.3", "mlp.fc2")
+                .replace("swin.encoder.", "")
+                .replace("head", "head.fc");
+            if later {
+                *name = name.replace("layers.0.downsample", "layers.1.downsample");
+            }
+        }
+        out
+    }
+
+    #[test]
+    fn every_spelling_gives_the_same_tensors() {
+        let config = config();
+        let classic = weights(&config);
+        let newer = [
+            ("attention.self.query", "attention.q_proj"),
+            ("attention.self.key", "attention.k_proj"),
+            ("attention.self.value", "attention.v_proj"),
+            ("attention.self.relative", "attention.relative_position_bias.relative"),
+            ("attention.output.dense", "attention.o_proj"),
+            ("intermediate.dense", "mlp.fc1"),
+            ("output.dense", "mlp.fc2"),
+        ];
+        for tensors in [classic.clone(), rename(&classic, &newer), rename(&classic, &[("swin.", "")])] {
+            let imported = read(folder(&tensors, Some(&config.to_hf())).path(), &Want::default()).unwrap();
+            same(&imported, &classic);
+            assert_eq!((imported.config, imported.notes.len()), (config.clone(), 0));
+        }
+        let json = json!({
+            "architecture": "swin_custom", "num_classes": 3, "global_pool": "avg",
+            "label_names": ["cat", "dog", "cow"], "pretrained_cfg": {"input_size": [3, 16, 16]}
+        });
+        for later in [true, false] {
+            let imported =
+                read(folder(&timm(&classic, later), Some(&json)).path(), &Want::default()).unwrap();
+            same(&imported, &classic);
+            assert_eq!(imported.config, config);
+            // 8 patches are padded to three windows of 3.
+            assert!(imported.notes[0].contains("8x8 patches in windows of 3"), "{:?}", imported.notes);
+        }
+        let want = Want { image_size: Some((16, 16)), classes: Some(config.classes.clone()), seed: 0 };
+        let imported = read(folder(&torchvision(&classic), None).path(), &want).unwrap();
+        same(&imported, &classic);
+        assert_eq!(imported.config, SwinConfig { classes: numbered_labels(3), ..config });
+        assert!(imported.notes[1].contains("left unread: features.1.0.attn.relative_position_index"));
+    }
+
+    #[test]
+    fn tables_follow_the_windows_of_another_image_size() {
+        let config = config();
+        let classic = weights(&config);
+        let dir = folder(&classic, Some(&config.to_hf()));
+        let table = "swin.encoder.layers.1.blocks.0.attention.self.relative_position_bias_table";
+        let stored = values(&classic.iter().find(|(name, _)| name == table).unwrap().1);
+        // 8 pixels: maps of 4 and 2 patches, in the second a window of 2.
+        let want = Want { image_size: Some((8, 8)), ..Want::default() };
+        let imported = read(dir.path(), &want).unwrap();
+        let found = &imported.tensors[table];
+        assert_eq!(found.dims(), [9, 4]);
+        // The rows of the offsets -1 to 1 out of -2 to 2.
+        let rows = [6, 7, 8, 11, 12, 13, 16, 17, 18];
+        let expected: Vec<f32> = rows.iter().flat_map(|r| stored[r * 4..r * 4 + 4].to_vec()).collect();
+        assert_eq!(values(found), expected);
+        assert!(imported.notes[0].contains("5x5 offsets in a table, 3x3 wanted"), "{:?}", imported.notes);
+        // And back, interpolated.
+        let small = SwinConfig { image_size: (8, 8), ..config.clone() };
+        let dir = folder(&weights(&small), Some(&small.to_hf()));
+        let imported = read(dir.path(), &Want { image_size: Some((16, 16)), ..Want::default() }).unwrap();
+        assert_eq!(imported.tensors[table].dims(), [25, 4]);
+        assert!(imported.notes[0].contains("3x3 offsets in a table, 5x5 wanted: interpolated"));
+    }
+
+    #[test]
+    fn another_head_is_drawn_anew() {
+        let config = config();
+        let dir = folder(&weights(&config), Some(&config.to_hf()));
+        let want = Want { classes: Some(numbered_labels(5)), ..Want::default() };
+        let imported = read(dir.path(), &want).unwrap();
+        assert!(imported.new_head && imported.tensors["classifier.weight"].dims() == [5, 8]);
+        assert!(imported.notes[0].contains("3 classes in the checkpoint, 5 wanted"), "{:?}", imported.notes);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_said() {
+        let config = config();
+        let refused = |change: &dyn Fn(&mut Named), json: Option<Value>, expected: &[&str]| {
+            let mut tensors = weights(&config);
+            change(&mut tensors);
+            let json = json.unwrap_or_else(|| config.to_hf());
+            let error = read(folder(&tensors, Some(&json)).path(), &Want::default()).unwrap_err();
+            assert_eq!(error.exit_code(), 4, "{error}");
+            let error = error.to_string();
+            expected.iter().for_each(|part| assert!(error.contains(part), "{error:?} lacks {part:?}"));
+        };
+        let reduction = "swin.encoder.layers.0.downsample.reduction.weight";
+        refused(&|t| t.retain(|(n, _)| n != reduction), None, &[reduction, "found none", "[8, 16]"]);
+        let zeros = |shape: &[usize]| Tensor::zeros(shape, candle_core::DType::F32, &Device::Cpu).unwrap();
+        let add = |name: &'static str, shape: &'static [usize]| {
+            move |t: &mut Named| t.push((name.to_string(), zeros(shape)))
+        };
+        let block = "swin.encoder.layers.1.blocks.2.layernorm_before.bias";
+        refused(&add(block, &[8]), None, &[block, "beyond the stages of [2, 2] blocks"]);
+        let merging = "swin.encoder.layers.1.downsample.norm.bias";
+        refused(&add(merging, &[32]), None, &[merging, "beyond the stages"]);
+        let scale = "swin.encoder.layers.0.blocks.0.attention.self.logit_scale";
+        refused(&add(scale, &[1]), None, &[scale, "does not compute with"]);
+        let table = "swin.encoder.layers.0.blocks.0.attention.self.relative_position_bias_table";
+        let bad =
+            |t: &mut Named| t.iter_mut().filter(|(n, _)| n == table).for_each(|t| t.1 = zeros(&[24, 2]));
+        refused(&bad, None, &[table, "found shape [24, 2], expected [25, 2]"]);
+        let json = json!({"model_type": "swinv2"});
+        refused(&|_| (), Some(json), &["found \"swinv2\", expected swin"]);
+        let json = json!({"architecture": "swinv2_tiny_window8_256", "pretrained_cfg": {}});
+        refused(&|_| (), Some(json), &["architecture", "swinv2_tiny", "expected swin_*"]);
+    }
+}
