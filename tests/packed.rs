@@ -28,7 +28,9 @@ fn values(t: &Tensor) -> Vec<f32> {
 
 #[test]
 fn logits_of_a_packed_model_are_those_of_the_fake_quantized_one() {
-    for (bits, kind) in [(2, "statsq"), (3, "statsq"), (4, "lsq"), (8, "lsq")] {
+    for (bits, kind, product) in
+        [(2, "statsq", false), (3, "statsq", true), (4, "lsq", false), (8, "lsq", true)]
+    {
         let mut table = Recipe::table("glyphs").unwrap();
         for change in [
             "data.glyphs.train=200",
@@ -41,6 +43,9 @@ fn logits_of_a_packed_model_are_those_of_the_fake_quantized_one() {
             &format!("transform.0.kind={kind}"),
         ] {
             set(&mut table, change).unwrap();
+        }
+        if product {
+            set(&mut table, "qkr.bias=keep_q").unwrap();
         }
         let recipe = Recipe::resolve(table).unwrap();
         let dir = tempfile::tempdir().unwrap();

@@ -4,13 +4,15 @@
 use std::path::Path;
 use std::sync::Mutex;
 
-use candle_core::{Device, Tensor};
+use candle_core::{Device, Tensor, Var};
 use qtune::data::{Augment, Batch, DataConfig, Loader, Preprocess, Training};
-use qtune::models::open_model;
+use qtune::models::{open_model, VisionConfig};
+use qtune::optim::adamw::AdamWConfig;
+use qtune::optim::sgd::SgdConfig;
 use qtune::optim::{Optimizer, OptimizerConfig};
 use qtune::quantize;
 use qtune::random::Random;
-use qtune::recipe::{set, DistillKind, Recipe};
+use qtune::recipe::{set, CalmQk, DistillKind, QkrBias, QkrConfig, Recipe};
 use qtune::train::{signal, step, Classify, Progress, Quiet};
 use qtune::transform::WeightQuant;
 use qtune::weights::{Checkpoint, Weights};
@@ -85,13 +87,34 @@ fn model_bytes(dir: &Path) -> Vec<u8> {
 #[test]
 fn stopped_and_resumed_is_the_run_that_never_stopped() {
     let _turn = turn();
-    for changes in [&[][..], &["activation.bits=2", "transform.0.kind=\"lsq\"", "train.accumulate=2"]] {
+    let published = [
+        "augment.crop_pad=0",
+        "augment.resized_crop=true",
+        "augment.rand_augment=rand-m9-mstd0.5-inc1",
+        "augment.erase=0.25",
+        "augment.mixup=0.8",
+        "augment.cutmix=1.0",
+        "augment.label_smoothing=0.1",
+        "augment.repeats=3",
+        "distill.kind=pld",
+        "phase.1.steps=20", // into a second epoch
+    ];
+    let learned = ["activation.bits=2", "transform.0.kind=\"lsq\"", "train.accumulate=2"];
+    for changes in [&[][..], &learned, &published] {
         let recipe = recipe(changes);
         let whole = tempfile::tempdir().unwrap();
         quantize::run(&recipe, whole.path(), &Device::Cpu, &Quiet).unwrap();
-        for (phase, step) in
-            [("float", 3), ("float", 7), ("quantized", 1), ("quantized", 6), ("quantized", 9)]
-        {
+        for (phase, step) in [
+            ("float", 3),
+            ("float", 7),
+            ("quantized", 1),
+            ("quantized", 6),
+            ("quantized", 9),
+            ("quantized", 17),
+        ] {
+            if phase == "quantized" && Some(step) > recipe.phase[1].steps {
+                continue;
+            }
             let dir = tempfile::tempdir().unwrap();
             let stop = StopAt { phase, step, now: Mutex::default() };
             let stopped = quantize::run(&recipe, dir.path(), &Device::Cpu, &stop);
@@ -105,6 +128,104 @@ fn stopped_and_resumed_is_the_run_that_never_stopped() {
             assert_eq!(metrics(dir.path()), metrics(whole.path()), "{phase} {step} {changes:?}");
             assert_eq!(model_bytes(dir.path()), model_bytes(whole.path()), "{phase} {step} {changes:?}");
         }
+    }
+}
+
+/// The whole of OFQ: the product of query and key, and a phase that anneals.
+fn ofq(changes: &[&str], product: CalmQk) -> Recipe {
+    let mut recipe = recipe(changes);
+    recipe.qkr = Some(QkrConfig { targets: vec!["*".into()], bias: QkrBias::KeepQ });
+    let mut phase = recipe.phase[1].clone();
+    (phase.name, phase.steps) = ("annealed".into(), Some(6));
+    (phase.calm, phase.calm_qk) = (Some(0.05), product);
+    recipe.phase.push(phase);
+    recipe.check().unwrap();
+    recipe
+}
+
+#[test]
+fn annealing_is_resumed_exactly() {
+    let _turn = turn();
+    let averaged = ["activation.bits=2", "train.ema=0.9", "train.drop_path=0.2", "train.layer_decay=0.8"];
+    let sgd = ["optimizer={kind=\"sgd\", momentum=0.9, weight_decay=0.1}"];
+    for (changes, product) in
+        [(&averaged[..], CalmQk::Hold), (&sgd, CalmQk::Off), (&["activation.bits=4"], CalmQk::MaskGrad)]
+    {
+        let recipe = ofq(changes, product);
+        let whole = tempfile::tempdir().unwrap();
+        let summary = quantize::run(&recipe, whole.path(), &Device::Cpu, &Quiet).unwrap();
+        assert!(summary["frozen"].as_f64().unwrap() > 30.0, "{summary}");
+        for (phase, step) in [("quantized", 5), ("quantized", 9), ("annealed", 1), ("annealed", 5)] {
+            let dir = tempfile::tempdir().unwrap();
+            let stop = StopAt { phase, step, now: Mutex::default() };
+            let stopped = quantize::run(&recipe, dir.path(), &Device::Cpu, &stop);
+            signal::ask(0);
+            assert!(matches!(stopped, Err(Error::Stopped { .. })), "{phase} {step}: {stopped:?}");
+            quantize::run(&recipe, dir.path(), &Device::Cpu, &Quiet).unwrap();
+            assert_eq!(metrics(dir.path()), metrics(whole.path()), "{phase} {step} {changes:?}");
+            assert!(model_bytes(dir.path()) == model_bytes(whole.path()), "{phase} {step} {changes:?}");
+        }
+    }
+}
+
+#[test]
+fn what_annealing_freezes_does_not_move_by_a_bit() {
+    let _turn = turn();
+    let rules = [
+        OptimizerConfig::Adamw(AdamWConfig { weight_decay: 0.5, ..Default::default() }),
+        OptimizerConfig::Sgd(SgdConfig { momentum: 0.9, weight_decay: 0.5, ..Default::default() }),
+    ];
+    for config in rules {
+        let (_, weights, batches, _, model) = task(32, WeightQuant::Statsq);
+        let mut optimizer = config.build();
+        let params = weights.params();
+        let step = |weights: &Weights, optimizer: &mut dyn Optimizer, anneal: bool, at: usize| {
+            let model = model.build(weights).unwrap();
+            let task = Classify { model, teacher: None, distill: DistillKind::None, drop_path: None };
+            let free = if anneal { step::free(weights, &params).unwrap() } else { Vec::new() };
+            let mut rule = step::Rule { lr: 0.02, free: &free, first: false, ..plain(optimizer, &config) };
+            let batch = &batches[at % batches.len()..][..1];
+            step::take(&task, batch, &params, &mut rule, &Device::Cpu).unwrap();
+            free
+        };
+        let bits = |v: &Var| v.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        // Momentum first, then annealing.
+        (0..3).for_each(|at| drop(step(&weights, optimizer.as_mut(), false, at)));
+        let (calm, reached) = weights.calmed(Some(0.02), false);
+        assert!(reached > 0);
+        let (mut frozen, mut moved) = (0usize, 0usize);
+        for at in 0..6 {
+            let before: Vec<Vec<f32>> = params.iter().map(|p| bits(&p.var)).collect();
+            let free = step(&calm, optimizer.as_mut(), true, at);
+            for ((param, free), before) in params.iter().zip(&free).zip(&before) {
+                let Some(free) = free else { continue };
+                let free = free.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                for ((free, a), b) in free.iter().zip(before).zip(bits(&param.var)) {
+                    let same = a.to_bits() == b.to_bits();
+                    assert!(*free == 1.0 || same, "{}: a frozen entry moved at step {at}", param.name);
+                    frozen += usize::from(*free == 0.0);
+                    moved += usize::from(!same);
+                }
+            }
+        }
+        assert!(frozen > 1000 && moved > 10, "{frozen} frozen, {moved} moved: nothing to tell");
+    }
+}
+
+#[test]
+fn packed_and_fake_quantized_accuracy_agree_with_products() {
+    let _turn = turn();
+    for (changes, product) in [(&[][..], CalmQk::Off), (&["activation.bits=2"], CalmQk::Hold)] {
+        let dir = tempfile::tempdir().unwrap();
+        let summary = quantize::run(&ofq(changes, product), dir.path(), &Device::Cpu, &Quiet).unwrap();
+        let number = |key: &str| summary[key].as_f64().unwrap_or_else(|| panic!("{key}: {summary}"));
+        // 100 images: at most one falls on the other side.
+        assert!((number("q_top1") - number("fake_quant_top1")).abs() <= 1.0, "{summary}");
+        let packed = open_model(&dir.path().join("model"), &Device::Cpu).unwrap();
+        let inner = "vit.encoder.layer.0.attention.attention";
+        let qk = packed.weights.get(&format!("{inner}.qk.weight")).unwrap();
+        assert_eq!((qk.shape().unwrap(), qk.grid().unwrap().bits), (vec![32, 16], 2));
+        assert!(!packed.weights.contains(&format!("{inner}.query.weight")));
     }
 }
 
@@ -181,7 +302,7 @@ fn untrained_packing_is_resumed_with_the_steps_that_were_fitted() {
 }
 
 /// A quantized student and batches for it.
-fn task(act_bits: u8) -> (Classify, Weights, Vec<Batch>, OptimizerConfig) {
+fn task(act_bits: u8, kind: WeightQuant) -> (Classify, Weights, Vec<Batch>, OptimizerConfig, VisionConfig) {
     let recipe = recipe(&[&format!("activation.bits={act_bits}")]);
     let dataset = DataConfig { ..recipe.data.clone() }.open(0).unwrap();
     let dir = tempfile::tempdir().unwrap();
@@ -194,7 +315,7 @@ fn task(act_bits: u8) -> (Classify, Weights, Vec<Batch>, OptimizerConfig) {
     let mut weights = start.weights.trainable().unwrap();
     for (name, _) in quantize::targets(&recipe, &weights).unwrap() {
         let w = weights.get(&name).unwrap().tensor().unwrap().detach();
-        weights.wrap(&name, WeightQuant::Lsq.training(4, &w).unwrap()).unwrap();
+        weights.wrap(&name, kind.training(4, &w).unwrap()).unwrap();
     }
     let preprocess = std::sync::Arc::new(Preprocess::default_for(28, 28, 1));
     let load = |order: Vec<u32>, size: usize| -> Vec<Batch> {
@@ -214,6 +335,7 @@ fn task(act_bits: u8) -> (Classify, Weights, Vec<Batch>, OptimizerConfig) {
         weights,
         batches,
         recipe.optimizer,
+        start.config,
     )
 }
 
@@ -264,7 +386,7 @@ fn plain<'a>(optimizer: &'a mut dyn Optimizer, config: &'a OptimizerConfig) -> s
 fn any_split_of_a_batch_gives_the_same_gradient() {
     let _turn = turn();
     for act_bits in [32, 4] {
-        let (task, weights, batches, config) = task(act_bits);
+        let (task, weights, batches, config, _) = task(act_bits, WeightQuant::Lsq);
         let params = weights.params();
         let gradient = |batches: &[Batch]| {
             let mut rule = Remember::default();
@@ -289,7 +411,7 @@ fn any_split_of_a_batch_gives_the_same_gradient() {
 #[test]
 fn a_trainable_that_no_gradient_reaches_is_an_error_that_names_it() {
     let _turn = turn();
-    let (task, mut weights, batches, config) = task(32);
+    let (task, mut weights, batches, config, _) = task(32, WeightQuant::Lsq);
     weights.insert(
         "stranger.weight",
         qtune::weights::Weight::latent(
@@ -307,7 +429,7 @@ fn a_trainable_that_no_gradient_reaches_is_an_error_that_names_it() {
 #[test]
 fn a_loss_that_is_not_finite_stops_the_run() {
     let _turn = turn();
-    let (task, weights, batches, config) = task(32);
+    let (task, weights, batches, config, _) = task(32, WeightQuant::Lsq);
     let params = weights.params();
     let bias = params.iter().find(|p| p.name == "classifier.bias").unwrap();
     let poison = vec![f32::NAN; bias.var.elem_count()];

@@ -403,7 +403,6 @@ mod tests {
         assert!(whole.iter().all(|v| v.is_finite()));
     }
 
-    /// One pixel each, so that a change shows: batches of three of one image differ in noise alone.
     #[test]
     fn repeats_come_in_a_row_and_change_differently() {
         let augment = Augment { repeats: 3, crop_pad: 3, ..Default::default() };
