@@ -26,6 +26,8 @@ pub const EMBEDDED: &[(&str, &str)] = &[
     ("deit-small-w3a3", include_str!("../recipes/deit-small-w3a3.toml")),
     ("deit-small-w4a4", include_str!("../recipes/deit-small-w4a4.toml")),
     ("swin-tiny-w2a2", include_str!("../recipes/swin-tiny-w2a2.toml")),
+    ("swin-tiny-w3a3", include_str!("../recipes/swin-tiny-w3a3.toml")),
+    ("swin-tiny-w4a4", include_str!("../recipes/swin-tiny-w4a4.toml")),
     ("ablation-ofq", include_str!("../recipes/ablation-ofq.toml")),
 ];
 

@@ -27,13 +27,13 @@ fn values(t: &Tensor) -> Vec<f32> {
     t.flatten_all().unwrap().to_vec1().unwrap()
 }
 
-/// Mean loss of the first and of the last five steps of a phase.
+/// Mean loss of the first and of the last ten steps of a phase.
 fn losses(run: &Path, phase: &str) -> (f64, f64) {
     let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
     let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
     let of: Vec<f64> = lines.filter(|l| l["phase"] == phase).filter_map(|l| l["loss"].as_f64()).collect();
     let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len() as f64;
-    (mean(&of[..5]), mean(&of[of.len() - 5..]))
+    (mean(&of[..10]), mean(&of[of.len() - 10..]))
 }
 
 /// The packed model in `run` against the same weights as the dense values they stand for, behind the same
@@ -64,11 +64,21 @@ fn agreement(run: &Path) -> f64 {
 #[test]
 fn a_new_swin_is_trained_quantized_packed_and_read_back() {
     let dir = tempfile::tempdir().unwrap();
-    let changes = [&SMALL[..], &["phase.0.steps=40", "phase.1.steps=20"]].concat();
+    let changes = [
+        &SMALL[..],
+        &[
+            "phase.0.steps=80",
+            "phase.0.lr=6e-3",
+            "phase.1.steps=10",
+            "augment.flip=false",
+            "augment.crop_pad=0",
+        ][..],
+    ]
+    .concat();
     let summary = quantize::run(&recipe("vit-w2a2", &changes), dir.path(), &Device::Cpu, &Quiet).unwrap();
     // That a gradient reaches every trainable is what the trainer's first step checks.
     let (first, last) = losses(dir.path(), "float");
-    assert!(last < 0.9 * first, "{first} {last}");
+    assert!(last < first - 0.15, "{first} {last}");
     assert!(summary["compression"].as_f64().unwrap() > 2.0, "{summary}");
     let packed = open_model(&dir.path().join("model"), &Device::Cpu).unwrap();
     let VisionConfig::Swin(config) = &packed.config else { panic!("found a {:?}", packed.config) };
@@ -87,13 +97,8 @@ fn a_new_swin_is_trained_quantized_packed_and_read_back() {
     // The float start is a Swin in a folder: a recipe for ViTs takes it as it is.
     let path = format!("model.path={:?}", dir.path().join("checkpoints/float").display());
     let again = tempfile::tempdir().unwrap();
-    let changes = [path.as_str(), "phase.1.steps=3", "transform.0.bits=4", "qkr.bias=keep_q"];
-    // Its own data by path is none: glyphs are what it was trained on.
-    let mut recipe = recipe("vit-w2a2", &changes);
-    recipe.phase[1].steps = Some(0);
-    recipe.phase[0].steps = Some(0);
-    recipe.activation.bits = 32;
-    let summary = quantize::run(&recipe, again.path(), &Device::Cpu, &Quiet).unwrap();
+    let changes = [path.as_str(), "phase.1.steps=0", "transform.0.bits=4", "qkr.bias=keep_q"];
+    let summary = quantize::run(&recipe("vit-w2a32", &changes), again.path(), &Device::Cpu, &Quiet).unwrap();
     assert_eq!(summary["steps"], 0);
     let packed = open_model(&again.path().join("model"), &Device::Cpu).unwrap();
     assert!(packed.weights.contains("swin.encoder.layers.1.blocks.1.attention.self.qk.weight"));

@@ -192,3 +192,34 @@ impl VisionModel {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn architectures_are_told_by_their_configuration_and_depth_by_names() {
+        let read = |json: Value| VisionConfig::from_hf(Path::new("config.json"), &json);
+        let vit = read(json!({"model_type": "vit", "num_hidden_layers": 4})).unwrap();
+        let swin = read(json!({"architectures": ["SwinForImageClassification"], "depths": [2, 3],
+            "num_heads": [3, 6]}));
+        let swin = swin.unwrap();
+        assert!(matches!((&vit, &swin), (VisionConfig::Vit(_), VisionConfig::Swin(_))));
+        let error = read(json!({"model_type": "swinv2"})).unwrap_err().to_string();
+        assert!(error.contains("found \"swinv2\", expected swin"), "{error}");
+        for (model, name, depth) in [
+            (&vit, "vit.embeddings.cls_token", (0, 5)),
+            (&vit, "vit.encoder.layer.3.output.dense.weight", (4, 5)),
+            (&vit, "classifier.bias", (5, 5)),
+            (&swin, "swin.embeddings.norm.weight", (0, 6)),
+            (&swin, "swin.encoder.layers.0.blocks.1.output.dense.weight", (2, 6)),
+            (&swin, "swin.encoder.layers.0.downsample.reduction.weight", (2, 6)),
+            (&swin, "swin.encoder.layers.1.blocks.2.layernorm_before.bias", (5, 6)),
+            (&swin, "swin.layernorm.weight", (6, 6)),
+        ] {
+            assert_eq!(model.depth(name), depth, "{name}");
+        }
+    }
+}
