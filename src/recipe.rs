@@ -26,6 +26,9 @@ pub const EMBEDDED: &[(&str, &str)] = &[
     ("deit-small-w2a2", include_str!("../recipes/deit-small-w2a2.toml")),
     ("deit-small-w3a3", include_str!("../recipes/deit-small-w3a3.toml")),
     ("deit-small-w4a4", include_str!("../recipes/deit-small-w4a4.toml")),
+    ("swin-tiny-w2a2", include_str!("../recipes/swin-tiny-w2a2.toml")),
+    ("swin-tiny-w3a3", include_str!("../recipes/swin-tiny-w3a3.toml")),
+    ("swin-tiny-w4a4", include_str!("../recipes/swin-tiny-w4a4.toml")),
     ("ablation-ofq", include_str!("../recipes/ablation-ofq.toml")),
 ];
 
@@ -78,6 +81,8 @@ pub struct Recipe {
 pub enum ModelConfig {
     /// A vision transformer.
     Vit(VitSource),
+    /// A Swin transformer.
+    Swin(SwinSource),
 }
 
 impl ModelConfig {
@@ -85,6 +90,7 @@ impl ModelConfig {
     pub fn path(&self) -> Option<&Path> {
         match self {
             ModelConfig::Vit(vit) => vit.path.as_deref(),
+            ModelConfig::Swin(swin) => swin.path.as_deref(),
         }
     }
 
@@ -92,6 +98,7 @@ impl ModelConfig {
     pub fn path_mut(&mut self) -> &mut Option<PathBuf> {
         match self {
             ModelConfig::Vit(vit) => &mut vit.path,
+            ModelConfig::Swin(swin) => &mut swin.path,
         }
     }
 
@@ -99,6 +106,15 @@ impl ModelConfig {
     pub fn image_size(&self) -> Option<usize> {
         match self {
             ModelConfig::Vit(vit) => vit.image_size,
+            ModelConfig::Swin(swin) => swin.image_size,
+        }
+    }
+
+    /// What types cannot hold.
+    fn check(&self) -> Result<()> {
+        match self {
+            ModelConfig::Vit(vit) => vit.check(),
+            ModelConfig::Swin(swin) => swin.check(),
         }
     }
 }
@@ -141,6 +157,92 @@ impl Default for VitSource {
     }
 }
 
+impl VitSource {
+    fn check(&self) -> Result<()> {
+        let sizes =
+            [("hidden", self.hidden), ("layers", self.layers), ("heads", self.heads), ("mlp", self.mlp)];
+        if let Some((key, _)) = sizes.iter().find(|(_, n)| *n == 0) {
+            return Err(Error::usage(format!("model.{key} = 0: expected at least 1")));
+        }
+        if !self.hidden.is_multiple_of(self.heads) {
+            return Err(Error::usage(format!(
+                "model.heads = {} does not divide model.hidden = {}",
+                self.heads, self.hidden
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// A pretrained Swin, or the sizes of a new one.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SwinSource {
+    /// A pretrained model: a folder, or a hub name. None: a new model of the sizes below.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// Pixels on a side that images are brought to. None: the pretrained model's, or, for a new model,
+    /// that of the data where it is one size of at most 64, else 64.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub image_size: Option<usize>,
+    /// Pixels on a side of a patch of a new model. None: a sixteenth of the image, at least 2.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub patch_size: Option<usize>,
+    /// Channels of the first stage of a new model; each stage has twice those of the one before.
+    pub embed: usize,
+    /// Blocks of each stage of a new model.
+    pub depths: Vec<usize>,
+    /// Attention heads of each stage of a new model.
+    pub heads: Vec<usize>,
+    /// Patches on a side of an attention window of a new model. None: 4 to 8, whatever divides the map.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub window: Option<usize>,
+    /// Channels inside the MLP of a new model over those of its stage.
+    pub mlp_ratio: f64,
+}
+
+impl Default for SwinSource {
+    fn default() -> Self {
+        SwinSource {
+            path: None,
+            image_size: None,
+            patch_size: None,
+            embed: 48,
+            depths: vec![2, 4],
+            heads: vec![2, 4],
+            window: None,
+            mlp_ratio: 2.0,
+        }
+    }
+}
+
+impl SwinSource {
+    fn check(&self) -> Result<()> {
+        let (stages, heads) = (self.depths.len(), self.heads.len());
+        if !(1..=8).contains(&stages) || heads != stages {
+            return Err(Error::usage(format!(
+                "model.depths has {stages} stages and model.heads {heads}: expected as many, 1 to 8"
+            )));
+        }
+        let all = self.depths.iter().chain(&self.heads).chain([&self.embed]).chain(&self.window);
+        if all.into_iter().any(|n| *n == 0) {
+            return Err(Error::usage("model: found a size of 0, expected at least 1"));
+        }
+        for (stage, heads) in self.heads.iter().enumerate() {
+            let channels = self.embed.saturating_mul(1 << stage);
+            if !channels.is_multiple_of(*heads) {
+                return Err(Error::usage(format!(
+                    "model.heads = {heads} does not divide the {channels} channels of stage {stage}"
+                )));
+            }
+        }
+        if !(self.mlp_ratio.is_finite() && self.mlp_ratio > 0.0) {
+            return Err(Error::usage(format!("model.mlp_ratio = {}: expected more than 0", self.mlp_ratio)));
+        }
+        Ok(())
+    }
+}
+
 /// `[[transform]]`: a weight quantizer and what it is for.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -149,7 +251,7 @@ pub struct TransformConfig {
     pub kind: WeightQuant,
     /// Bits per weight: 2, 3, 4 or 8.
     pub bits: u8,
-    /// Patterns of weight names, `*` for any run of characters.
+    /// Patterns of weight names, `*` for any run of characters, `{a,b}` for one of several.
     pub targets: Vec<String>,
 }
 
@@ -462,17 +564,7 @@ impl Recipe {
         if !(train.clip.is_finite() && train.clip >= 0.0) {
             return Err(Error::usage(format!("train.clip = {}: expected 0 or more", train.clip)));
         }
-        let ModelConfig::Vit(vit) = &self.model;
-        let sizes = [("hidden", vit.hidden), ("layers", vit.layers), ("heads", vit.heads), ("mlp", vit.mlp)];
-        if let Some((key, _)) = sizes.iter().find(|(_, n)| *n == 0) {
-            return Err(Error::usage(format!("model.{key} = 0: expected at least 1")));
-        }
-        if vit.hidden % vit.heads != 0 {
-            return Err(Error::usage(format!(
-                "model.heads = {} does not divide model.hidden = {}",
-                vit.heads, vit.hidden
-            )));
-        }
+        self.model.check()?;
         self.check_phases()
     }
 

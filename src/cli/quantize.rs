@@ -80,7 +80,8 @@ pub struct Quantize {
     #[arg(long, value_name = "MODEL")]
     teacher: Option<PathBuf>,
     /// Recipe: a name (glyphs, vit-w2a32, vit-w2a2, vit-w4a4, deit-tiny-w2a2, deit-tiny-w3a3, deit-tiny-w4a4,
-    /// deit-small-w2a2, deit-small-w3a3, deit-small-w4a4) or a file
+    /// deit-small-w2a2, deit-small-w3a3, deit-small-w4a4, swin-tiny-w2a2,
+    /// swin-tiny-w3a3, swin-tiny-w4a4) or a file
     #[arg(long, value_name = "RECIPE")]
     recipe: Option<String>,
     /// Set any key of the recipe, e.g. phase.0.epochs=3

@@ -3,11 +3,17 @@
 pub mod attention;
 pub mod drop_path;
 pub mod import;
+mod keys;
 pub mod names;
 pub mod nn;
+pub mod patches;
+pub mod swin;
+pub mod swin_config;
+mod swin_names;
 pub mod vision;
 pub mod vit;
 pub mod vit_config;
+pub mod windows;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,6 +23,8 @@ use serde_json::Value;
 
 pub use drop_path::DropPath;
 pub use import::{import_model, Imported, Want};
+pub use swin::Swin;
+pub use swin_config::SwinConfig;
 pub use vision::{VisionConfig, VisionModel, VisionOutput};
 pub use vit::Vit;
 pub use vit_config::VitConfig;
@@ -127,8 +135,8 @@ pub fn open_model(dir: &Path, device: &Device) -> Result<Opened> {
 }
 
 /// How the images of a model become tensors: its preprocessor_config.json, what timm says, or
-/// (x / 255 - 0.5) / 0.5. Where the model runs at another size than its file says, the size that images
-/// have before the center is cropped out follows.
+/// (x / 255 - 0.5) / 0.5, for a Swin that of torchvision. Where the model runs at another size than its
+/// file says, the size that images have before the center is cropped out follows.
 pub fn preprocess_for(dir: &Path, config: &VisionConfig) -> Result<Preprocess> {
     let (height, width) = config.image_size();
     let mut found = match Preprocess::load(dir, height, width, config.channels())? {
@@ -153,6 +161,12 @@ pub fn preprocess_for(dir: &Path, config: &VisionConfig) -> Result<Preprocess> {
 fn timm_or_plain(dir: &Path, config: &VisionConfig) -> Result<Preprocess> {
     let (height, width) = config.image_size();
     let mut plain = Preprocess::default_for(height, width, config.channels());
+    if let (VisionConfig::Swin(_), 3) = (config, config.channels()) {
+        // As torchvision's swin_t, whose files say nothing of it: 224 pixels out of 232.
+        (plain.mean, plain.std) = (vec![0.485, 0.456, 0.406], vec![0.229, 0.224, 0.225]);
+        plain.resize = Resize::ShortestEdge((height * 232).div_ceil(224));
+        plain.filter = Filter::Bicubic;
+    }
     let Some(timm) = import::timm_preprocess(dir)? else { return Ok(plain) };
     if timm.mean.len() == config.channels() && timm.std.len() == config.channels() {
         plain.mean = timm.mean.iter().map(|&v| v as f32).collect();

@@ -117,7 +117,7 @@ enum Spelling {
 }
 
 /// `7.rest` as (7, rest). Not `07.rest`: two spellings of one number could hide a repeated tensor.
-fn numbered(text: &str) -> Option<(usize, &str)> {
+pub(super) fn numbered(text: &str) -> Option<(usize, &str)> {
     let (layer, rest) = text.split_once('.').unwrap_or((text, ""));
     let number: usize = layer.parse().ok()?;
     (number.to_string() == layer).then_some((number, rest))

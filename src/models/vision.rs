@@ -7,6 +7,8 @@ use serde_json::Value;
 
 use super::attention::AttentionPlace;
 use super::drop_path::DropPath;
+use super::swin::Swin;
+use super::swin_config::SwinConfig;
 use super::vit::Vit;
 use super::vit_config::VitConfig;
 use crate::weights::Weights;
@@ -17,6 +19,8 @@ use crate::Result;
 pub enum VisionConfig {
     /// ViT or DeiT.
     Vit(VitConfig),
+    /// Swin.
+    Swin(SwinConfig),
 }
 
 impl VisionConfig {
@@ -24,13 +28,17 @@ impl VisionConfig {
     ///
     /// Errs as the architecture's own reading does.
     pub fn from_hf(path: &Path, json: &Value) -> Result<Self> {
-        VitConfig::from_hf(path, json).map(VisionConfig::Vit)
+        match is_swin(json) {
+            true => SwinConfig::from_hf(path, json).map(VisionConfig::Swin),
+            false => VitConfig::from_hf(path, json).map(VisionConfig::Vit),
+        }
     }
 
     /// The configuration as transformers reads it.
     pub fn to_hf(&self) -> Value {
         match self {
             VisionConfig::Vit(vit) => vit.to_hf(),
+            VisionConfig::Swin(swin) => swin.to_hf(),
         }
     }
 
@@ -38,6 +46,7 @@ impl VisionConfig {
     pub fn classes(&self) -> &[String] {
         match self {
             VisionConfig::Vit(vit) => &vit.classes,
+            VisionConfig::Swin(swin) => &swin.classes,
         }
     }
 
@@ -45,6 +54,7 @@ impl VisionConfig {
     pub fn image_size(&self) -> (usize, usize) {
         match self {
             VisionConfig::Vit(vit) => vit.image_size,
+            VisionConfig::Swin(swin) => swin.image_size,
         }
     }
 
@@ -52,6 +62,7 @@ impl VisionConfig {
     pub fn channels(&self) -> usize {
         match self {
             VisionConfig::Vit(vit) => vit.channels,
+            VisionConfig::Swin(swin) => swin.channels,
         }
     }
 
@@ -59,6 +70,7 @@ impl VisionConfig {
     pub fn shapes(&self) -> Vec<(String, Vec<usize>)> {
         match self {
             VisionConfig::Vit(vit) => vit.shapes(),
+            VisionConfig::Swin(swin) => swin.shapes(),
         }
     }
 
@@ -68,24 +80,35 @@ impl VisionConfig {
     }
 
     /// How deep the parameter called `name` lies, and how deep the classifier does: 0 is the embedding, then
-    /// come the blocks in order, then everything behind them.
+    /// come the blocks in order, then everything behind them. Patch merging is as deep as the block before.
     pub fn depth(&self, name: &str) -> (usize, usize) {
-        let (blocks, embedding): (Vec<String>, String) = match self {
+        let (modules, embedding): (Vec<(String, usize)>, String) = match self {
             VisionConfig::Vit(vit) => {
                 let prefix = vit.prefix();
-                let block = |i| format!("{prefix}.encoder.layer.{i}.");
+                let block = |i| (format!("{prefix}.encoder.layer.{i}."), i + 1);
                 ((0..vit.layers).map(block).collect(), format!("{prefix}.embeddings."))
             }
+            VisionConfig::Swin(swin) => {
+                let (mut modules, mut depth) = (Vec::new(), 0);
+                for (s, blocks) in swin.depths.iter().enumerate() {
+                    let stage = format!("swin.encoder.layers.{s}");
+                    modules.extend((0..*blocks).map(|b| (format!("{stage}.blocks.{b}."), depth + b + 1)));
+                    depth += blocks;
+                    modules.push((format!("{stage}.downsample."), depth));
+                }
+                (modules, "swin.embeddings.".into())
+            }
         };
-        let last = blocks.len() + 1;
-        let block = blocks.iter().position(|block| name.starts_with(block.as_str()));
-        (block.map(|i| i + 1).unwrap_or(if name.starts_with(&embedding) { 0 } else { last }), last)
+        let last = 1 + modules.iter().map(|module| module.1).max().unwrap_or(0);
+        let within = modules.iter().find(|module| name.starts_with(&module.0)).map(|module| module.1);
+        (within.unwrap_or(if name.starts_with(&embedding) { 0 } else { last }), last)
     }
 
     /// The attentions of all blocks, from input to output.
     pub fn attentions(&self) -> Vec<AttentionPlace> {
         match self {
             VisionConfig::Vit(vit) => vit.attentions(),
+            VisionConfig::Swin(swin) => swin.attentions(),
         }
     }
 
@@ -93,6 +116,7 @@ impl VisionConfig {
     pub fn taps(&self, weights: &Weights) -> Vec<String> {
         match self {
             VisionConfig::Vit(vit) => Vit::taps(vit, weights),
+            VisionConfig::Swin(swin) => Swin::taps(swin, weights),
         }
     }
 
@@ -100,8 +124,18 @@ impl VisionConfig {
     pub fn build(&self, weights: &Weights) -> Result<VisionModel> {
         match self {
             VisionConfig::Vit(vit) => Vit::new(vit, weights).map(VisionModel::Vit),
+            VisionConfig::Swin(swin) => Swin::new(swin, weights).map(VisionModel::Swin),
         }
     }
+}
+
+/// Whether a Hugging Face configuration is a Swin's, of any version: an error then says what of it does
+/// not fit.
+pub(super) fn is_swin(json: &Value) -> bool {
+    let text = |value: Option<&Value>| value.and_then(Value::as_str).unwrap_or_default().to_lowercase();
+    let kind = text(json.get("model_type"));
+    let architecture = text(json.get("architectures").and_then(|a| a.get(0)));
+    kind.starts_with("swin") || (kind.is_empty() && architecture.starts_with("swin"))
 }
 
 /// What a model says of a batch: logits `[batch, classes]`.
@@ -128,6 +162,8 @@ impl VisionOutput {
 pub enum VisionModel {
     /// ViT or DeiT.
     Vit(Vit),
+    /// Swin.
+    Swin(Swin),
 }
 
 impl VisionModel {
@@ -136,6 +172,7 @@ impl VisionModel {
     pub fn forward(&self, images: &Tensor) -> Result<VisionOutput> {
         match self {
             VisionModel::Vit(vit) => vit.forward(images),
+            VisionModel::Swin(swin) => swin.forward(images),
         }
     }
 
@@ -143,6 +180,7 @@ impl VisionModel {
     pub fn train(&self, images: &Tensor, drop: Option<&DropPath>) -> Result<VisionOutput> {
         match self {
             VisionModel::Vit(vit) => vit.train(images, drop),
+            VisionModel::Swin(swin) => swin.train(images, drop),
         }
     }
 
@@ -150,6 +188,38 @@ impl VisionModel {
     pub fn not_finite(&self, images: &Tensor) -> Result<Option<String>> {
         match self {
             VisionModel::Vit(vit) => vit.not_finite(images),
+            VisionModel::Swin(swin) => swin.not_finite(images),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn architectures_are_told_by_their_configuration_and_depth_by_names() {
+        let read = |json: Value| VisionConfig::from_hf(Path::new("config.json"), &json);
+        let vit = read(json!({"model_type": "vit", "num_hidden_layers": 4})).unwrap();
+        let swin = read(json!({"architectures": ["SwinForImageClassification"], "depths": [2, 3],
+            "num_heads": [3, 6]}));
+        let swin = swin.unwrap();
+        assert!(matches!((&vit, &swin), (VisionConfig::Vit(_), VisionConfig::Swin(_))));
+        let error = read(json!({"model_type": "swinv2"})).unwrap_err().to_string();
+        assert!(error.contains("found \"swinv2\", expected swin"), "{error}");
+        for (model, name, depth) in [
+            (&vit, "vit.embeddings.cls_token", (0, 5)),
+            (&vit, "vit.encoder.layer.3.output.dense.weight", (4, 5)),
+            (&vit, "classifier.bias", (5, 5)),
+            (&swin, "swin.embeddings.norm.weight", (0, 6)),
+            (&swin, "swin.encoder.layers.0.blocks.1.output.dense.weight", (2, 6)),
+            (&swin, "swin.encoder.layers.0.downsample.reduction.weight", (2, 6)),
+            (&swin, "swin.encoder.layers.1.blocks.2.layernorm_before.bias", (5, 6)),
+            (&swin, "swin.layernorm.weight", (6, 6)),
+        ] {
+            assert_eq!(model.depth(name), depth, "{name}");
         }
     }
 }

@@ -9,33 +9,33 @@ use candle_core::Tensor;
 use super::attention::{site, Attention, TOKEN};
 use super::drop_path::DropPath;
 use super::nn::{finite, LayerNorm, Linear};
+use super::patches::PatchEmbedding;
 use super::vision::VisionOutput;
 use super::vit_config::VitConfig;
 use crate::weights::{Granularity, Shifts, Signedness, Site, Tap, Weight, Weights};
-use crate::{kernels, Error, On, Result};
+use crate::{kernels, Result};
 
 /// GELU output: unsigned, what is negative clips unless the shift lifts it.
 const GELU: Site = site(Granularity::Token, Signedness::Unsigned, Shifts::InOut);
-/// The image: a step for each colour, shifts for each pixel.
-const IMAGE: Site = Site { edge: true, ..site(Granularity::Token, Signedness::Data, Shifts::InOut) };
 /// Input of a classifier: one step.
 const HEAD: Site = Site { edge: true, ..site(Granularity::Tensor, Signedness::Signed, Shifts::InOut) };
 
+/// A classifier with the tap of its input.
 #[derive(Debug)]
-struct Head {
+pub(super) struct Head {
     input: Tap,
     linear: Linear,
 }
 
 impl Head {
-    fn new(weights: &Weights, name: &str) -> Result<Self> {
+    pub(super) fn new(weights: &Weights, name: &str) -> Result<Self> {
         Ok(Head {
             input: weights.tap(format!("{name}.input_quant"), HEAD),
             linear: Linear::new(weights, name, true)?,
         })
     }
 
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.linear.forward(&self.input.forward(x)?)
     }
 }
@@ -98,8 +98,7 @@ impl Block {
 #[derive(Debug)]
 pub struct Vit {
     config: VitConfig,
-    image: Tap,
-    projection: Linear,
+    patches: PatchEmbedding,
     class_token: Weight,
     distillation_token: Option<Weight>,
     positions: Weight,
@@ -115,14 +114,14 @@ impl Vit {
         config.check()?;
         let prefix = config.prefix();
         let embeddings = format!("{prefix}.embeddings");
-        let projection = format!("{embeddings}.patch_embeddings.projection");
+        let patches = format!("{embeddings}.patch_embeddings.projection");
+        let (size, channels, patch) = (config.image_size, config.channels, config.patch_size);
         let token = |name: &str| weights.get(&format!("{embeddings}.{name}")).cloned();
         let block = |i| Block::new(weights, config, &format!("{prefix}.encoder.layer.{i}"));
         let head = if config.two_heads { "cls_classifier" } else { "classifier" };
         let distillation_head = config.two_heads.then(|| Head::new(weights, "distillation_classifier"));
         Ok(Vit {
-            image: weights.tap(format!("{projection}.input_quant"), IMAGE),
-            projection: Linear::new(weights, &projection, true)?,
+            patches: PatchEmbedding::new(weights, &patches, size, channels, patch)?,
             class_token: token("cls_token")?,
             distillation_token: config.distilled.then(|| token("distillation_token")).transpose()?,
             positions: token("position_embeddings")?,
@@ -165,7 +164,8 @@ impl Vit {
     /// The names of the taps of a model of these sizes over `weights`.
     pub fn taps(config: &VitConfig, weights: &Weights) -> Vec<String> {
         let prefix = config.prefix();
-        let mut names = vec![format!("{prefix}.embeddings.patch_embeddings.projection.input_quant")];
+        let mut names =
+            vec![PatchEmbedding::tap(&format!("{prefix}.embeddings.patch_embeddings.projection"))];
         for (layer, place) in config.attentions().iter().enumerate() {
             names.extend(place.taps(weights.contains(&place.product())));
             let block = format!("{prefix}.encoder.layer.{layer}");
@@ -182,19 +182,8 @@ impl Vit {
         drop: Option<&DropPath>,
         see: &mut dyn FnMut(&str, &Tensor) -> Result<()>,
     ) -> Result<VisionOutput> {
-        let (batch, channels, height, width) = images.dims4().on("images")?;
-        let (rows, cols) = self.config.image_size;
-        if (channels, height, width) != (self.config.channels, rows, cols) {
-            return Err(Error::Run(format!(
-                "images: found {channels} x {height} x {width}, expected {} x {rows} x {cols}",
-                self.config.channels
-            )));
-        }
-        // A step for each colour and a shift for each pixel: [batch, colours, pixels].
-        let flat = images.reshape((batch, channels, height * width))?;
-        let images = self.image.forward(&flat)?.tensor()?.reshape(images.shape())?;
-        let patches = kernels::patchify(&images, self.config.patch_size)?;
-        let patches = self.projection.forward_float(&patches)?;
+        let patches = self.patches.forward(images)?;
+        let batch = patches.dim(0)?;
         let hidden = self.config.hidden;
         let token = |w: &Weight| -> Result<Tensor> {
             Ok(w.tensor()?.reshape((1, 1, hidden))?.broadcast_as((batch, 1, hidden))?)

@@ -1,8 +1,9 @@
 //! The sizes and labels of a ViT or DeiT, read from and written to a Hugging Face `config.json`.
 
 use super::attention::AttentionPlace;
+use super::keys::{label_maps, Keys};
 use crate::error::{Error, Result};
-use serde_json::{json, Map, Value};
+use serde_json::{json, Value};
 use std::path::Path;
 
 /// Bounds on what a configuration may ask for, each far above any published ViT: a file that lies
@@ -55,12 +56,9 @@ impl VitConfig {
     /// Errs on a model type other than vit and deit, an activation other than gelu, a value of the
     /// wrong type, sizes that do not go together and labels that do not count from 0.
     pub fn from_hf(path: &Path, json: &Value) -> Result<Self> {
-        let Some(keys) = json.as_object() else {
-            return Err(Error::input(path, "found no JSON object, expected a model configuration"));
-        };
-        let reader = Reader { path, keys };
-        let architecture = keys.get("architectures").and_then(|a| a.get(0)).and_then(Value::as_str);
-        let kind = match (keys.get("model_type").and_then(Value::as_str), architecture) {
+        let keys = Keys::of(path, json)?;
+        let architecture = keys.architecture();
+        let kind = match (keys.model_type(), architecture) {
             (Some(kind), _) => kind,
             (None, Some(name)) if name.starts_with("ViT") => "vit",
             (None, Some(name)) if name.starts_with("DeiT") => "deit",
@@ -69,32 +67,23 @@ impl VitConfig {
         let distilled = match kind {
             "vit" => false,
             "deit" => true,
-            found => {
-                return Err(reader.error("model_type", &format!("found {found:?}, expected vit or deit")))
-            }
+            found => return Err(keys.error("model_type", &format!("found {found:?}, expected vit or deit"))),
         };
-        let activation = keys.get("hidden_act").map_or(Some("gelu"), Value::as_str);
-        if activation != Some("gelu") {
-            let found = keys.get("hidden_act").unwrap_or(&Value::Null);
-            return Err(reader.error("hidden_act", &format!("found {found}, expected \"gelu\"")));
-        }
-        let patch = reader.sizes("patch_size", 16)?;
-        if patch.0 != patch.1 {
-            return Err(reader.error("patch_size", &format!("found {patch:?}, expected a square")));
-        }
+        keys.gelu()?;
+        let patch_size = keys.square("patch_size", 16)?;
         let config = VitConfig {
-            image_size: reader.sizes("image_size", 224)?,
-            patch_size: patch.0,
-            channels: reader.size("num_channels", 3)?,
-            hidden: reader.size("hidden_size", 768)?,
-            layers: reader.size("num_hidden_layers", 12)?,
-            heads: reader.size("num_attention_heads", 12)?,
-            mlp: reader.size("intermediate_size", 3072)?,
-            eps: reader.number("layer_norm_eps", 1e-12)?,
-            qkv_bias: reader.truth("qkv_bias", true)?,
+            image_size: keys.sizes("image_size", 224)?,
+            patch_size,
+            channels: keys.size("num_channels", 3)?,
+            hidden: keys.size("hidden_size", 768)?,
+            layers: keys.size("num_hidden_layers", 12)?,
+            heads: keys.size("num_attention_heads", 12)?,
+            mlp: keys.size("intermediate_size", 3072)?,
+            eps: keys.number("layer_norm_eps", 1e-12)?,
+            qkv_bias: keys.truth("qkv_bias", true)?,
             distilled,
             two_heads: distilled && architecture == Some("DeiTForImageClassificationWithTeacher"),
-            classes: reader.labels()?,
+            classes: keys.labels(MOST[7].1)?,
         };
         config.check().map_err(|e| Error::input(path, e.to_string()))?;
         Ok(config)
@@ -108,10 +97,7 @@ impl VitConfig {
             (true, false) => "DeiTForImageClassification",
             (true, true) => "DeiTForImageClassificationWithTeacher",
         };
-        let id2label: Map<String, Value> =
-            self.classes.iter().enumerate().map(|(i, c)| (i.to_string(), json!(c))).collect();
-        let label2id: Map<String, Value> =
-            self.classes.iter().enumerate().map(|(i, c)| (c.clone(), json!(i))).collect();
+        let (id2label, label2id) = label_maps(&self.classes);
         json!({
             "architectures": [architecture],
             "model_type": self.prefix(),
@@ -271,85 +257,9 @@ impl VitConfig {
     }
 }
 
-/// transformers' names for `count` classes that have none.
-pub(crate) fn numbered_labels(count: usize) -> Vec<String> {
-    (0..count).map(|i| format!("LABEL_{i}")).collect()
-}
-
-/// Typed access to a configuration's keys, with errors that name file and key.
-struct Reader<'a> {
-    path: &'a Path,
-    keys: &'a Map<String, Value>,
-}
-
-impl Reader<'_> {
-    fn error(&self, key: &str, message: &str) -> Error {
-        Error::input(self.path, format!("{key}: {message}"))
-    }
-
-    /// The value of `key` as `read` sees it, or the default where it is missing or null.
-    fn get<T>(&self, key: &str, default: T, kind: &str, read: impl Fn(&Value) -> Option<T>) -> Result<T> {
-        match self.keys.get(key) {
-            None | Some(Value::Null) => Ok(default),
-            Some(value) => {
-                read(value).ok_or_else(|| self.error(key, &format!("found {value}, expected {kind}")))
-            }
-        }
-    }
-
-    fn size(&self, key: &str, default: usize) -> Result<usize> {
-        self.get(key, default, "a whole number", whole)
-    }
-
-    fn number(&self, key: &str, default: f64) -> Result<f64> {
-        self.get(key, default, "a number", Value::as_f64)
-    }
-
-    fn truth(&self, key: &str, default: bool) -> Result<bool> {
-        self.get(key, default, "true or false", Value::as_bool)
-    }
-
-    /// One size for both directions or `[height, width]`.
-    fn sizes(&self, key: &str, default: usize) -> Result<(usize, usize)> {
-        self.get(key, (default, default), "a whole number or [height, width]", |value| match value {
-            Value::Array(two) if two.len() == 2 => Some((whole(&two[0])?, whole(&two[1])?)),
-            one => whole(one).map(|n| (n, n)),
-        })
-    }
-
-    /// `id2label`, else `num_labels` numbered ones, of which transformers' default is 2.
-    fn labels(&self) -> Result<Vec<String>> {
-        let Some(labels) = self.keys.get("id2label").filter(|v| !v.is_null()) else {
-            let count = self.size("num_labels", 2)?;
-            let most = MOST[7].1;
-            if count > most {
-                return Err(self.error("num_labels", &format!("found {count}, expected at most {most}")));
-            }
-            return Ok(numbered_labels(count));
-        };
-        let Some(labels) = labels.as_object() else {
-            return Err(self.error("id2label", "found no object, expected one from class id to label"));
-        };
-        (0..labels.len())
-            .map(|id| match labels.get(&id.to_string()) {
-                Some(Value::String(label)) => Ok(label.clone()),
-                Some(other) => Err(self.error("id2label", &format!("{id}: found {other}, expected a text"))),
-                None => {
-                    let last = labels.len() - 1;
-                    Err(self
-                        .error("id2label", &format!("found no label {id}, expected all from 0 to {last}")))
-                }
-            })
-            .collect()
-    }
-}
-
-fn whole(value: &Value) -> Option<usize> {
-    value.as_u64().and_then(|n| usize::try_from(n).ok())
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::keys::numbered_labels;
     use super::*;
 
     pub(crate) fn tiny() -> VitConfig {

@@ -6,7 +6,7 @@ use super::start::{open_data, prepare};
 use super::{qkr, targets};
 use crate::data::Dataset;
 use crate::models::attention::with_products;
-use crate::models::{VisionConfig, VitConfig};
+use crate::models::{SwinConfig, VisionConfig, VitConfig};
 use crate::recipe::{Recipe, When};
 use crate::train::{epoch_steps, phase_steps};
 use crate::transform::WeightQuant;
@@ -74,6 +74,7 @@ fn memory_estimate(recipe: &Recipe, config: &VisionConfig, params: usize) -> usi
     let quantized = recipe.activation.bits != 32;
     let values = match config {
         VisionConfig::Vit(vit) => vit_activations(vit, quantized),
+        VisionConfig::Swin(swin) => swin_activations(swin, quantized),
     };
     let activations = 4 * recipe.train.batch_size * values;
     let state = params * (4 * 4 + recipe.optimizer.state_bytes());
@@ -82,20 +83,42 @@ fn memory_estimate(recipe: &Recipe, config: &VisionConfig, params: usize) -> usi
     program + (state + activations) * 8 / 7
 }
 
-/// Values that a sample leaves in memory between forward and backward.
-fn vit_activations(config: &VitConfig, quantized: bool) -> usize {
-    let (tokens, c, m) = (config.tokens(), config.hidden, config.mlp);
-    // Per block: both norms, q, k, v, mix, projection, two residuals, MLP in, GELU, MLP out.
+/// Values that one block leaves in memory for a sample of `tokens` tokens of `c` channels, each of which
+/// attends to `keys` tokens, with `m` channels inside the MLP.
+fn block_activations(tokens: usize, c: usize, m: usize, heads: usize, keys: usize, quantized: bool) -> usize {
+    // Both norms, q, k, v, mix, projection, two residuals, MLP in, GELU, MLP out.
     let mut per_token = 10 * c + 2 * m;
-    let mut probabilities = config.heads * tokens;
+    let mut probabilities = heads * keys;
     if quantized {
         // Each tap keeps what it quantized and, where shifted, the sum with the shift.
         per_token += 2 * (6 * c + m);
         probabilities *= 2;
     }
-    let sample = tokens * (config.layers * (per_token + probabilities) + 4 * c);
-    // Backward holds the gradients of one block beside what forward left.
-    sample + tokens * (per_token + probabilities)
+    tokens * (per_token + probabilities)
+}
+
+/// Values that a sample leaves in memory between forward and backward, and those of one block's gradients
+/// beside them.
+fn vit_activations(config: &VitConfig, quantized: bool) -> usize {
+    let (tokens, c) = (config.tokens(), config.hidden);
+    let block = block_activations(tokens, c, config.mlp, config.heads, tokens, quantized);
+    config.layers * block + tokens * 4 * c + block
+}
+
+fn swin_activations(config: &SwinConfig, quantized: bool) -> usize {
+    let (mut sum, mut largest) = (0, 0);
+    for stage in config.stages() {
+        let windows = stage.windows(0);
+        let (c, patches) = (stage.channels, windows.count() * windows.patches());
+        // Cutting into windows and back: two copies each.
+        let block = block_activations(patches, c, stage.mlp, stage.heads, windows.patches(), quantized)
+            + patches * 4 * c;
+        // Merging: neighbours, norm, reduction, and what its tap keeps.
+        let merging = patches * (if quantized { 5 } else { 3 }) * c;
+        sum += stage.blocks * block + merging;
+        largest = largest.max(block);
+    }
+    sum + largest
 }
 
 /// Memory of the decoded images and of the batches that are prepared ahead, in bytes.

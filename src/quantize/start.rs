@@ -6,9 +6,9 @@ use candle_core::{Device, Tensor};
 
 use super::{targets, teacher};
 use crate::data::{Dataset, Preprocess};
-use crate::models::{self, import_model, Imported, VisionConfig, VitConfig, Want};
+use crate::models::{self, import_model, Imported, SwinConfig, VisionConfig, VitConfig, Want};
 use crate::random::Random;
-use crate::recipe::{DistillKind, ModelConfig, PhaseConfig, Recipe, VitSource, When};
+use crate::recipe::{DistillKind, ModelConfig, PhaseConfig, Recipe, SwinSource, VitSource, When};
 use crate::train::phase_steps;
 use crate::weights::Weights;
 use crate::{hub, Error, Result};
@@ -46,6 +46,7 @@ pub fn start(recipe: &Recipe, dataset: Option<&Dataset>, device: &Device) -> Res
     let dataset = dataset.ok_or_else(|| Error::usage("a new model needs data"))?;
     match &recipe.model {
         ModelConfig::Vit(source) => new_vit(recipe, source, dataset, device),
+        ModelConfig::Swin(source) => new_swin(recipe, source, dataset, device),
     }
 }
 
@@ -63,7 +64,9 @@ fn pretrained(recipe: &Recipe, path: &Path, dataset: Option<&Dataset>, device: &
     Ok(Start { config, weights, preprocess, untrained: new_head, notes, name })
 }
 
-fn new_vit(recipe: &Recipe, source: &VitSource, dataset: &Dataset, device: &Device) -> Result<Start> {
+/// What a new model learns from the first training images: the size on a side that it takes where nobody
+/// says otherwise, and their channels.
+fn looks(recipe: &Recipe, dataset: &Dataset) -> Result<(usize, usize)> {
     if dataset.train.is_empty() {
         return Err(no_training_images(recipe, dataset));
     }
@@ -74,11 +77,15 @@ fn new_vit(recipe: &Recipe, source: &VitSource, dataset: &Dataset, device: &Devi
     let (width, height) = (looks[0].width, looks[0].height);
     let one_size = looks.iter().all(|i| (i.width, i.height) == (width, width));
     let natural = if one_size && height <= 64 { width } else { 64 };
-    let channels = looks.iter().map(|i| i.channels).max().unwrap_or(1);
+    Ok((natural, looks.iter().map(|i| i.channels).max().unwrap_or(1)))
+}
+
+fn new_vit(recipe: &Recipe, source: &VitSource, dataset: &Dataset, device: &Device) -> Result<Start> {
+    let (natural, channels) = looks(recipe, dataset)?;
     let size = source.image_size.unwrap_or(natural);
     let (size, patch) = match source.patch_size {
         Some(patch) => (size, patch),
-        None => patches(size),
+        None => patches(size, 8, 4),
     };
     let config = VitConfig {
         image_size: (size, size),
@@ -95,11 +102,6 @@ fn new_vit(recipe: &Recipe, source: &VitSource, dataset: &Dataset, device: &Devi
         classes: dataset.classes.clone(),
     };
     config.check()?;
-    let mut tensors = Vec::new();
-    for (name, shape) in config.shapes() {
-        tensors.push((name.clone(), initial(recipe.seed, &name, &shape, device)?));
-    }
-    let preprocess = Preprocess::default_for(size, size, config.channels);
     let note = format!(
         "new ViT: {size} x {size} x {channels} images, patches of {patch}, {} blocks of {} channels, {} heads, {} classes",
         config.layers,
@@ -107,25 +109,74 @@ fn new_vit(recipe: &Recipe, source: &VitSource, dataset: &Dataset, device: &Devi
         config.heads,
         config.classes.len()
     );
+    made(recipe, VisionConfig::Vit(config), note, device)
+}
+
+fn new_swin(recipe: &Recipe, source: &SwinSource, dataset: &Dataset, device: &Device) -> Result<Start> {
+    let (natural, channels) = looks(recipe, dataset)?;
+    let size = source.image_size.unwrap_or(natural);
+    let (size, patch) = match source.patch_size {
+        Some(patch) => (size, patch),
+        None => patches(size, 16, 2),
+    };
+    let config = SwinConfig {
+        image_size: (size, size),
+        patch_size: patch,
+        channels,
+        embed: source.embed,
+        depths: source.depths.clone(),
+        heads: source.heads.clone(),
+        window: source.window.unwrap_or_else(|| window(size / patch.max(1))),
+        mlp_ratio: source.mlp_ratio,
+        eps: 1e-5,
+        qkv_bias: true,
+        classes: dataset.classes.clone(),
+    };
+    config.check()?;
+    let note = format!(
+        "new Swin: {size} x {size} x {channels} images, patches of {patch}, {:?} blocks of {} channels and up, {:?} heads, \
+         windows of {}, {} classes",
+        config.depths,
+        config.embed,
+        config.heads,
+        config.window,
+        config.classes.len()
+    );
+    made(recipe, VisionConfig::Swin(config), note, device)
+}
+
+/// A model of these sizes from random numbers.
+fn made(recipe: &Recipe, config: VisionConfig, note: String, device: &Device) -> Result<Start> {
+    let mut tensors = Vec::new();
+    for (name, shape) in config.shapes() {
+        tensors.push((name.clone(), initial(recipe.seed, &name, &shape, device)?));
+    }
+    let (height, width) = config.image_size();
     Ok(Start {
-        config: VisionConfig::Vit(config),
+        preprocess: Preprocess::default_for(height, width, config.channels()),
+        config,
         weights: Weights::from_tensors(tensors),
-        preprocess,
         untrained: true,
         notes: vec![note],
         name: format!("new {}", recipe.name),
     })
 }
 
-/// The patch of a new model, the divisor of the image's size nearest an eighth of it and at least 4; a
-/// size without one is brought down to a multiple of 4.
-fn patches(size: usize) -> (usize, usize) {
-    let wanted = (size / 8).max(4);
-    let divisors = (4..=size / 2).filter(|p| size.is_multiple_of(*p));
+/// The patch of a new model, the divisor of the image's size nearest one of so many parts of it and at
+/// least `least`; a size without one is brought down to a multiple of `least`.
+fn patches(size: usize, parts: usize, least: usize) -> (usize, usize) {
+    let wanted = (size / parts).max(least);
+    let divisors = (least..=size / 2).filter(|p| size.is_multiple_of(*p));
     match divisors.min_by_key(|p| p.abs_diff(wanted)).filter(|p| *p <= 2 * wanted) {
         Some(patch) => (size, patch),
-        None => ((size / 4).max(1) * 4, 4),
+        None => ((size / least).max(1) * least, least),
     }
+}
+
+/// The window of a new Swin over a map of so many patches on a side: the largest of 4 to 8 that cuts it
+/// into whole windows, two or more on a side; else 7, for which maps are padded.
+fn window(map: usize) -> usize {
+    (4..=8).rev().find(|w| map.is_multiple_of(*w) && 2 * w <= map).unwrap_or(7)
 }
 
 fn no_training_images(recipe: &Recipe, dataset: &Dataset) -> Error {
@@ -133,11 +184,11 @@ fn no_training_images(recipe: &Recipe, dataset: &Dataset) -> Error {
     Error::input(path, "found images to evaluate on, but none to train on")
 }
 
-/// A fresh tensor: norms one, biases zero, tokens and the classifier from a truncated normal of 0.02,
+/// A fresh tensor: norms one, biases zero, tokens, positions and the classifier from a truncated normal of 0.02,
 /// other matrices of 0.7 / sqrt(inputs), which keeps a pre-norm block's output near its input's size.
 fn initial(seed: u64, name: &str, shape: &[usize], device: &Device) -> Result<Tensor> {
     let count: usize = shape.iter().product();
-    let norm = name.contains("layernorm");
+    let norm = shape.len() == 1;
     let values: Vec<f32> = if name.ends_with(".bias") {
         vec![0.0; count]
     } else if norm {
@@ -219,19 +270,26 @@ pub fn check_without_data(recipe: &Recipe) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::patches;
+    use super::{patches, window};
 
     #[test]
     fn patches_divide_the_image() {
-        assert_eq!(
-            [28, 32, 64, 48, 8, 12].map(patches),
-            [(28, 4), (32, 4), (64, 8), (48, 6), (8, 4), (12, 4)]
-        );
+        let of = |size| patches(size, 8, 4);
+        assert_eq!([28, 32, 64, 48, 8, 12].map(of), [(28, 4), (32, 4), (64, 8), (48, 6), (8, 4), (12, 4)]);
         // 31 is prime, and 58 has no divisor near an eighth.
-        assert_eq!([31, 58, 62].map(patches), [(28, 4), (56, 4), (60, 4)]);
-        for size in 8..=300 {
-            let (size, patch) = patches(size);
-            assert!(patch >= 4 && size % patch == 0 && size / patch >= 2, "{size} {patch}");
+        assert_eq!([31, 58, 62].map(of), [(28, 4), (56, 4), (60, 4)]);
+        assert_eq!(
+            [28, 32, 64, 224, 31].map(|size| patches(size, 16, 2)),
+            [(28, 2), (32, 2), (64, 4), (224, 14), (30, 2)]
+        );
+        for (size, least) in (8..=300).flat_map(|size| [(size, 4), (size, 2)]) {
+            let (size, patch) = patches(size, 32 / least, least);
+            assert!(patch >= least && size % patch == 0 && size / patch >= 2, "{size} {patch}");
         }
+    }
+
+    #[test]
+    fn windows_cut_the_map_evenly_where_they_can() {
+        assert_eq!([14, 16, 56, 8, 10, 15, 13, 4].map(window), [7, 8, 8, 4, 5, 5, 7, 7]);
     }
 }

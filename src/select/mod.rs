@@ -7,8 +7,14 @@ pub use bits::SelectBits;
 use crate::weights::nearest;
 use crate::{Error, Result};
 
-/// Whether `name` fits `pattern`, in which `*` stands for any run of characters, dots included.
+/// Whether `name` fits `pattern`, in which `*` stands for any run of characters, dots included, and
+/// `{a,b}` for one of the texts between the commas.
 pub fn matches(pattern: &str, name: &str) -> bool {
+    if let Some((head, (choices, tail))) =
+        pattern.split_once('{').and_then(|(head, rest)| Some((head, rest.split_once('}')?)))
+    {
+        return choices.split(',').any(|choice| matches(&format!("{head}{choice}{tail}"), name));
+    }
     let mut parts = pattern.split('*');
     let Some(mut rest) = parts.next().and_then(|first| name.strip_prefix(first)) else { return false };
     let Some(last) = parts.next_back() else { return rest.is_empty() };
@@ -46,6 +52,10 @@ mod tests {
             ("ab*ba", "aba", false),
             ("a*b*c", "a.c.b", false),
             ("*", "", true),
+            ("*.{dense,reduction}.weight", "a.reduction.weight", true),
+            ("*.{dense,reduction}.weight", "a.norm.weight", false),
+            ("{a,b}.{c,}", "b.", true),
+            ("a{b", "a{b", true),
         ] {
             assert_eq!(matches(pattern, name), fits, "{pattern} {name}");
         }

@@ -1,11 +1,11 @@
 //! Sizes read off the tensors, for models without a Hugging Face configuration.
 
 use super::super::names::layer_of;
-use super::super::vit_config::{numbered_labels, VitConfig};
+use super::super::vit_config::VitConfig;
 use super::table::Table;
-use super::timm::{TimmModel, TimmPreprocess};
+use super::timm::{TimmModel, TimmPreprocess, VIT};
 use super::{is_head, Want, POSITIONS};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
@@ -40,22 +40,10 @@ impl Table<'_> {
                 return Err(self.error(stored, &message));
             }
         };
-        let model = timm.map(|(path, json)| TimmModel::read(path, json)).transpose()?.unwrap_or_default();
+        let model =
+            timm.map(|(path, json)| TimmModel::read(path, json, &VIT)).transpose()?.unwrap_or_default();
         let heads = model.heads(hidden, notes);
-        let labels = match (classes, model.labels, &want.classes) {
-            (Some(n), _, _) if model.classes.is_some_and(|c| c != n) => {
-                let found = model.classes.unwrap_or_default();
-                let message = format!("num_classes: found {found}, expected {n} as the classifier has");
-                return Err(Error::input(timm.map_or(dir, |(path, _)| path), message));
-            }
-            (Some(n), Some(labels), _) if labels.len() == n => labels,
-            // Bounded by a real tensor only where the width is not 0; `check` refuses the rest.
-            (Some(n), _, _) => numbered_labels(n.min(1 << 23)),
-            (None, _, Some(wanted)) => wanted.clone(),
-            (None, _, None) => {
-                return Err(Error::input(dir, "found no classifier, expected one or wanted classes"))
-            }
-        };
+        let labels = model.labels_of(classes, timm.map_or(dir, |(path, _)| path), want)?;
         if timm.is_none() {
             notes.push("no config.json: sizes read off the tensors".to_string());
         }
@@ -80,7 +68,7 @@ impl Table<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::import_vit;
+    use super::super::super::keys::numbered_labels;
     use super::super::testing::*;
     use super::*;
     use crate::weights::checkpoint::save;
@@ -99,10 +87,10 @@ mod tests {
         assert!(imported.notes.iter().any(|n| n.contains("guessed")), "{:?}", imported.notes);
         // The file alone, and its configuration in its own metadata.
         let file = dir.path().join("model.safetensors");
-        same(&import_vit(&file, &Want::default(), &Device::Cpu).unwrap(), &weights(&imported.config));
+        same(&import_from(&file, &Want::default(), &Device::Cpu).unwrap(), &weights(&imported.config));
         let metadata = BTreeMap::from([("config".to_string(), config(true).to_hf().to_string())]);
         save(&file, &weights(&config(true)), &metadata).unwrap();
-        assert_eq!(import_vit(&file, &Want::default(), &Device::Cpu).unwrap().config, config(true));
+        assert_eq!(import_from(&file, &Want::default(), &Device::Cpu).unwrap().config, config(true));
         // 8x4 pixels are not a square of patches: nothing to go by.
         let error = import(&folder(&timm(&weights(&config(false))), None), &Want::default()).unwrap_err();
         assert!(error.to_string().contains("pos_embed: found 9 positions"), "{error}");

@@ -1,4 +1,4 @@
-//! Reads a published ViT or DeiT (Hugging Face of either spelling, or timm) into canonical names,
+//! Reads a published ViT, DeiT or Swin (Hugging Face of either spelling, timm, torchvision) into canonical names,
 //! fitted to the image size and classes that are wanted.
 //!
 //! `table` knows the checkpoint by canonical names, `infer` reads sizes off the tensors, `timm` what
@@ -6,12 +6,14 @@
 
 mod infer;
 mod positions;
+mod swin;
 mod table;
 #[cfg(test)]
 mod testing;
 mod timm;
 
-use super::vision::VisionConfig;
+use super::names::meaning;
+use super::vision::{is_swin, VisionConfig};
 use super::vit_config::VitConfig;
 use crate::error::{Error, On, Result};
 use crate::random::Random;
@@ -21,8 +23,9 @@ use indexmap::IndexMap;
 use positions::resize_positions;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
+use swin::{import_swin, looks_like_swin};
 use table::Table;
-use timm::is_timm;
+use timm::{is_timm, is_timm_swin};
 
 pub use timm::{timm_preprocess, TimmPreprocess};
 
@@ -50,6 +53,13 @@ pub struct Imported<C = VisionConfig> {
     pub new_head: bool,
 }
 
+impl<C> Imported<C> {
+    fn map<D>(self, wrap: impl FnOnce(C) -> D) -> Imported<D> {
+        let Imported { config, tensors, notes, new_head } = self;
+        Imported { config: wrap(config), tensors, notes, new_head }
+    }
+}
+
 /// Reads the model in `dir`, a folder or a single `.safetensors` file, onto `device`.
 ///
 /// The sizes come from `config.json` (Hugging Face's or timm's) in the folder or beside the file,
@@ -59,13 +69,8 @@ pub struct Imported<C = VisionConfig> {
 /// embeddings are interpolated to another image size.
 ///
 /// Errs, naming file and tensor, on missing, misshapen, unknown or not finite weights, on parts this
-/// ViT does not compute with, and on a model that is packed already.
+/// model does not compute with, and on a model that is packed already.
 pub fn import_model(dir: &Path, want: &Want, device: &Device) -> Result<Imported> {
-    let Imported { config, tensors, notes, new_head } = import_vit(dir, want, device)?;
-    Ok(Imported { config: VisionConfig::Vit(config), tensors, notes, new_head })
-}
-
-fn import_vit(dir: &Path, want: &Want, device: &Device) -> Result<Imported<VitConfig>> {
     let checkpoint = Checkpoint::open(dir)?;
     let json = config_json(dir, Some(&checkpoint))?;
     if let Some((path, json)) = &json {
@@ -74,11 +79,29 @@ fn import_vit(dir: &Path, want: &Want, device: &Device) -> Result<Imported<VitCo
             return Err(Error::input(path, message));
         }
     }
+    let swin = match &json {
+        Some((_, json)) if is_timm(json) => is_timm_swin(json),
+        Some((_, json)) => is_swin(json),
+        None => looks_like_swin(&checkpoint),
+    };
+    Ok(match swin {
+        true => import_swin(dir, &checkpoint, json.as_ref(), want, device)?.map(VisionConfig::Swin),
+        false => import_vit(dir, &checkpoint, json.as_ref(), want, device)?.map(VisionConfig::Vit),
+    })
+}
+
+fn import_vit(
+    dir: &Path,
+    checkpoint: &Checkpoint,
+    json: Option<&(PathBuf, Value)>,
+    want: &Want,
+    device: &Device,
+) -> Result<Imported<VitConfig>> {
     let mut notes = Vec::new();
-    let mut table = Table::of(&checkpoint)?;
+    let mut table = Table::of(checkpoint, &meaning)?;
     let two_heads = table.name_heads();
     let has_head = table.pieces.keys().any(|name| is_head(name));
-    let mut stored = match &json {
+    let mut stored = match json {
         Some((path, json)) if !is_timm(json) => {
             if has_no_labels(json) && !has_head && want.classes.is_none() {
                 let message =
@@ -87,7 +110,7 @@ fn import_vit(dir: &Path, want: &Want, device: &Device) -> Result<Imported<VitCo
             }
             VitConfig::from_hf(path, json)?
         }
-        other => table.infer(dir, other.as_ref(), want, &mut notes)?,
+        other => table.infer(dir, other, want, &mut notes)?,
     };
     if has_head {
         if two_heads && !stored.distilled {
@@ -199,7 +222,7 @@ fn config_json(dir: &Path, checkpoint: Option<&Checkpoint>) -> Result<Option<(Pa
 
 #[cfg(test)]
 mod tests {
-    use super::super::vit_config::numbered_labels;
+    use super::super::keys::numbered_labels;
     use super::testing::*;
     use super::*;
     use serde_json::json;
@@ -341,7 +364,7 @@ mod tests {
                 println!("skipped: {} is not there", dir.display());
                 continue;
             }
-            let imported = import_vit(&dir, &Want::default(), &Device::Cpu).unwrap();
+            let imported = import_from(&dir, &Want::default(), &Device::Cpu).unwrap();
             assert_eq!(imported.config.classes[9], classes);
             assert!(hidden.is_none_or(|h| h == imported.config.hidden));
             let count: usize = imported.tensors.values().map(Tensor::elem_count).sum();

@@ -1,6 +1,6 @@
 //! A checkpoint by canonical names, whoever spelled it: where each tensor lies, and reading it.
 
-use super::super::names::{layer_of, meaning, Meaning};
+use super::super::names::{layer_of, Meaning};
 use super::super::vit_config::VitConfig;
 use crate::error::{Error, On, Result};
 use crate::weights::checkpoint::{check_finite, Checkpoint, Dtype};
@@ -22,7 +22,8 @@ pub(super) struct Table<'a> {
 }
 
 impl<'a> Table<'a> {
-    pub(super) fn of(checkpoint: &'a Checkpoint) -> Result<Self> {
+    /// `meaning` tells what a stored name is.
+    pub(super) fn of(checkpoint: &'a Checkpoint, meaning: &dyn Fn(&str) -> Meaning) -> Result<Self> {
         let mut table = Table { checkpoint, pieces: IndexMap::new(), unused: Vec::new() };
         for stored in checkpoint.names() {
             match meaning(stored) {
@@ -34,7 +35,7 @@ impl<'a> Table<'a> {
                 }
                 Meaning::Foreign => {
                     let message =
-                        "found a part that this ViT does not compute with, expected query, key, value, \
+                        "found a part that this model does not compute with, expected query, key, value, \
                                    output, two-layer MLP and two norms a block";
                     return Err(table.error(stored, message));
                 }
@@ -132,7 +133,10 @@ impl<'a> Table<'a> {
         let Some(piece) = self.pieces.get(bare) else {
             let first =
                 self.checkpoint.names().next().map_or("no tensor at all".into(), |n| format!("{n:?} first"));
-            return Err(self.error(bare, &format!("found none of this meaning ({first}), expected a ViT's")));
+            return Err(self.error(
+                bare,
+                &format!("found none of this meaning ({first}), expected a vision transformer's"),
+            ));
         };
         let found = self.checkpoint.shape(&piece.stored).unwrap_or_default();
         found.try_into().map_err(|_| {

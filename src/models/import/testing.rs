@@ -1,12 +1,14 @@
 //! What the tests of the import share: a small ViT in every spelling, written to a folder.
 
+use super::super::vision::VisionConfig;
 use super::super::vit_config::VitConfig;
-use super::{import_vit, Imported, Want};
+use super::{import_model, Imported, Want};
 use crate::error::Result;
 use crate::weights::checkpoint::save;
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
 
 pub type Named = Vec<(String, Tensor)>;
 
@@ -49,8 +51,15 @@ pub fn folder(tensors: &[(String, Tensor)], config: Option<&Value>) -> tempfile:
     dir
 }
 
+pub fn import_from(dir: &Path, want: &Want, device: &Device) -> Result<Imported<VitConfig>> {
+    Ok(import_model(dir, want, device)?.map(|config| match config {
+        VisionConfig::Vit(vit) => vit,
+        VisionConfig::Swin(_) => panic!("found a Swin, expected a ViT"),
+    }))
+}
+
 pub fn import(dir: &tempfile::TempDir, want: &Want) -> Result<Imported<VitConfig>> {
-    import_vit(dir.path(), want, &Device::Cpu)
+    import_from(dir.path(), want, &Device::Cpu)
 }
 
 pub fn rename(tensors: &[(String, Tensor)], rules: &[(&str, &str)]) -> Vec<(String, Tensor)> {
@@ -69,19 +78,24 @@ pub const NEWER: [(&str, &str); 8] = [
     ("", ""),
 ];
 
-/// timm's spelling, with query, key and value stacked by hand.
-pub fn timm(tensors: &[(String, Tensor)]) -> Vec<(String, Tensor)> {
+/// Query, key and value stacked by hand under the query's name.
+pub fn fused(tensors: &[(String, Tensor)]) -> Named {
     let by_name: HashMap<&str, &Tensor> = tensors.iter().map(|(n, t)| (n.as_str(), t)).collect();
     let mut out = Vec::new();
     for (name, tensor) in tensors {
-        if name.contains("attention.query.") {
+        if name.contains(".query.") {
             let part = |p: &str| by_name[name.replace("query", p).as_str()].clone();
             let fused = Tensor::cat(&[part("query"), part("key"), part("value")], 0).unwrap();
-            out.push((name.replace("attention.attention.query", "attn.qkv"), fused));
-        } else if !name.contains("attention.key.") && !name.contains("attention.value.") {
+            out.push((name.clone(), fused));
+        } else if !name.contains(".key.") && !name.contains(".value.") {
             out.push((name.clone(), tensor.clone()));
         }
     }
+    out
+}
+
+/// timm's spelling.
+pub fn timm(tensors: &[(String, Tensor)]) -> Vec<(String, Tensor)> {
     let rules = [
         ("deit.embeddings.distillation_token", "dist_token"),
         ("deit.", "vit."),
@@ -89,6 +103,7 @@ pub fn timm(tensors: &[(String, Tensor)]) -> Vec<(String, Tensor)> {
         ("vit.embeddings.position_embeddings", "pos_embed"),
         ("vit.embeddings.patch_embeddings.projection", "patch_embed.proj"),
         ("vit.encoder.layer.", "blocks."),
+        ("attention.attention.query", "attn.qkv"),
         ("attention.output.dense", "attn.proj"),
         ("intermediate.dense", "mlp.fc1"),
         ("output.dense", "mlp.fc2"),
@@ -99,7 +114,7 @@ pub fn timm(tensors: &[(String, Tensor)]) -> Vec<(String, Tensor)> {
         ("cls_classifier", "head"),
         ("classifier", "head"),
     ];
-    rename(&out, &rules)
+    rename(&fused(tensors), &rules)
 }
 
 pub fn values(tensor: &Tensor) -> Vec<f32> {

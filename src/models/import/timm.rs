@@ -1,6 +1,7 @@
 //! What a timm `config.json` says: of the model itself, and of how its images are prepared.
 
-use super::config_json;
+use super::super::keys::numbered_labels;
+use super::{config_json, Want};
 use crate::error::{Error, Result};
 use serde_json::Value;
 use std::path::Path;
@@ -11,29 +12,52 @@ pub(super) fn is_timm(json: &Value) -> bool {
         && (json.get("architecture").is_some_and(Value::is_string) || json.get("pretrained_cfg").is_some())
 }
 
+/// A family of timm's models.
+pub(super) struct Family {
+    /// How the names of its architectures begin.
+    pub(super) names: &'static [&'static str],
+    /// How errors call them.
+    pub(super) expected: &'static str,
+    /// How the classifier's input is pooled.
+    pub(super) pool: &'static str,
+}
+
+/// ViT and DeiT.
+pub(super) const VIT: Family =
+    Family { names: &["vit_", "deit_"], expected: "vit_* or deit_*", pool: "token" };
+
+/// Swin, the first version.
+pub(super) const SWIN: Family = Family { names: &["swin_"], expected: "swin_*", pool: "avg" };
+
+/// Whether the configuration of a timm model is a Swin's, of any version.
+pub(super) fn is_timm_swin(json: &Value) -> bool {
+    let either = json.get("architecture").or_else(|| json.get("pretrained_cfg")?.get("architecture"));
+    either.and_then(Value::as_str).is_some_and(|name| name.starts_with("swin"))
+}
+
 /// What a timm `config.json` says of the model itself.
 #[derive(Default)]
 pub(super) struct TimmModel {
     architecture: Option<String>,
-    pub(super) classes: Option<usize>,
-    pub(super) labels: Option<Vec<String>>,
+    classes: Option<usize>,
+    labels: Option<Vec<String>>,
     heads: Option<usize>,
 }
 
 impl TimmModel {
-    pub(super) fn read(path: &Path, json: &Value) -> Result<Self> {
+    pub(super) fn read(path: &Path, json: &Value, family: &Family) -> Result<Self> {
         let bad = |key: &str, found: &Value, expected: &str| {
             Err(Error::input(path, format!("{key}: found {found}, expected {expected}")))
         };
         let either = |key: &str| json.get(key).or_else(|| json.get("pretrained_cfg")?.get(key));
         if let Some(found) = either("architecture") {
-            if !found.as_str().is_some_and(|a| a.starts_with("vit_") || a.starts_with("deit_")) {
-                return bad("architecture", found, "vit_* or deit_*");
+            if !found.as_str().is_some_and(|a| family.names.iter().any(|name| a.starts_with(name))) {
+                return bad("architecture", found, family.expected);
             }
         }
         if let Some(found) = json.get("global_pool") {
-            if !matches!(found.as_str(), None | Some("token" | "")) {
-                return bad("global_pool", found, "\"token\"");
+            if found.as_str().is_some_and(|pool| !pool.is_empty() && pool != family.pool) {
+                return bad("global_pool", found, &format!("{:?}", family.pool));
             }
         }
         let model_args = json.get("model_args");
@@ -52,6 +76,30 @@ impl TimmModel {
             labels: either("label_names").and_then(texts),
             heads: model_args.and_then(|a| a.get("num_heads")).and_then(size),
         })
+    }
+
+    /// The labels of a model whose classifier has so many `classes`: timm's, numbered ones, or, without a
+    /// classifier, those that are wanted. `config` is the file that this was read from.
+    pub(super) fn labels_of(
+        &self,
+        classes: Option<usize>,
+        config: &Path,
+        want: &Want,
+    ) -> Result<Vec<String>> {
+        match (classes, &self.labels, &want.classes) {
+            (Some(n), _, _) if self.classes.is_some_and(|c| c != n) => {
+                let found = self.classes.unwrap_or_default();
+                let message = format!("num_classes: found {found}, expected {n} as the classifier has");
+                Err(Error::input(config, message))
+            }
+            (Some(n), Some(labels), _) if labels.len() == n => Ok(labels.clone()),
+            // Bounded by a real tensor only where the width is not 0; `check` refuses the rest.
+            (Some(n), _, _) => Ok(numbered_labels(n.min(1 << 23))),
+            (None, _, Some(wanted)) => Ok(wanted.clone()),
+            (None, _, None) => {
+                Err(Error::input(config, "found no classifier, expected one or wanted classes"))
+            }
+        }
     }
 
     /// The number of attention heads, which no tensor's shape tells.
