@@ -56,7 +56,10 @@ pub fn plan(recipe: &Recipe, device: &Device) -> Result<Plan> {
     let runs = recipe.phase.iter().filter(|p| p.when == When::Always || start.untrained);
     let phases = runs.map(|p| (p.name.clone(), phase_steps(recipe, p, samples))).collect();
     let params = tensors.iter().map(|t| t.1.iter().product::<usize>()).sum();
-    let memory = memory_estimate(recipe, &start.config, params)
+    let codes = tensors.iter().filter(|t| chosen.contains_key(&t.0));
+    let codes = codes.map(|t| t.1.iter().product::<usize>()).sum();
+    let products = qkr::held(&start.config, &weights).len();
+    let memory = memory_estimate(recipe, &start.config, params, codes, products)
         + data_estimate(recipe, &start.config, dataset.as_ref())?;
     let mut notes: Vec<String> = dataset.iter().flat_map(|d| d.notes.clone()).collect();
     notes.extend(start.notes);
@@ -68,30 +71,51 @@ pub fn plan(recipe: &Recipe, device: &Device) -> Result<Plan> {
     Ok(Plan { tensors, params, phases, memory, notes })
 }
 
-/// Peak memory of a run, in bytes: parameters with their gradients, moments and teacher, and the
-/// activations that a forward pass of one batch leaves behind for its backward pass.
-fn memory_estimate(recipe: &Recipe, config: &VisionConfig, params: usize) -> usize {
+/// Peak memory of a run, in bytes: parameters with their gradients, moments and teacher, what is kept of
+/// each code, and the activations that a forward pass of one batch leaves behind for its backward pass.
+fn memory_estimate(
+    recipe: &Recipe,
+    config: &VisionConfig,
+    params: usize,
+    codes: usize,
+    products: usize,
+) -> usize {
     let quantized = recipe.activation.bits != 32;
+    let of = |block: usize| Kept { quantized, product: block < products };
     let values = match config {
-        VisionConfig::Vit(vit) => vit_activations(vit, quantized),
-        VisionConfig::Swin(swin) => swin_activations(swin, quantized),
+        VisionConfig::Vit(vit) => vit_activations(vit, of),
+        VisionConfig::Swin(swin) => swin_activations(swin, of),
     };
     let activations = 4 * recipe.train.batch_size * values;
-    let state = params * (4 * 4 + recipe.optimizer.state_bytes());
+    let average = if recipe.train.ema > 0.0 { 4 } else { 0 };
+    let state = params * (4 * 4 + recipe.optimizer.state_bytes() + average);
+    // The tracks of the codes; while annealed, what is free and what was there before the step.
+    let calm = if recipe.phase.iter().any(|p| p.calm.is_some()) { 8 } else { 0 };
+    let tracks = codes * (12 + calm);
     let program = 48 << 20;
     // Blocks of the allocator that do not fit the next size asked for: seen to be about a seventh.
-    program + (state + activations) * 8 / 7
+    program + (state + activations + tracks) * 8 / 7
+}
+
+/// What decides how much a block keeps.
+#[derive(Clone, Copy)]
+struct Kept {
+    /// Activations are quantized.
+    quantized: bool,
+    /// Query and key are one weight.
+    product: bool,
 }
 
 /// Values that one block leaves in memory for a sample of `tokens` tokens of `c` channels, each of which
 /// attends to `keys` tokens, with `m` channels inside the MLP.
-fn block_activations(tokens: usize, c: usize, m: usize, heads: usize, keys: usize, quantized: bool) -> usize {
-    // Both norms, q, k, v, mix, projection, two residuals, MLP in, GELU, MLP out.
-    let mut per_token = 10 * c + 2 * m;
+fn block_activations(tokens: usize, c: usize, m: usize, heads: usize, keys: usize, kept: Kept) -> usize {
+    // Both norms, v, mix, projection, two residuals, MLP in, GELU, MLP out; query and key or their product.
+    let mut per_token = 8 * c + 2 * m + if kept.product { heads * c } else { 2 * c };
     let mut probabilities = heads * keys;
-    if quantized {
-        // Each tap keeps what it quantized and, where shifted, the sum with the shift.
-        per_token += 2 * (6 * c + m);
+    if kept.quantized {
+        // Each tap keeps what it quantized and, where shifted, the sum with the shift behind it: input, v,
+        // mix, MLP in, GELU. Query has both, key the first; the product what is before and behind.
+        per_token += 8 * c + 2 * m + if kept.product { 2 * heads * c } else { 3 * c };
         probabilities *= 2;
     }
     tokens * (per_token + probabilities)
@@ -99,24 +123,28 @@ fn block_activations(tokens: usize, c: usize, m: usize, heads: usize, keys: usiz
 
 /// Values that a sample leaves in memory between forward and backward, and those of one block's gradients
 /// beside them.
-fn vit_activations(config: &VitConfig, quantized: bool) -> usize {
+fn vit_activations(config: &VitConfig, kept: impl Fn(usize) -> Kept) -> usize {
     let (tokens, c) = (config.tokens(), config.hidden);
-    let block = block_activations(tokens, c, config.mlp, config.heads, tokens, quantized);
-    config.layers * block + tokens * 4 * c + block
+    let block = |i| block_activations(tokens, c, config.mlp, config.heads, tokens, kept(i));
+    let largest = (0..config.layers).map(block).max().unwrap_or(0);
+    (0..config.layers).map(block).sum::<usize>() + tokens * 4 * c + largest
 }
 
-fn swin_activations(config: &SwinConfig, quantized: bool) -> usize {
-    let (mut sum, mut largest) = (0, 0);
+fn swin_activations(config: &SwinConfig, kept: impl Fn(usize) -> Kept) -> usize {
+    let (mut sum, mut largest, mut at) = (0, 0, 0);
     for stage in config.stages() {
         let windows = stage.windows(0);
         let (c, patches) = (stage.channels, windows.count() * windows.patches());
-        // Cutting into windows and back: two copies each.
-        let block = block_activations(patches, c, stage.mlp, stage.heads, windows.patches(), quantized)
-            + patches * 4 * c;
+        for _ in 0..stage.blocks {
+            // Cutting into windows and back: two copies each.
+            let block = block_activations(patches, c, stage.mlp, stage.heads, windows.patches(), kept(at))
+                + patches * 4 * c;
+            sum += block;
+            largest = largest.max(block);
+            at += 1;
+        }
         // Merging: neighbours, norm, reduction, and what its tap keeps.
-        let merging = patches * (if quantized { 5 } else { 3 }) * c;
-        sum += stage.blocks * block + merging;
-        largest = largest.max(block);
+        sum += patches * (if kept(at).quantized { 5 } else { 3 }) * c;
     }
     sum + largest
 }
