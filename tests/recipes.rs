@@ -95,6 +95,9 @@ fn the_published_runs_are_as_published() {
         let want = if mixed { (800, 3.2e-4, 0.0, 0.0) } else { (560, 5.47e-4, 5.0, 1e-6) };
         assert_eq!(got, want, "{name}");
         assert_eq!((phase.epochs, phase.cosine_span, phase.min_lr), (310.0, Some(300.0), 1e-5), "{name}");
+        let calm = &r.phase[1];
+        assert_eq!((calm.epochs, calm.lr, calm.calm), (30.0, 1e-5, Some(0.005)), "{name}");
+        assert_eq!(r.qkr.as_ref().map(|q| q.bias), Some(qtune::recipe::QkrBias::Drop), "{name}");
         assert_eq!((r.transform[0].bits, r.transform[1].bits, r.activation.bits), (bits, 8, bits), "{name}");
         let qtune::optim::OptimizerConfig::Adamw(adamw) = &r.optimizer else { panic!("{name}") };
         assert_eq!(adamw.weight_decay, if mixed { 0.0 } else { 0.05 }, "{name}");

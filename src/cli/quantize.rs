@@ -105,10 +105,10 @@ pub struct Quantize {
     /// Make what is skipped with a note an error
     #[arg(long)]
     strict: bool,
-    /// Steps of quantized training; 0 packs without training
+    /// Steps of quantized training, and half as many of annealing; 0 packs without training
     #[arg(long, value_name = "N")]
     steps: Option<usize>,
-    /// Epochs of quantized training
+    /// Epochs of quantized training, and half as many of annealing
     #[arg(long, value_name = "N", conflicts_with = "steps")]
     epochs: Option<f64>,
     /// Peak learning rate of quantized training
@@ -267,6 +267,15 @@ impl Quantize {
         if let Some(Value::Array(phases)) = table.get_mut("phase") {
             for phase in phases.iter_mut().filter_map(Value::as_table_mut) {
                 let trains = phase.get("quantize") == Some(&Value::Boolean(true));
+                if trains && phase.contains_key("calm") {
+                    // Annealing follows the length that the flags give, half as long.
+                    if let Some(steps) = self.steps {
+                        phase.insert("steps".into(), count(steps.div_ceil(2)));
+                    } else if let Some(epochs) = self.epochs {
+                        phase.remove("steps");
+                        phase.insert("epochs".into(), Value::Float(epochs / 2.0));
+                    }
+                }
                 if trains && !phase.contains_key("calm") {
                     for (key, value) in self.phase_overrides() {
                         // A length of its own: what the recipe said of it does not fit any more.
