@@ -75,6 +75,10 @@ pub struct VitSource {
     /// A pretrained model: a folder, or a hub name. None: a new model of the sizes below.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<PathBuf>,
+    /// Whether a pretrained model or teacher may be a file that PyTorch pickled. It is read as data and
+    /// nothing in it is run.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub allow_pickle: bool,
     /// Pixels on a side that images are brought to. None: the pretrained model's, or, for a new model,
     /// that of the data where it is one size of at most 64, else 64.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -96,6 +100,7 @@ impl Default for VitSource {
     fn default() -> Self {
         VitSource {
             path: None,
+            allow_pickle: false,
             image_size: None,
             patch_size: None,
             hidden: 96,

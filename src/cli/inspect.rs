@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use clap::Args;
 use qtune::models::{model_dir, read_config};
+use qtune::train::Progress;
 use qtune::weights::format::QuantizationConfig;
 use qtune::weights::Checkpoint;
 use qtune::{files, hub};
@@ -15,7 +16,7 @@ use super::{bytes, print, print_json};
 
 #[derive(Args, Debug)]
 pub struct Inspect {
-    /// A model folder, a safetensors file, a run folder or a hub name
+    /// A model folder, a safetensors or PyTorch file, a run folder or a hub name
     path: PathBuf,
     #[command(flatten)]
     common: Common,
@@ -43,7 +44,9 @@ impl Inspect {
             }
             false => None,
         };
-        let checkpoint = Checkpoint::open(&dir)?;
+        let checkpoint = Checkpoint::open_with(&dir, self.common.pickle())?;
+        let progress = self.common.progress();
+        checkpoint.notes().iter().for_each(|note| progress.note(note));
         let rows = rows(&checkpoint, quantization.as_ref());
         let stored: usize = rows.iter().map(|r| r.bytes).sum();
         let elements: usize = rows.iter().map(|r| r.shape.iter().product::<usize>()).sum();
@@ -62,6 +65,7 @@ impl Inspect {
                 "params_total": elements,
                 "bytes": stored,
                 "metadata": checkpoint.metadata(),
+                "notes": checkpoint.notes(),
                 "summary": summary,
             }));
         }

@@ -14,9 +14,9 @@ use serde_json::{json, Map, Value};
 
 use crate::data::Preprocess;
 use crate::models::vit::Vit;
-use crate::models::{self, open_vit, VitConfig};
+use crate::models::{self, open_vit, open_vit_with, VitConfig};
 use crate::optim::Optimizer;
-use crate::recipe::{DistillKind, Recipe, When};
+use crate::recipe::{DistillKind, ModelConfig, Recipe, When};
 use crate::select::select;
 use crate::train::{
     peak_rss_bytes, phase_steps, resume, signal, Accuracy, Classify, Metrics, Phase, Progress, Quiet,
@@ -24,7 +24,7 @@ use crate::train::{
 };
 use crate::transform::{ActQuant, WeightQuant};
 use crate::weights::format::{stored_tensors, QuantizationConfig};
-use crate::weights::{checkpoint, Calibration, Weights};
+use crate::weights::{checkpoint, Calibration, Pickle, Weights};
 use crate::{files, hub, Error, Result};
 
 pub use plan::{plan, Plan};
@@ -352,7 +352,8 @@ fn teacher(recipe: &Recipe, run: &Path, start: &Start, device: &Device) -> Resul
         Some(path) => models::model_dir(&hub::resolve(&path.to_string_lossy())?),
         None => float_dir(run),
     };
-    let opened = open_vit(&dir, device)?;
+    let ModelConfig::Vit(source) = &recipe.model;
+    let opened = open_vit_with(&dir, Pickle::when(source.allow_pickle), device)?;
     let differ = |what: &str, found: String, expected: String| {
         Err(Error::input(&dir, format!("the teacher's {what}: found {found}, the student's is {expected}")))
     };

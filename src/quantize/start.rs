@@ -10,7 +10,7 @@ use crate::models::{self, import_vit, Imported, VitConfig, Want};
 use crate::random::Random;
 use crate::recipe::{DistillKind, ModelConfig, PhaseConfig, Recipe, VitSource, When};
 use crate::train::phase_steps;
-use crate::weights::Weights;
+use crate::weights::{Pickle, Weights};
 use crate::{hub, Error, Result};
 
 /// The model that a run starts from.
@@ -63,6 +63,7 @@ fn pretrained(
         image_size: source.image_size.map(|size| (size, size)),
         classes: dataset.map(|d| d.classes.clone()),
         seed: recipe.seed,
+        pickle: Pickle::when(source.allow_pickle),
     };
     let Imported { config, tensors, notes, new_head, .. } = import_vit(&dir, &want, device)?;
     let preprocess = models::preprocess_for(&dir, &config)?;
