@@ -46,6 +46,9 @@ pub struct Recipe {
     /// `[activation]`.
     #[serde(default)]
     pub activation: ActivationConfig,
+    /// `[qkr]`. None: query and key are quantized each on its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub qkr: Option<QkrConfig>,
     /// `[distill]`.
     #[serde(default)]
     pub distill: DistillConfig,
@@ -250,6 +253,59 @@ pub struct PhaseConfig {
     /// Epochs that the cosine of `cosine_epochs` spans. None: all of them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cosine_span: Option<f64>,
+    /// Confidence-guided annealing: only weights within so many steps of a threshold move, and the
+    /// optimizer goes on from the state that the phase before left. None: all weights move.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub calm: Option<f64>,
+    /// What annealing does to a product of query and key.
+    #[serde(default, skip_serializing_if = "CalmQk::is_off")]
+    pub calm_qk: CalmQk,
+}
+
+/// What annealing does to the product of query and key, whose factors are shared by whole rows and
+/// columns of it, so that its entries cannot be held one by one (ofq.md 4).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CalmQk {
+    /// Nothing: what the release that gave the published figures does.
+    #[default]
+    Off,
+    /// The gradient of confident entries is cut, as the paper's text describes.
+    MaskGrad,
+}
+
+impl CalmQk {
+    fn is_off(&self) -> bool {
+        *self == CalmQk::Off
+    }
+}
+
+/// `[qkr]`: query-key reparameterization.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QkrConfig {
+    /// Patterns of the attentions whose query and key become one weight, as names of modules
+    /// (`vit.encoder.layer.0.attention.attention`).
+    #[serde(default = "every")]
+    pub targets: Vec<String>,
+    /// What becomes of the query's bias.
+    #[serde(default)]
+    pub bias: QkrBias,
+}
+
+fn every() -> Vec<String> {
+    vec!["*".into()]
+}
+
+/// What query-key reparameterization does with the query's bias. The key's changes no probability.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum QkrBias {
+    /// It becomes a trainable term of the key side, which keeps the model what it was.
+    #[default]
+    KeepQ,
+    /// It is dropped, as in the published code.
+    Drop,
 }
 
 fn always() -> When {
@@ -361,6 +417,23 @@ impl Recipe {
             }
             if let Some(span) = phase.cosine_span.filter(|span| !(span.is_finite() && *span > 0.0)) {
                 return Err(Error::usage(format!("{} = {span}: expected more than 0", key("cosine_span"))));
+            }
+            if let Some(band) = phase.calm {
+                if !(band > 0.0 && band < 0.5) {
+                    let found = format!("{} = {band}", key("calm"));
+                    return Err(Error::usage(format!("{found}: expected above 0 and below 0.5 steps")));
+                }
+                if !phase.quantize {
+                    return Err(Error::usage(format!("{}: it needs quantize = true", key("calm"))));
+                }
+                if !self.transform.iter().any(|t| t.kind == WeightQuant::Statsq) {
+                    let expected = "expected a transform of kind statsq, whose thresholds it is about";
+                    return Err(Error::usage(format!("{}: {expected}", key("calm"))));
+                }
+            }
+            if phase.calm_qk != CalmQk::Off && (phase.calm.is_none() || self.qkr.is_none()) {
+                let name = key("calm_qk");
+                return Err(Error::usage(format!("{name}: it needs calm in the phase and a [qkr] table")));
             }
             let after = self.phase[..i].iter().any(|earlier| earlier.quantize);
             if after && !phase.quantize {

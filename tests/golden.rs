@@ -9,11 +9,14 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
 use qtune::kernels::{self, Levels};
-use qtune::models::vit::{Attention, Mlp, VitOutput};
-use qtune::models::VitConfig;
+use qtune::models::attention::{Attention, AttentionPlace};
+use qtune::models::vit::{Mlp, VitOutput};
+use qtune::optim::adamw::AdamWConfig;
+use qtune::optim::OptimizerConfig;
 use qtune::train::oscillation::Track;
+use qtune::train::step;
 use qtune::train::task::distillation_loss;
-use qtune::transform::{ActQuant, StatsQ};
+use qtune::transform::{reparameterize, ActQuant, StatsQ};
 use qtune::weights::{Checkpoint, Weight, Weights};
 use serde_json::{json, Value};
 
@@ -155,7 +158,9 @@ fn act_quant(
     shift_out: Option<&str>,
 ) -> Arc<ActQuant> {
     let axis = if scale == "s_v" { -1 } else { -2 };
+    let groups = if scale == "s_t" { case.bits("heads") } else { 1 };
     let description = json!({
+        "groups": groups,
         "bits": case.bits(bits),
         "centering": if signed { "signed" } else { "unsigned" },
         "axis": axis,
@@ -243,6 +248,202 @@ fn quant_mlp(case: &Case) -> Outputs {
     run_layer(case, &store, &names, |x| mlp.forward(x).unwrap())
 }
 
+fn place(width: usize, heads: usize) -> AttentionPlace {
+    AttentionPlace {
+        inner: "b.attention.attention".into(),
+        output: "b.attention.output.dense".into(),
+        width,
+        heads,
+        qkv_bias: true,
+    }
+}
+
+/// The model's own attention over the product of query and key.
+fn qkr_attention(case: &Case) -> Outputs {
+    let (bits, act) = (case.bits("weight_bits"), "act_bits");
+    let (dim, heads) = (case.bits("dim") as usize, case.bits("heads") as usize);
+    let place = place(dim, heads);
+    let (inner, output) = (&place.inner, &place.output);
+    let quant = |name: &str, scale: &str, signed, shifts: [Option<&str>; 2]| {
+        (format!("{inner}.{name}"), act_quant(case, act, signed, scale, shifts[0], shifts[1]))
+    };
+    let taps = [
+        quant("input_quant", "s_x", true, [Some("x_shift_in"), Some("x_shift_out")]),
+        // One more shift than the model trains: the published code's, which moves no probability.
+        quant("qk_quant", "s_t", true, [Some("t_shift_in"), Some("t_shift_out")]),
+        quant("value_quant", "s_v", true, [Some("v_shift_in"), Some("v_shift_out")]),
+        quant("softmax_quant", "s_attn", false, [None, None]),
+    ];
+    let mut store = hung(taps.iter().map(|(n, r)| (n.as_str(), r.clone())).collect());
+    let shifts = (Some("proj_shift_in"), Some("proj_shift_out"));
+    store.hang(format!("{output}.input_quant"), act_quant(case, act, true, "s_proj", shifts.0, shifts.1));
+    for (name, role) in [("query", "wq"), ("key", "wk")] {
+        store.insert(format!("{inner}.{name}.weight"), Weight::latent(case.input(role)).unwrap());
+    }
+    reparameterize(&mut store, inner, heads, true).unwrap();
+    store.wrap(&place.product(), Arc::new(StatsQ::new(bits).unwrap())).unwrap();
+    layer(&mut store, &format!("{inner}.value"), case.input("wv"), case.input("bv"), bits);
+    layer(&mut store, output, case.input("wproj"), case.input("bproj"), bits);
+    let mut names = vec![
+        ("g_wq".to_string(), format!("{inner}.qk.weight.query")),
+        ("g_wk".to_string(), format!("{inner}.qk.weight.key")),
+        ("g_wv".to_string(), format!("{inner}.value.weight")),
+        ("g_bv".to_string(), format!("{inner}.value.bias")),
+        ("g_wproj".to_string(), format!("{output}.weight")),
+        ("g_bproj".to_string(), format!("{output}.bias")),
+        ("g_s_attn".to_string(), format!("{inner}.softmax_quant.scale")),
+    ];
+    let taps = [("x", "input"), ("t", "qk"), ("v", "value")].map(|(r, t)| (r, format!("{inner}.{t}_quant")));
+    for (role, tap) in taps.into_iter().chain([("proj", format!("{output}.input_quant"))]) {
+        names.push((format!("g_s_{role}"), format!("{tap}.scale")));
+        names.push((format!("g_{role}_shift_in"), format!("{tap}.shift_in")));
+        names.push((format!("g_{role}_shift_out"), format!("{tap}.shift_out")));
+    }
+    let attention = Attention::new(&store, &place).unwrap();
+    let names: Vec<(&str, &str)> = names.iter().map(|(a, b)| (a.as_str(), b.as_str())).collect();
+    let mut out = run_layer(case, &store, &names, |x| attention.forward(x, None).unwrap());
+    // The same by hand, stage by stage, for what the reference shows of each.
+    let rule = |tap: &str, x: &Tensor| {
+        let found = store.taps().find(|(name, _)| *name == format!("{inner}.{tap}_quant"));
+        found.unwrap().1.apply(std::slice::from_ref(x)).unwrap()
+    };
+    let dense = |name: String| store.get(&name).unwrap().tensor().unwrap();
+    let x = rule("input", case.input("x"));
+    let (wv, wqk) = (dense(format!("{inner}.value.weight")), dense(place.product()));
+    let v = rule("value", &kernels::linear(&x, &wv, Some(case.input("bv"))).unwrap());
+    let t = rule("qk", &kernels::linear(&x, &wqk, None).unwrap());
+    let scale = case.attrs["softmax_scale"].as_f64().unwrap();
+    let p = kernels::attention_probs(&x, &t, heads, scale, None).unwrap();
+    let p_hat = rule("softmax", &p);
+    out.insert("ctx".into(), kernels::attention_mix(&p_hat, &v, heads).unwrap());
+    for (role, tensor) in [
+        ("x_hat", x),
+        ("wv_hat", wv),
+        ("v_hat", v),
+        ("wqk_hat", wqk),
+        ("t_hat", t),
+        ("attn", p),
+        ("attn_hat", p_hat),
+    ] {
+        out.insert(role.into(), tensor);
+    }
+    out
+}
+
+/// Attention without quantizers, from query and key and from their product.
+fn qkr_equivalence(case: &Case) -> Outputs {
+    let (dim, heads) = (case.bits("dim") as usize, case.bits("heads") as usize);
+    let place = place(dim, heads);
+    let (inner, output) = (&place.inner, &place.output);
+    let mut standard = Weights::default();
+    for (part, name) in ["query", "key", "value"].into_iter().enumerate() {
+        let (w, b) = (third(case.input("w_qkv"), part), third(case.input("b_qkv"), part));
+        standard.insert(format!("{inner}.{name}.weight"), Weight::latent(&w).unwrap());
+        standard.insert(format!("{inner}.{name}.bias"), Weight::latent(&b).unwrap());
+    }
+    standard.insert(format!("{output}.weight"), Weight::latent(case.input("w_proj")).unwrap());
+    standard.insert(format!("{output}.bias"), Weight::latent(case.input("b_proj")).unwrap());
+    let run = |store: &Weights, names: &[(&str, &str)]| {
+        let attention = Attention::new(store, &place).unwrap();
+        run_layer(case, store, names, |x| attention.forward(x, None).unwrap())
+    };
+    let names = ["query", "key", "value"].map(|part| (part, format!("{inner}.{part}.weight")));
+    let names: Vec<(&str, &str)> = names.iter().map(|(a, b)| (*a, b.as_str())).collect();
+    let mut found = run(&standard, &names);
+    let mut out = Outputs::new();
+    out.insert("y_standard".into(), found["y"].clone());
+    out.insert("gx_standard".into(), found["gx"].clone());
+    let parts: Vec<Tensor> = ["query", "key", "value"].iter().filter_map(|n| found.remove(*n)).collect();
+    out.insert("gw_qkv_standard".into(), Tensor::cat(&parts, 0).unwrap());
+    let mut kept = standard.clone();
+    reparameterize(&mut kept, inner, heads, true).unwrap();
+    let y = run(&kept, &[])["y"].clone();
+    let wrong = difference(&y, &out["y_standard"], 1e-5, 1e-4);
+    assert!(wrong.is_none(), "{}: with the query's bias kept: {}", case.id, wrong.unwrap());
+    let mut dropped = standard.clone();
+    reparameterize(&mut dropped, inner, heads, false).unwrap();
+    let (q, k) = (format!("{inner}.qk.weight.query"), format!("{inner}.qk.weight.key"));
+    let found = run(&dropped, &[("gwq_qkr", &q), ("gwk_qkr", &k)]);
+    out.insert("y_qkr".into(), found["y"].clone());
+    out.insert("gx_qkr".into(), found["gx"].clone());
+    out.extend(["gwq_qkr", "gwk_qkr"].map(|role| (role.to_string(), found[role].clone())));
+    let same = difference(&out["y_qkr"], &out["y_standard"], 1e-5, 1e-4).is_none();
+    assert_eq!(same, case.flag("expect_equal"), "{}: without the query's bias", case.id);
+    out
+}
+
+fn cga_mask(case: &Case) -> Outputs {
+    let (w, bits) = (case.input("w"), case.bits("bits"));
+    let band = case.attrs["boundary_range"].as_f64().unwrap();
+    let free = kernels::statsq_free(w, bits, band).unwrap();
+    let mut out = Outputs::new();
+    out.insert("frozen".into(), (1.0 - free).unwrap());
+    out.insert("scale".into(), kernels::statsq_scale(w).unwrap());
+    out
+}
+
+/// The trainer's own step over an annealed weight.
+fn cga_steps(case: &Case) -> Outputs {
+    let number = |key: &str| case.attrs[key].as_f64().unwrap();
+    assert_eq!((case.attrs["optimizer"].as_str(), case.flag("decoupled")), (Some("adamw"), true));
+    let config = OptimizerConfig::Adamw(AdamWConfig {
+        beta1: case.attrs["betas"][0].as_f64().unwrap(),
+        beta2: case.attrs["betas"][1].as_f64().unwrap(),
+        eps: number("eps"),
+        weight_decay: number("weight_decay"),
+        no_decay: Vec::new(),
+    });
+    let mut store = Weights::default();
+    store.insert("w", Weight::latent(case.input("w0")).unwrap());
+    store.wrap("w", Arc::new(StatsQ::new(case.bits("bits")).unwrap())).unwrap();
+    let (store, reached) = store.calmed(Some(number("boundary_range")), false);
+    assert_eq!(reached, 1);
+    let params = store.params();
+    let mut optimizer = config.build();
+    let mut found: BTreeMap<&str, Vec<Tensor>> = BTreeMap::new();
+    for at in 0..case.int("steps").unwrap() as usize {
+        let gy = case.input("grads").get(at).unwrap();
+        let loss = (store.get("w").unwrap().tensor().unwrap() * gy).unwrap().sum_all().unwrap();
+        let grads = loss.backward().unwrap();
+        let grads = vec![grads.get(params[0].var.as_tensor()).cloned()];
+        let free = step::free(&store, &params).unwrap();
+        let before = params[0].var.as_tensor().copy().unwrap();
+        let (lr, first) = (number("lr"), false);
+        let mut rule = step::Rule {
+            optimizer: optimizer.as_mut(),
+            config: &config,
+            lr,
+            factors: &[],
+            clip: 0.0,
+            free: &free,
+            first,
+        };
+        step::update(&params, &grads, &mut rule).unwrap();
+        let now = params[0].var.as_tensor().copy().unwrap();
+        let frozen = (1.0 - free[0].as_ref().unwrap()).unwrap();
+        let bits = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        for ((f, a), b) in bits(&frozen).iter().zip(bits(&before)).zip(bits(&now)) {
+            assert!(*f == 0.0 || a.to_bits() == b.to_bits(), "{}: a frozen entry moved", case.id);
+        }
+        let state: BTreeMap<String, Tensor> = optimizer.state().unwrap().into_iter().collect();
+        for (role, tensor) in [
+            ("frozen", frozen),
+            ("masked_grads", grads[0].clone().unwrap()),
+            ("weights", now),
+            ("exp_avg", state["w#m"].clone()),
+            ("exp_avg_sq", state["w#v"].clone()),
+        ] {
+            found.entry(role).or_default().push(tensor);
+        }
+    }
+    let stacked = |(role, steps): (&str, Vec<Tensor>)| match role.starts_with("exp_avg") {
+        // The moments are those after the last step.
+        true => (role.to_string(), steps[steps.len() - 1].clone()),
+        false => (role.to_string(), Tensor::stack(&steps, 0).unwrap()),
+    };
+    found.into_iter().map(stacked).collect()
+}
+
 /// The model's own attention, with the fused qkv of the reference split in three.
 fn quant_attention(case: &Case) -> Outputs {
     let bits = case.bits("weight_bits");
@@ -267,21 +468,7 @@ fn quant_attention(case: &Case) -> Outputs {
         layer(&mut store, &format!("{inner}.{name}"), &w, &b, bits);
     }
     layer(&mut store, output, case.input("proj_w"), case.input("proj_b"), bits);
-    let config = VitConfig {
-        image_size: (8, 8),
-        patch_size: 4,
-        channels: 1,
-        hidden: dim,
-        layers: 1,
-        heads,
-        mlp: dim,
-        eps: 1e-6,
-        qkv_bias: true,
-        distilled: false,
-        two_heads: false,
-        classes: vec!["a".into(), "b".into()],
-    };
-    let attention = Attention::new(&store, &config, "b").unwrap();
+    let attention = Attention::new(&store, &place(dim, heads)).unwrap();
     let mut owned: Vec<(String, String)> = Vec::new();
     for name in ["query", "key", "value"] {
         owned.push((format!("g_qkv_w#{name}"), format!("{inner}.{name}.weight")));
@@ -300,7 +487,7 @@ fn quant_attention(case: &Case) -> Outputs {
     owned.push(("g_proj_b".into(), format!("{output}.bias")));
     owned.push(("g_s_attn".into(), format!("{inner}.softmax_quant.scale")));
     let names: Vec<(&str, &str)> = owned.iter().map(|(a, b)| (a.as_str(), b.as_str())).collect();
-    let mut out = run_layer(case, &store, &names, |x| attention.forward(x).unwrap());
+    let mut out = run_layer(case, &store, &names, |x| attention.forward(x, None).unwrap());
     for fused in ["g_qkv_w", "g_qkv_b", "g_qkv_out_shift"] {
         let parts: Vec<Tensor> =
             ["query", "key", "value"].iter().filter_map(|n| out.remove(&format!("{fused}#{n}"))).collect();
@@ -335,12 +522,28 @@ fn op(name: &str) -> Option<fn(&Case) -> Outputs> {
         "quant_mlp" => quant_mlp,
         "quant_attention" => quant_attention,
         "oscillation_tracker" => oscillation_tracker,
+        "qkr_attention" => qkr_attention,
+        "qkr_equivalence" => qkr_equivalence,
+        "cga_mask" => cga_mask,
+        "cga_steps" => cga_steps,
         _ => return None,
     })
 }
 
-/// The ops of ofq that are built: an index must hold cases of the first four at least.
-const REQUIRED: [&str; 4] = ["statsq", "lsq_act", "lsq_act_shifted", "kd_loss"];
+/// The ops of ofq: an index must hold cases of each.
+const REQUIRED: [&str; 11] = [
+    "statsq",
+    "lsq_act",
+    "lsq_act_shifted",
+    "kd_loss",
+    "quant_mlp",
+    "quant_attention",
+    "oscillation_tracker",
+    "qkr_attention",
+    "qkr_equivalence",
+    "cga_mask",
+    "cga_steps",
+];
 
 fn folder() -> PathBuf {
     let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");

@@ -154,7 +154,7 @@ fn activation_codes_stand_for_what_training_sees() {
         for signedness in [Signedness::Signed, Signedness::Unsigned, Signedness::Data] {
             for shifts in [Shifts::None, Shifts::In, Shifts::InOut] {
                 for bits in BITS {
-                    let site = Site { granularity, signedness, shifts, edge: false };
+                    let site = Site { granularity, signedness, shifts, groups: 1, edge: false };
                     let x = random("activation", (2, 5, 7));
                     let (rule, silent) = ActQuant::start(bits, site, &x).unwrap();
                     assert!(!silent);
@@ -186,7 +186,7 @@ fn fitted_activation_steps_leave_less_error_than_those_that_training_starts_from
     for granularity in [Granularity::Token, Granularity::Channel, Granularity::Tensor] {
         for signedness in [Signedness::Signed, Signedness::Unsigned] {
             for bits in BITS {
-                let site = Site { granularity, signedness, shifts: Shifts::None, edge: false };
+                let site = Site { granularity, signedness, shifts: Shifts::None, groups: 1, edge: false };
                 let mut x = random("activation", (4, 9, 50));
                 if signedness == Signedness::Unsigned {
                     x = x.abs().unwrap();
@@ -213,6 +213,7 @@ fn fitting_lifts_what_an_unsigned_grid_would_cut_off() {
         granularity: Granularity::Token,
         signedness: Signedness::Unsigned,
         shifts: Shifts::InOut,
+        groups: 1,
         edge: false,
     };
     let x = random("activation", (4, 9, 50));
@@ -229,6 +230,7 @@ fn a_token_count_that_differs_is_named_with_both_lengths() {
         granularity: Granularity::Token,
         signedness: Signedness::Signed,
         shifts: Shifts::None,
+        groups: 1,
         edge: false,
     };
     let (rule, _) = ActQuant::start(4, site, &random("x", (2, 5, 7))).unwrap();

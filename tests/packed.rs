@@ -72,7 +72,8 @@ fn layers_on_codes_are_exact_in_integers() {
             for kind in [WeightQuant::Statsq, WeightQuant::Lsq] {
                 for signedness in [Signedness::Signed, Signedness::Unsigned] {
                     for granularity in [Granularity::Token, Granularity::Tensor] {
-                        let site = Site { granularity, signedness, shifts: Shifts::In, edge: false };
+                        let site =
+                            Site { granularity, signedness, shifts: Shifts::In, groups: 1, edge: false };
                         let x = random("x", &[batch, tokens, inputs]);
                         let w = random("w", &[outputs, inputs]);
                         let mut store = Weights::default();

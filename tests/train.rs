@@ -7,7 +7,7 @@ use std::sync::Mutex;
 use candle_core::{Device, Tensor};
 use qtune::data::{Augment, Batch, DataConfig, Loader, Preprocess};
 use qtune::models::{open_vit, Vit};
-use qtune::optim::OptimizerConfig;
+use qtune::optim::{Optimizer, OptimizerConfig};
 use qtune::quantize;
 use qtune::random::Random;
 use qtune::recipe::{set, DistillKind, Recipe};
@@ -225,7 +225,7 @@ impl Concat for [Vec<Batch>; 2] {
 #[derive(Default)]
 struct Remember(Vec<(String, Vec<f32>)>);
 
-impl qtune::optim::Optimizer for Remember {
+impl Optimizer for Remember {
     fn update(
         &mut self,
         param: &qtune::weights::Param,
@@ -248,6 +248,11 @@ impl qtune::optim::Optimizer for Remember {
     }
 }
 
+/// A first step at rate 0.1, without clipping.
+fn plain<'a>(optimizer: &'a mut dyn Optimizer, config: &'a OptimizerConfig) -> step::Rule<'a> {
+    step::Rule { optimizer, config, lr: 0.1, factors: &[], clip: 0.0, free: &[], first: true }
+}
+
 #[test]
 fn any_split_of_a_batch_gives_the_same_gradient() {
     let _turn = turn();
@@ -257,8 +262,7 @@ fn any_split_of_a_batch_gives_the_same_gradient() {
         let gradient = |batches: &[Batch]| {
             let mut rule = Remember::default();
             let device = &Device::Cpu;
-            let (step, _) =
-                step::take(&task, batches, &params, &mut rule, &config, 0.1, 0.0, true, device).unwrap();
+            let step = step::take(&task, batches, &params, &mut plain(&mut rule, &config), device).unwrap();
             (rule.0, step.loss)
         };
         let (whole, loss) = gradient(&batches[..1]);
@@ -288,7 +292,7 @@ fn a_trainable_that_no_gradient_reaches_is_an_error_that_names_it() {
     );
     let params = weights.params();
     let mut rule = Remember::default();
-    let taken = step::take(&task, &batches[..1], &params, &mut rule, &config, 0.1, 0.0, true, &Device::Cpu);
+    let taken = step::take(&task, &batches[..1], &params, &mut plain(&mut rule, &config), &Device::Cpu);
     let error = taken.unwrap_err().to_string();
     assert!(error.contains("no gradient reached 1 of") && error.contains("stranger.weight"), "{error}");
 }
@@ -302,8 +306,8 @@ fn a_loss_that_is_not_finite_stops_the_run() {
     let poison = vec![f32::NAN; bias.var.elem_count()];
     bias.var.set(&Tensor::new(&poison[..], &Device::Cpu).unwrap()).unwrap();
     let mut rule = config.build();
-    let taken =
-        step::take(&task, &batches[..1], &params, rule.as_mut(), &config, 0.1, 0.0, true, &Device::Cpu);
+    let mut rule = plain(rule.as_mut(), &config);
+    let taken = step::take(&task, &batches[..1], &params, &mut rule, &Device::Cpu);
     let error = taken.unwrap_err();
     assert!(error.to_string().contains("the loss is NaN"), "{error}");
     assert_eq!(error.exit_code(), 1);

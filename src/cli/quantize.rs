@@ -25,6 +25,13 @@ enum Kd {
     None,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+enum Cga {
+    Reference,
+    Paper,
+    Off,
+}
+
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Schedule {
     Constant,
@@ -59,6 +66,12 @@ pub struct Quantize {
     /// Images to evaluate on, where they lie elsewhere
     #[arg(long, value_name = "PATH")]
     eval_data: Option<PathBuf>,
+    /// Quantize the product of query and key in place of both (query-key reparameterization)
+    #[arg(long)]
+    qkr: bool,
+    /// Anneal at the end: only weights near a threshold move. paper: the product of query and key too
+    #[arg(long, value_enum)]
+    cga: Option<Cga>,
     /// What the student learns from a full-precision teacher
     #[arg(long, value_enum)]
     kd: Option<Kd>,
@@ -133,6 +146,40 @@ pub struct Quantize {
     dry_run: bool,
     #[command(flatten)]
     common: Common,
+}
+
+/// What `--cga` makes of a recipe's phases: those that anneal follow it; where there is none, one is
+/// added after the last, half as long, at a hundredth of its rate.
+fn anneal(table: &mut toml::Table, cga: Cga) {
+    let product = table.contains_key("qkr");
+    let Some(Value::Array(phases)) = table.get_mut("phase") else { return };
+    if cga == Cga::Off {
+        phases.retain(|phase| phase.get("calm").is_none());
+        return;
+    }
+    if !phases.iter().any(|phase| phase.get("calm").is_some()) {
+        let Some(last) = phases.last().and_then(Value::as_table) else { return };
+        let mut phase = toml::Table::new();
+        let number =
+            |key: &str| last.get(key).and_then(|v| v.as_float().or(v.as_integer().map(|n| n as f64)));
+        phase.insert("name".into(), Value::String("annealed".into()));
+        phase.insert("quantize".into(), Value::Boolean(true));
+        if let Some(steps) = last.get("steps").and_then(Value::as_integer) {
+            phase.insert("steps".into(), Value::Integer((steps + 1) / 2));
+        } else {
+            phase.insert("epochs".into(), Value::Float(number("epochs").unwrap_or(0.0) / 2.0));
+        }
+        let lr = number("lr").unwrap_or(1e-3);
+        let floor = number("min_lr").filter(|lr| *lr > 0.0).unwrap_or(lr / 100.0);
+        phase.insert("lr".into(), Value::Float(floor));
+        phase.insert("schedule".into(), Value::String("constant".into()));
+        phase.insert("calm".into(), Value::Float(0.005));
+        phases.push(Value::Table(phase));
+    }
+    let mask = if cga == Cga::Paper && product { "mask_grad" } else { "off" };
+    for phase in phases.iter_mut().filter_map(Value::as_table_mut).filter(|p| p.contains_key("calm")) {
+        phase.insert("calm_qk".into(), Value::String(mask.into()));
+    }
 }
 
 fn name_of(value: &impl ValueEnum) -> String {
@@ -219,7 +266,8 @@ impl Quantize {
         }
         if let Some(Value::Array(phases)) = table.get_mut("phase") {
             for phase in phases.iter_mut().filter_map(Value::as_table_mut) {
-                if phase.get("quantize") == Some(&Value::Boolean(true)) {
+                let trains = phase.get("quantize") == Some(&Value::Boolean(true));
+                if trains && !phase.contains_key("calm") {
                     for (key, value) in self.phase_overrides() {
                         // A length of its own: what the recipe said of it does not fit any more.
                         match key {
@@ -232,6 +280,12 @@ impl Quantize {
                     }
                 }
             }
+        }
+        if self.qkr && !table.contains_key("qkr") {
+            table.insert("qkr".into(), Value::Table(toml::Table::new()));
+        }
+        if let Some(cga) = self.cga {
+            anneal(&mut table, cga);
         }
         for assignment in &self.set {
             set(&mut table, assignment)?;
@@ -274,6 +328,8 @@ impl Quantize {
             || !self.set.is_empty()
             || self.recipe.is_some()
             || self.optimizer.is_some()
+            || self.qkr
+            || self.cga.is_some()
             || self.out.is_some();
         if changed {
             let message =

@@ -29,7 +29,8 @@ pub use adamw::{adamw_step, AdamWParams, Moments};
 pub use attention::{attention_mix, attention_probs};
 pub use cross_entropy::{cross_entropy, soft_cross_entropy};
 pub use fake_quant::{
-    dequantize, lsq, lsq_codes, lsq_init, quantize, statsq, statsq_codes, statsq_scale, Levels, SCALE_FLOOR,
+    dequantize, lsq, lsq_codes, lsq_init, quantize, statsq, statsq_annealed, statsq_codes, statsq_free,
+    statsq_scale, Levels, SCALE_FLOOR,
 };
 pub use gelu::gelu;
 pub use linear::{add_bias, frozen_matmul, linear};
@@ -43,7 +44,9 @@ pub mod reference {
     pub use super::adamw::reference as adamw_step;
     pub use super::attention::{reference_mix as attention_mix, reference_probs as attention_probs};
     pub use super::cross_entropy::{reference as cross_entropy, reference_soft as soft_cross_entropy};
-    pub use super::fake_quant::{reference_lsq as lsq, reference_statsq as statsq};
+    pub use super::fake_quant::{
+        reference_lsq as lsq, reference_statsq as statsq, reference_statsq_free as statsq_free,
+    };
     pub use super::gelu::reference as gelu;
     pub use super::linear::{reference as linear, reference_add_bias as add_bias};
     pub use super::norm::reference as layer_norm;

@@ -1,5 +1,6 @@
 //! Models, and how they are opened: plain, packed, ours or somebody else's.
 
+pub mod attention;
 pub mod import;
 pub mod names;
 pub mod nn;
@@ -110,7 +111,8 @@ pub fn open_vit_with(dir: &Path, pickle: Pickle, device: &Device) -> Result<Open
     let checkpoint = Checkpoint::open(dir)?;
     let weights = quantization.open(&checkpoint, device, &revive)?;
     let mut expected = std::collections::HashSet::new();
-    for (name, shape) in config.shapes() {
+    let shapes = attention::with_products(config.shapes(), &config.attentions(), &weights);
+    for (name, shape) in shapes {
         let found = weights.get(&name)?.shape()?;
         if found != shape {
             return Err(Error::tensor(&name, format!("found shape {found:?}, expected {shape:?}")));
@@ -124,7 +126,7 @@ pub fn open_vit_with(dir: &Path, pickle: Pickle, device: &Device) -> Result<Open
             format!("found in {}, but the model has no such tensor", dir.display()),
         ));
     }
-    let taps = Vit::taps(&config);
+    let taps = Vit::taps(&config, &weights);
     let stranger =
         weights.taps().find(|(name, _)| !taps.iter().any(|t| t == name)).map(|(n, _)| n.to_string());
     if let Some(name) = stranger {

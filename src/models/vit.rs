@@ -2,34 +2,22 @@
 //! a class token and, in distilled DeiT, a distillation token.
 //!
 //! Tensor names are those of Hugging Face's `ViTForImageClassification` and `DeiTForImageClassification`.
-//! Taps stand where ofq.md 2.4 places activation quantizers, without query-key reparameterization.
+//! Taps stand where ofq.md 2.4 places activation quantizers.
 
 use candle_core::Tensor;
 
+use super::attention::{site, Attention, TOKEN};
 use super::nn::{finite, LayerNorm, Linear};
 use super::vit_config::VitConfig;
 use crate::weights::{Granularity, Shifts, Signedness, Site, Tap, Weight, Weights};
 use crate::{kernels, Error, On, Result};
 
-const fn site(granularity: Granularity, signedness: Signedness, shifts: Shifts, edge: bool) -> Site {
-    Site { granularity, signedness, shifts, edge }
-}
-
-/// Input of a linear layer and query: a step for each token.
-const TOKEN: Site = site(Granularity::Token, Signedness::Signed, Shifts::InOut, false);
-/// Key: as query, but a shift after it would add the same number to all logits of a query, which the
-/// softmax removes: there is none to train.
-const KEY: Site = site(Granularity::Token, Signedness::Signed, Shifts::In, false);
-/// Value: a step for each channel, so that it stays out of the sum over tokens.
-const VALUE: Site = site(Granularity::Channel, Signedness::Signed, Shifts::InOut, false);
-/// Softmax output: a step for each query token, nothing negative, no shift.
-const SOFTMAX: Site = site(Granularity::Token, Signedness::Unsigned, Shifts::None, false);
 /// GELU output: unsigned, what is negative clips unless the shift lifts it.
-const GELU: Site = site(Granularity::Token, Signedness::Unsigned, Shifts::InOut, false);
+const GELU: Site = site(Granularity::Token, Signedness::Unsigned, Shifts::InOut);
 /// The image: a step for each colour, shifts for each pixel.
-const IMAGE: Site = site(Granularity::Token, Signedness::Data, Shifts::InOut, true);
+const IMAGE: Site = Site { edge: true, ..site(Granularity::Token, Signedness::Data, Shifts::InOut) };
 /// Input of a classifier: one step.
-const HEAD: Site = site(Granularity::Tensor, Signedness::Signed, Shifts::InOut, true);
+const HEAD: Site = Site { edge: true, ..site(Granularity::Tensor, Signedness::Signed, Shifts::InOut) };
 
 /// What the model says of a batch: logits `[batch, classes]`.
 #[derive(Debug)]
@@ -66,57 +54,6 @@ impl Head {
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.linear.forward(&self.input.forward(x)?)
-    }
-}
-
-/// Self-attention of a block, without its norm and residual.
-#[derive(Debug)]
-pub struct Attention {
-    input: Tap,
-    query: Linear,
-    key: Linear,
-    value: Linear,
-    query_out: Tap,
-    key_out: Tap,
-    value_out: Tap,
-    softmax_out: Tap,
-    context: Tap,
-    output: Linear,
-    heads: usize,
-    scale: f64,
-}
-
-impl Attention {
-    /// The attention of the block called `block` (`vit.encoder.layer.0`).
-    pub fn new(weights: &Weights, config: &VitConfig, block: &str) -> Result<Self> {
-        let inner = format!("{block}.attention.attention");
-        let projection = |part: &str| Linear::new(weights, &format!("{inner}.{part}"), config.qkv_bias);
-        let output = format!("{block}.attention.output.dense");
-        Ok(Attention {
-            input: weights.tap(format!("{inner}.input_quant"), TOKEN),
-            query: projection("query")?,
-            key: projection("key")?,
-            value: projection("value")?,
-            query_out: weights.tap(format!("{inner}.query_quant"), TOKEN),
-            key_out: weights.tap(format!("{inner}.key_quant"), KEY),
-            value_out: weights.tap(format!("{inner}.value_quant"), VALUE),
-            softmax_out: weights.tap(format!("{inner}.softmax_quant"), SOFTMAX),
-            context: weights.tap(format!("{output}.input_quant"), TOKEN),
-            output: Linear::new(weights, &output, true)?,
-            heads: config.heads,
-            scale: ((config.hidden / config.heads) as f64).powf(-0.5),
-        })
-    }
-
-    /// `x: [batch, tokens, channels]`, and so the result.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let x = self.input.forward(x)?;
-        let q = self.query_out.forward(&self.query.forward(&x)?)?.tensor()?;
-        let k = self.key_out.forward(&self.key.forward(&x)?)?.tensor()?;
-        let v = self.value_out.forward(&self.value.forward(&x)?)?.tensor()?;
-        let p = kernels::attention_probs(&q, &k, self.heads, self.scale)?;
-        let p = self.softmax_out.forward(&p)?.tensor()?; // [batch, heads, tokens, tokens]
-        self.output.forward(&self.context.forward(&kernels::attention_mix(&p, &v, self.heads)?)?)
     }
 }
 
@@ -160,7 +97,7 @@ impl Block {
     fn new(weights: &Weights, config: &VitConfig, name: &str) -> Result<Self> {
         Ok(Block {
             norm_before: LayerNorm::new(weights, &format!("{name}.layernorm_before"), config.eps)?,
-            attention: Attention::new(weights, config, name)?,
+            attention: Attention::new(weights, &config.attention(name))?,
             norm_after: LayerNorm::new(weights, &format!("{name}.layernorm_after"), config.eps)?,
             mlp: Mlp::new(weights, name)?,
         })
@@ -168,7 +105,7 @@ impl Block {
 
     /// `h: [batch, tokens, channels]`.
     fn forward(&self, h: &Tensor) -> Result<Tensor> {
-        let h = (h + self.attention.forward(&self.norm_before.forward(h)?)?)?;
+        let h = (h + self.attention.forward(&self.norm_before.forward(h)?, None)?)?;
         Ok((&h + self.mlp.forward(&self.norm_after.forward(&h)?)?)?)
     }
 }
@@ -236,16 +173,14 @@ impl Vit {
         Ok(found)
     }
 
-    /// The names of the taps of a model of these sizes.
-    pub fn taps(config: &VitConfig) -> Vec<String> {
+    /// The names of the taps of a model of these sizes over `weights`.
+    pub fn taps(config: &VitConfig, weights: &Weights) -> Vec<String> {
         let prefix = config.prefix();
         let mut names = vec![format!("{prefix}.embeddings.patch_embeddings.projection.input_quant")];
-        for layer in 0..config.layers {
+        for (layer, place) in config.attentions().iter().enumerate() {
+            names.extend(place.taps(weights.contains(&place.product())));
             let block = format!("{prefix}.encoder.layer.{layer}");
-            let inner = ["input", "query", "key", "value", "softmax"];
-            names.extend(inner.iter().map(|part| format!("{block}.attention.attention.{part}_quant")));
-            let dense = ["attention.output", "intermediate", "output"];
-            names.extend(dense.iter().map(|part| format!("{block}.{part}.dense.input_quant")));
+            names.extend(["intermediate", "output"].map(|part| format!("{block}.{part}.dense.input_quant")));
         }
         names.extend(config.heads_of_classes().iter().map(|head| format!("{head}.input_quant")));
         names

@@ -1,5 +1,6 @@
 //! The sizes and labels of a ViT or DeiT, read from and written to a Hugging Face `config.json`.
 
+use super::attention::AttentionPlace;
 use crate::error::{Error, Result};
 use serde_json::{json, Map, Value};
 use std::path::Path;
@@ -207,6 +208,23 @@ impl VitConfig {
         } else {
             &["classifier"]
         }
+    }
+
+    /// The attention of the block called `block`.
+    pub fn attention(&self, block: &str) -> AttentionPlace {
+        AttentionPlace {
+            inner: format!("{block}.attention.attention"),
+            output: format!("{block}.attention.output.dense"),
+            width: self.hidden,
+            heads: self.heads,
+            qkv_bias: self.qkv_bias,
+        }
+    }
+
+    /// The attentions of all blocks, from input to output.
+    pub fn attentions(&self) -> Vec<AttentionPlace> {
+        let prefix = self.prefix();
+        (0..self.layers).map(|i| self.attention(&format!("{prefix}.encoder.layer.{i}"))).collect()
     }
 
     /// Every tensor the model needs, by canonical name and shape, in order from input to output.

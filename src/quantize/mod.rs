@@ -3,26 +3,28 @@
 
 mod plan;
 mod start;
+mod trained;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use indexmap::IndexMap;
 use serde_json::{json, Map, Value};
 
 use crate::data::Preprocess;
+use crate::models::attention::AttentionPlace;
 use crate::models::vit::Vit;
 use crate::models::{self, open_vit, open_vit_with, VitConfig};
 use crate::optim::Optimizer;
-use crate::recipe::{DistillKind, ModelConfig, Recipe, When};
+use crate::recipe::{CalmQk, DistillKind, ModelConfig, PhaseConfig, QkrBias, Recipe, When};
 use crate::select::select;
 use crate::train::{
     peak_rss_bytes, phase_steps, resume, signal, Accuracy, Classify, Metrics, Phase, Progress, Quiet,
     Tracker, Trainer,
 };
-use crate::transform::{ActQuant, WeightQuant};
+use crate::transform::{self, ActQuant, WeightQuant};
 use crate::weights::format::{stored_tensors, QuantizationConfig};
 use crate::weights::{checkpoint, Calibration, Pickle, Weights};
 use crate::{files, hub, Error, Result};
@@ -52,14 +54,16 @@ pub fn targets(recipe: &Recipe, weights: &Weights) -> Result<IndexMap<String, us
     Ok(chosen)
 }
 
-/// Lays the recipe's weight quantizers over a store: for training, or, without training, with the
-/// steps of least squared error.
+/// Lays the recipe's weight quantizers over a store: those that the model was trained with, or new ones
+/// for training, or, without training, with the steps of least squared error.
 fn lay_quantizers(
     recipe: &Recipe,
+    start: &Start,
     weights: &mut Weights,
     training: bool,
     progress: &dyn Progress,
 ) -> Result<()> {
+    let trained = start.quantizers.as_ref();
     let (mut zero_rows, mut rows) = (0usize, 0usize);
     for (index, transform) in recipe.transform.iter().enumerate() {
         if transform.kind == WeightQuant::Statsq && transform.bits > 4 && training {
@@ -70,21 +74,64 @@ fn lay_quantizers(
             ));
         }
     }
-    for (name, index) in targets(recipe, weights)? {
+    let mut chosen = targets(recipe, weights)?;
+    reparameterize(recipe, start, weights, &mut chosen)?;
+    for (name, index) in chosen {
         let config = &recipe.transform[index];
         let w = weights.get(&name)?.tensor()?.detach();
         checkpoint::check_finite(&name, &w)?;
         let sums = w.abs()?.flatten_from(1)?.sum(1)?.to_vec1::<f32>()?;
         zero_rows += sums.iter().filter(|s| **s == 0.0).count();
         rows += sums.len();
-        let rule = match training {
-            true => config.kind.training(config.bits, &w)?,
-            false => config.kind.untrained(config.bits, &w)?,
+        let rule = match (trained, training) {
+            (Some(trained), _) => trained::weight_rule(config, &name, &w, trained)?,
+            (None, true) => config.kind.training(config.bits, &w)?,
+            (None, false) => config.kind.untrained(config.bits, &w)?,
         };
         weights.wrap(&name, rule)?;
     }
     if zero_rows > 0 {
         progress.note(&format!("{zero_rows} of {rows} weight rows are all zero and stay zero"));
+    }
+    Ok(())
+}
+
+/// The attentions whose query and key the recipe makes one weight.
+pub fn products(recipe: &Recipe, vit: &VitConfig) -> Result<Vec<AttentionPlace>> {
+    let Some(qkr) = &recipe.qkr else { return Ok(Vec::new()) };
+    let places = vit.attentions();
+    let names: Vec<&str> = places.iter().map(|place| place.inner.as_str()).collect();
+    let picked: Vec<String> = select(&qkr.targets, &names)?.into_iter().map(String::from).collect();
+    Ok(places.into_iter().filter(|place| picked.contains(&place.inner)).collect())
+}
+
+/// Makes query and key one weight where the recipe says so, or the model was trained so; what is for both
+/// of them is for it.
+fn reparameterize(
+    recipe: &Recipe,
+    start: &Start,
+    weights: &mut Weights,
+    chosen: &mut IndexMap<String, usize>,
+) -> Result<()> {
+    let (places, keep) = match &start.quantizers {
+        Some(_) => (start.config.attentions(), false),
+        None => {
+            let keep = recipe.qkr.as_ref().is_some_and(|qkr| qkr.bias == QkrBias::KeepQ);
+            (products(recipe, &start.config)?, keep)
+        }
+    };
+    for place in places {
+        let [query, key] = place.factors().map(|name| (chosen.shift_remove(&name), name));
+        if query.0 != key.0 {
+            let of = |index: Option<usize>| index.map_or("none".into(), |i| format!("transform.{i}"));
+            let (q, k) = (of(query.0), of(key.0));
+            return Err(Error::usage(format!(
+                "qkr: {} is for {q} and {} for {k}, expected one transform for both",
+                query.1, key.1
+            )));
+        }
+        transform::reparameterize(weights, &place.inner, place.heads, keep)?;
+        chosen.extend(query.0.map(|index| (place.product(), index)));
     }
     Ok(())
 }
@@ -222,15 +269,16 @@ fn train_phases(
 ) -> Result<Trained> {
     let recipe = trainer.recipe;
     let samples = trainer.dataset.train.len();
-    let untrained = untrained_quantization(recipe, samples);
+    // What was trained is not fitted again.
+    let untrained = untrained_quantization(recipe, samples) && start.quantizers.is_none();
     let mut weights = start.weights.trainable()?;
     let mut tracker = Tracker::default();
     let mut quantized = false;
     let mut resumed = saved;
     let first = trainer.state.phase;
+    let mut carried: Option<Box<dyn Optimizer>> = None;
     for (index, phase) in recipe.phase.iter().enumerate() {
         let skip = phase.when == When::Untrained && !start.untrained;
-        let mut optimizer = recipe.optimizer.build();
         if index < first && (quantized || !phase.quantize) {
             continue;
         }
@@ -244,7 +292,7 @@ fn train_phases(
                         saved.restore(&weights.params(), device)?;
                     }
                 }
-                lay_quantizers(recipe, &mut weights, !untrained, &Quiet)?;
+                lay_quantizers(recipe, start, &mut weights, !untrained, &Quiet)?;
             } else {
                 begin_quantization(trainer, start, &mut weights, untrained)?;
             }
@@ -253,6 +301,11 @@ fn train_phases(
         if index < first {
             continue;
         }
+        // Annealing goes on from the optimizer's state of the phase before it.
+        let mut optimizer = match carried.take().filter(|_| phase.calm.is_some()) {
+            Some(carried) => carried,
+            None => recipe.optimizer.build(),
+        };
         let restored = match resumed.take().filter(|_| index == first) {
             Some(saved) => {
                 let params = weights.params();
@@ -276,6 +329,7 @@ fn train_phases(
             trainer.save(&weights, optimizer.as_ref(), &tracker)?;
         }
         run_phase(trainer, start, index, &weights, &mut tracker, optimizer.as_mut())?;
+        carried = phase.quantize.then_some(optimizer);
     }
     Ok(Trained { weights, tracker })
 }
@@ -297,10 +351,13 @@ fn begin_quantization(
     let accuracy = trainer.measure(&start.config, &folded, "full precision")?;
     trainer.progress.note(&format!("full precision: top-1 {:.2} %", accuracy.top1));
     trainer.state.full_precision = Some(accuracy);
-    lay_quantizers(trainer.recipe, weights, !untrained, trainer.progress)?;
+    lay_quantizers(trainer.recipe, start, weights, !untrained, trainer.progress)?;
     if trainer.recipe.activation.bits != 32 {
         let images = trainer.first_batch()?.images;
-        calibrate(trainer.recipe, &start.config, weights, &images, !untrained, trainer.progress)?;
+        match &start.quantizers {
+            Some(trained) => trained::hang(trainer.recipe, &start.config, weights, &images, trained)?,
+            None => calibrate(trainer.recipe, &start.config, weights, &images, !untrained, trainer.progress)?,
+        }
     }
     // What was measured is the model without quantizers.
     trainer.state.measured = None;
@@ -331,6 +388,8 @@ fn run_phase(
         (true, DistillKind::Soft) if phase_steps(recipe, config, trainer.dataset.train.len()) == 0 => None,
         (true, DistillKind::Soft) => Some(teacher(recipe, trainer.dir, start, trainer.device)?),
     };
+    let calm = annealed(config, weights, trainer.progress)?;
+    let weights = calm.as_ref().unwrap_or(weights);
     let model = Vit::new(&start.config, weights)?;
     let task = Classify { model, teacher, distill: recipe.distill.kind };
     let phase = Phase { config, vit: &start.config, weights, task: &task, optimizer, tracker };
@@ -343,6 +402,29 @@ fn run_phase(
         Some(signal) => Err(Error::Stopped { signal, resume: Some(trainer.dir.to_path_buf()) }),
         None => Ok(()),
     }
+}
+
+/// The store with its quantizers annealed, where the phase says so. A band that reaches no weight is an
+/// error; one that leaves nothing free is worth a line.
+fn annealed(phase: &PhaseConfig, weights: &Weights, progress: &dyn Progress) -> Result<Option<Weights>> {
+    let Some(band) = phase.calm else { return Ok(None) };
+    let (calm, reached) = weights.calmed(Some(band), phase.calm_qk == CalmQk::MaskGrad);
+    if reached == 0 {
+        let message = format!("phase {}: calm = {band} reaches no weight", phase.name);
+        return Err(Error::usage(format!("{message}, expected weights quantized by statsq")));
+    }
+    let (mut free, mut count) = (0f64, 0usize);
+    for (_, gate) in calm.gates()? {
+        free += gate.free.to_dtype(DType::F64)?.sum_all()?.to_scalar::<f64>()?;
+        count += gate.free.elem_count();
+    }
+    let percent = 100.0 * free / count.max(1) as f64;
+    let name = &phase.name;
+    progress.note(&match free == 0.0 {
+        true => format!("phase {name}: no weight lies within {band} steps of a threshold, all are frozen"),
+        false => format!("phase {name}: {percent:.2} % of the weights of {reached} layers are free to move"),
+    });
+    Ok(Some(calm))
 }
 
 /// The teacher: the model at the start of quantization, or the one that the recipe names, which must
@@ -404,7 +486,7 @@ fn finish(trainer: &mut Trainer<'_>, start: &Start, trained: Trained) -> Result<
     put("packed_bytes", json!(packed_bytes));
     put("compression", json!(trainer.state.fp_bytes as f64 / packed_bytes.max(1) as f64));
     put("oscillation", json!(tracker.figures().percent));
-    put("frozen", json!(0.0));
+    put("frozen", json!(trainer.state.frozen));
     let rate = trainer.state.samples_per_s;
     put("train_samples_per_s", if rate > 0.0 { json!(rate) } else { Value::Null });
     put("infer_samples_per_s_fp", json!(fp.samples_per_s));
@@ -424,7 +506,7 @@ fn without_data(
     let fp_bytes: usize =
         start.config.shapes().iter().map(|(_, shape)| 4 * shape.iter().product::<usize>()).sum();
     let mut weights = start.weights.clone();
-    lay_quantizers(recipe, &mut weights, false, progress)?;
+    lay_quantizers(recipe, &start, &mut weights, false, progress)?;
     let packed_bytes = write_model(&dir.join("model"), &start.config, &start.preprocess, &weights.packed()?)?;
     let mut summary = summary_head(recipe, &start, started.elapsed().as_secs_f64(), device);
     let mut put = |key: &str, value: Value| summary.insert(key.to_string(), value);

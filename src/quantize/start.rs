@@ -4,8 +4,9 @@ use std::path::Path;
 
 use candle_core::{Device, Tensor};
 
-use super::{targets, teacher};
+use super::{targets, teacher, trained};
 use crate::data::{Dataset, Preprocess};
+use crate::models::import::TrainedQuantizers;
 use crate::models::{self, import_vit, Imported, VitConfig, Want};
 use crate::random::Random;
 use crate::recipe::{DistillKind, ModelConfig, PhaseConfig, Recipe, VitSource, When};
@@ -22,6 +23,8 @@ pub struct Start {
     pub weights: Weights,
     /// How images become tensors.
     pub preprocess: Preprocess,
+    /// The quantizers that it was trained with, where it was.
+    pub quantizers: Option<TrainedQuantizers>,
     /// Whether the model, or its classifier, starts from random numbers.
     pub untrained: bool,
     /// What is worth a line.
@@ -65,11 +68,18 @@ fn pretrained(
         seed: recipe.seed,
         pickle: Pickle::when(source.allow_pickle),
     };
-    let Imported { config, tensors, notes, new_head, .. } = import_vit(&dir, &want, device)?;
+    let Imported { config, tensors, quantizers, mut notes, new_head } = import_vit(&dir, &want, device)?;
+    if quantizers.is_some() {
+        notes.push(
+            "trained with quantizers, which are laid on as they are; full precision here means its latent weights \
+             without them"
+                .into(),
+        );
+    }
     let preprocess = models::preprocess_for(&dir, &config)?;
     let name = path.display().to_string();
     let weights = Weights::from_tensors(tensors);
-    Ok(Start { config, weights, preprocess, untrained: new_head, notes, name })
+    Ok(Start { config, weights, preprocess, quantizers, untrained: new_head, notes, name })
 }
 
 fn new_model(recipe: &Recipe, source: &VitSource, dataset: &Dataset, device: &Device) -> Result<Start> {
@@ -120,6 +130,7 @@ fn new_model(recipe: &Recipe, source: &VitSource, dataset: &Dataset, device: &De
         config,
         weights: Weights::from_tensors(tensors),
         preprocess,
+        quantizers: None,
         untrained: true,
         notes: vec![note],
         name: format!("new {}", recipe.name),
@@ -176,6 +187,7 @@ pub(super) fn prepare(
         if start.untrained {
             return Err(Error::usage(format!("{}: a new classifier needs images: give --data", start.name)));
         }
+        trained::check(recipe, &start, false)?;
         return Ok((start, None));
     };
     if !start.untrained {
@@ -195,6 +207,7 @@ pub(super) fn prepare(
         let of = runs.iter().filter(|p| p.quantize == quantize);
         of.map(|p| phase_steps(recipe, p, samples)).sum()
     };
+    trained::check(recipe, &start, steps(true) > 0)?;
     if recipe.distill.kind == DistillKind::Soft && steps(true) > 0 {
         if recipe.distill.teacher.is_some() {
             teacher(recipe, Path::new(""), &start, device)?;

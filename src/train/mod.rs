@@ -1,5 +1,6 @@
 //! The trainer: phases as data, one loop for all of them.
 
+pub mod layers;
 pub mod metrics;
 pub mod oscillation;
 pub mod resume;
@@ -23,8 +24,8 @@ use crate::data::{epoch_order, Batch, Dataset, Loader, Preprocess};
 use crate::models::vit::Vit;
 use crate::models::VitConfig;
 use crate::optim::{Optimizer, Rate};
-use crate::recipe::{PhaseConfig, Recipe};
-use crate::weights::{Expr, Param, Weights};
+use crate::recipe::{CalmQk, PhaseConfig, Recipe};
+use crate::weights::{Expr, Gate, Param, Weights};
 use crate::{Error, Result};
 
 /// Who hears of a run while it goes on.
@@ -250,19 +251,28 @@ impl Trainer<'_> {
             let lr = rate.at(at);
             let clip = recipe.train.clip;
             let first = at == 0;
-            let config_rule = &recipe.optimizer;
-            let (step, still) =
-                step::take(task, &batches, &params, optimizer, config_rule, lr, clip, first, self.device)
-                    .map_err(|e| match e {
-                        Error::Run(message) => {
-                            Error::Run(format!("phase {}, step {at}: {message}", config.name))
-                        }
-                        other => other,
-                    })?;
+            // From the weights before the step: what may move.
+            let free = if config.calm.is_some() { step::free(weights, &params)? } else { Vec::new() };
+            let mut rule = step::Rule {
+                optimizer: &mut *optimizer,
+                config: &recipe.optimizer,
+                lr,
+                factors: &[],
+                clip,
+                free: &free,
+                first,
+            };
+            let step = step::take(task, &batches, &params, &mut rule, self.device).map_err(|e| match e {
+                Error::Run(message) => Error::Run(format!("phase {}, step {at}: {message}", config.name)),
+                other => other,
+            })?;
             if config.quantize {
                 tracker.observe(codes(weights)?)?;
+                let named = params.iter().zip(&step.grads);
+                let named = named.filter_map(|(p, g)| Some((p.name.as_str(), g.as_ref()?)));
+                tracker.observe_gradients(named)?;
             }
-            self.say_still(lr, &params, &still);
+            self.say_still(lr, &params, &step.still);
             seconds += begun.elapsed().as_secs_f64();
             seen += step.samples;
             self.state.samples_per_s = seen as f64 / seconds.max(1e-9);
@@ -276,7 +286,8 @@ impl Trainer<'_> {
             self.progress.tick(done, &message);
             let last = done == rate.steps;
             if done.is_multiple_of(recipe.train.log_steps) || last {
-                self.log(config, &step, lr, epoch, within, rate.epoch_steps, tracker)?;
+                let epoch = epoch as f64 + (within + 1) as f64 / rate.epoch_steps as f64;
+                self.log(config, &step, lr, epoch, weights, tracker)?;
             }
             let due = recipe.train.eval_steps;
             if last || (due > 0 && done.is_multiple_of(due)) {
@@ -330,35 +341,67 @@ impl Trainer<'_> {
         }
     }
 
-    #[allow(clippy::too_many_arguments)]
     fn log(
         &mut self,
         phase: &PhaseConfig,
         step: &step::Step,
         lr: f64,
-        epoch: usize,
-        within: usize,
-        epoch_steps: usize,
+        epoch: f64,
+        weights: &Weights,
         tracker: &Tracker,
     ) -> Result<()> {
         let mut line = Map::new();
         let mut put = |key: &str, value: Value| line.insert(key.to_string(), value);
         put("step", json!(self.state.step));
-        put("epoch", json!(epoch as f64 + (within + 1) as f64 / epoch_steps as f64));
+        put("epoch", json!(epoch));
         put("split", json!("train"));
         put("phase", json!(phase.name));
         put("loss", json!(step.loss));
         put("top1", json!(step.top1));
         put("lr", json!(lr));
         put("grad_norm", json!(step.grad_norm));
+        let gates = if phase.calm.is_some() { weights.gates()? } else { Vec::new() };
         if phase.quantize {
             let figures = tracker.figures();
             put("oscillation", json!(figures.percent));
             put("osc_ema_mean", json!(figures.ema_mean));
             put("flip_rate", json!(figures.flip_rate));
+            let (frozen, masked) = closed(&gates, tracker.codes())?;
+            self.state.frozen = frozen;
+            put("frozen", json!(frozen));
+            if phase.calm_qk != CalmQk::Off {
+                put("masked", json!(masked));
+            }
         }
         put("samples_per_s", json!(self.state.samples_per_s));
         put("peak_rss_bytes", json!(peak_rss_bytes()));
-        self.metrics.write(line)
+        self.metrics.write(line)?;
+        if !phase.quantize {
+            return Ok(());
+        }
+        let mut layers = Vec::new();
+        for (name, weight) in weights.iter() {
+            let Some(track) = tracker.track(name) else { continue };
+            let gate = gates.iter().find(|(gated, _)| gated == name).map(|(_, gate)| gate);
+            layers.extend(layers::figures(name, weight, track, gate)?);
+        }
+        let line = json!({
+            "step": self.state.step,
+            "split": "layers",
+            "phase": phase.name,
+            "layers": layers,
+        });
+        self.metrics.write(line.as_object().cloned().unwrap_or_default())
     }
+}
+
+/// The percent of `codes` that annealing holds still, and of those whose gradient alone it cuts.
+fn closed(gates: &[(String, Gate)], codes: usize) -> Result<(f64, f64)> {
+    let (mut held, mut masked) = (0f64, 0f64);
+    for (_, gate) in gates {
+        let closed = (1.0 - layers::mean(&gate.free)?) * gate.free.elem_count() as f64;
+        *(if gate.held { &mut held } else { &mut masked }) += closed;
+    }
+    let percent = |n: f64| 100.0 * n / codes.max(1) as f64;
+    Ok((percent(held), percent(masked)))
 }

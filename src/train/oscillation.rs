@@ -22,6 +22,12 @@ pub struct Track {
     direction: Vec<i8>,
     ema: Vec<f32>,
     total: Vec<u32>,
+    /// The sign of the last gradient of each weight; empty where none was shown.
+    sign: Vec<i8>,
+    /// Whether that sign is the opposite of the one before; of the last step alone.
+    turned: Vec<bool>,
+    /// Codes that changed at the last step.
+    changed: usize,
 }
 
 impl Track {
@@ -31,7 +37,8 @@ impl Track {
         if self.last.len() != codes.len() {
             let n = codes.len();
             let last = codes.iter().map(|&k| k as i8).collect();
-            *self = Track { last, direction: vec![0; n], ema: vec![0.0; n], total: vec![0; n] };
+            let (direction, ema, total) = (vec![0; n], vec![0.0; n], vec![0; n]);
+            *self = Track { last, direction, ema, total, ..Track::default() };
             return 0;
         }
         let history = self.last.iter_mut().zip(&mut self.direction).zip(&mut self.ema).zip(&mut self.total);
@@ -48,7 +55,49 @@ impl Track {
                 changed += 1;
             }
         }
+        self.changed = changed;
         changed
+    }
+
+    /// Takes in the gradient of a step, in the order of the codes. A zero keeps the sign before it.
+    pub fn observe_gradient(&mut self, gradient: &[f32]) {
+        if self.sign.len() != gradient.len() {
+            self.sign = vec![0; gradient.len()];
+            self.turned.clear();
+        }
+        self.turned.resize(gradient.len(), false);
+        for ((sign, turned), &g) in self.sign.iter_mut().zip(&mut self.turned).zip(gradient) {
+            let now = i8::from(g > 0.0) - i8::from(g < 0.0);
+            *turned = now * *sign == -1;
+            if now != 0 {
+                *sign = now;
+            }
+        }
+    }
+
+    /// Whether gradients were shown.
+    pub fn has_gradient(&self) -> bool {
+        !self.turned.is_empty()
+    }
+
+    /// Whether the gradient of weight `i` turned at the last step.
+    pub fn gradient_turned(&self, i: usize) -> bool {
+        self.turned.get(i).copied().unwrap_or(false)
+    }
+
+    /// Codes that changed at the last step.
+    pub fn changed(&self) -> usize {
+        self.changed
+    }
+
+    /// The share of weights that oscillate: whose mean lies above [`OSCILLATES`].
+    pub fn oscillating(&self) -> f64 {
+        self.ema.iter().filter(|e| **e > OSCILLATES).count() as f64 / self.ema.len().max(1) as f64
+    }
+
+    /// The mean of the exponential means.
+    pub fn ema_mean(&self) -> f64 {
+        self.ema.iter().map(|&e| f64::from(e)).sum::<f64>() / self.ema.len().max(1) as f64
     }
 
     /// The exponential means, in the order of the codes.
@@ -100,6 +149,29 @@ impl Tracker {
         Ok(())
     }
 
+    /// Takes in the gradients of a step, of the tracked weights that have one of their own.
+    pub fn observe_gradients<'a>(
+        &mut self,
+        gradients: impl Iterator<Item = (&'a str, &'a Tensor)>,
+    ) -> Result<()> {
+        for (name, gradient) in gradients {
+            if let Some(track) = self.tracks.get_mut(name) {
+                track.observe_gradient(&gradient.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?);
+            }
+        }
+        Ok(())
+    }
+
+    /// The track of the weight called `name`.
+    pub fn track(&self, name: &str) -> Option<&Track> {
+        self.tracks.get(name)
+    }
+
+    /// How many codes are tracked.
+    pub fn codes(&self) -> usize {
+        self.tracks.values().map(|t| t.ema.len()).sum()
+    }
+
     /// The names of the tracked weights, in order.
     pub fn names(&self) -> Vec<String> {
         self.tracks.keys().cloned().collect()
@@ -128,26 +200,38 @@ impl Tracker {
             tensors.push((format!("{name}#direction"), bytes(&track.direction)?));
             tensors.push((format!("{name}#ema"), Tensor::from_slice(&track.ema, n, &Device::Cpu)?));
             tensors.push((format!("{name}#total"), Tensor::from_slice(&track.total, n, &Device::Cpu)?));
+            if track.sign.len() == n {
+                tensors.push((format!("{name}#sign"), bytes(&track.sign)?));
+            }
         }
         Ok(tensors)
     }
 
     /// Takes back what [`Tracker::state`] gave.
-    pub fn restore(names: &[String], read: &dyn Fn(&str) -> Result<Tensor>) -> Result<Self> {
+    pub fn restore(names: &[String], read: &dyn Fn(&str) -> Result<Option<Tensor>>) -> Result<Self> {
+        let must = |name: String| -> Result<Tensor> {
+            read(&name)?.ok_or_else(|| Error::tensor(name, "not found in the oscillation tracks"))
+        };
         let mut tracks = IndexMap::new();
         for name in names {
             let bytes = |part: &str| -> Result<Vec<i8>> {
-                let values = read(&format!("{name}#{part}"))?.to_vec1::<u8>()?;
+                let values = must(format!("{name}#{part}"))?.to_vec1::<u8>()?;
                 Ok(values.into_iter().map(|x| x as i8).collect())
             };
             let (last, direction) = (bytes("code")?, bytes("direction")?);
-            let ema = read(&format!("{name}#ema"))?.to_vec1::<f32>()?;
-            let total = read(&format!("{name}#total"))?.to_vec1::<u32>()?;
+            let ema = must(format!("{name}#ema"))?.to_vec1::<f32>()?;
+            let total = must(format!("{name}#total"))?.to_vec1::<u32>()?;
+            // Only weights with a gradient of their own have signs.
+            let sign = match read(&format!("{name}#sign"))? {
+                Some(_) => bytes("sign")?,
+                None => Vec::new(),
+            };
             let lengths = [last.len(), direction.len(), ema.len(), total.len()];
             if lengths.iter().any(|n| *n != lengths[0]) {
                 return Err(Error::tensor(name, format!("tracker state of unequal lengths {lengths:?}")));
             }
-            tracks.insert(name.clone(), Track { last, direction, ema, total });
+            let track = Track { last, direction, ema, total, sign, ..Track::default() };
+            tracks.insert(name.clone(), track);
         }
         Ok(Tracker { tracks, changed: 0 })
     }
@@ -176,12 +260,25 @@ mod tests {
             |v: &[f32]| vec![("w".to_string(), Tensor::from_slice(v, v.len(), &Device::Cpu).unwrap())];
         for v in [[0f32, -2.0, 1.0], [1.0, -2.0, 0.0], [0.0, -1.0, 0.0]] {
             tracker.observe(codes(&v)).unwrap();
+            let gradient = Tensor::new(&v, &Device::Cpu).unwrap();
+            tracker.observe_gradients([("w", &gradient)].into_iter()).unwrap();
         }
         assert!((tracker.figures().flip_rate - 2.0 / 3.0).abs() < 1e-9);
         assert!((tracker.figures().percent - 100.0 / 3.0).abs() < 1e-9);
         let state: std::collections::HashMap<String, Tensor> = tracker.state().unwrap().into_iter().collect();
-        let read = |name: &str| Ok(state[name].clone());
-        let back = Tracker::restore(&["w".to_string()], &read).unwrap();
+        let read = |name: &str| Ok(state.get(name).cloned());
+        let mut back = Tracker::restore(&["w".to_string()], &read).unwrap();
+        assert_eq!(
+            (back.tracks["w"].ema(), &back.tracks["w"].sign),
+            (tracker.tracks["w"].ema(), &vec![1, -1, 1])
+        );
+        // Whatever comes next, both go on alike.
+        for tracker in [&mut back, &mut tracker] {
+            tracker.observe(codes(&[1.0, -2.0, 1.0])).unwrap();
+            let gradient = Tensor::new(&[-1f32, -1.0, 0.0], &Device::Cpu).unwrap();
+            tracker.observe_gradients([("w", &gradient)].into_iter()).unwrap();
+        }
         assert_eq!(back.tracks, tracker.tracks);
+        assert_eq!(tracker.tracks["w"].turned, [true, false, false]);
     }
 }

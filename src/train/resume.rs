@@ -40,6 +40,9 @@ pub struct State {
     pub fp_bytes: u64,
     /// Samples a second of the last phase's training; 0 where nothing was trained.
     pub samples_per_s: f64,
+    /// Percent of the quantized weights that annealing held still at the last logged step.
+    #[serde(default)]
+    pub frozen: f64,
     /// The last evaluation, and the step after which it was made.
     pub measured: Option<(usize, Accuracy)>,
     /// Best top-1 of the phase, and the step that reached it.
@@ -63,6 +66,7 @@ impl Default for State {
             full_precision: None,
             fp_bytes: 0,
             samples_per_s: 0.0,
+            frozen: 0.0,
             measured: None,
             best: None,
             taps: Vec::new(),
@@ -206,7 +210,10 @@ impl Saved {
     }
 
     /// A tensor of the oscillation tracks.
-    pub fn oscillation(&self, name: &str) -> Result<Tensor> {
-        self.oscillation.tensor(name, &Device::Cpu)
+    pub fn oscillation(&self, name: &str) -> Result<Option<Tensor>> {
+        match self.oscillation.contains(name) {
+            true => self.oscillation.tensor(name, &Device::Cpu).map(Some),
+            false => Ok(None),
+        }
     }
 }

@@ -1,11 +1,11 @@
 //! One optimizer step: loss, backward, accumulation, checks, clipping, update.
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use super::task::Classify;
 use crate::data::Batch;
 use crate::optim::{Optimizer, OptimizerConfig};
-use crate::weights::{Param, Role};
+use crate::weights::{Param, Role, Weights};
 use crate::{Error, Result};
 
 /// What a step did.
@@ -19,16 +19,46 @@ pub struct Step {
     pub samples: usize,
     /// Norm of the gradient of all trainables together, before clipping.
     pub grad_norm: f64,
+    /// The gradient of each parameter, before clipping.
+    pub grads: Vec<Option<Tensor>>,
+    /// At a phase's first step: the parameters whose gradient was exactly zero or that did not move.
+    pub still: Vec<String>,
+}
+
+/// How parameters are moved along their gradients.
+pub struct Rule<'a> {
+    /// The update rule of each parameter.
+    pub optimizer: &'a mut dyn Optimizer,
+    /// Its settings.
+    pub config: &'a OptimizerConfig,
+    /// The learning rate of the step.
+    pub lr: f64,
+    /// A factor on it for each parameter; empty: 1 for all.
+    pub factors: &'a [f64],
+    /// Largest norm of the gradient of all parameters together; 0: no clipping.
+    pub clip: f64,
+    /// For each parameter which entries may move (1) or are held still bit for bit (0); `None`: all may.
+    /// Empty: all of all.
+    pub free: &'a [Option<Tensor>],
+    /// Whether this is a phase's first step, which checks that every parameter is reached.
+    pub first: bool,
+}
+
+/// The entries that annealing leaves free of each of `params`, from the weights as they are now: to be
+/// asked for before a step (ofq.md 4).
+pub fn free(weights: &Weights, params: &[Param]) -> Result<Vec<Option<Tensor>>> {
+    let mut free = vec![None; params.len()];
+    for (name, gate) in weights.gates()?.into_iter().filter(|(_, gate)| gate.held) {
+        let at = params.iter().position(|p| p.name == name);
+        let at = at.ok_or_else(|| Error::tensor(&name, "annealed, but not among the trainables"))?;
+        free[at] = Some(gate.free);
+    }
+    Ok(free)
 }
 
 /// The mean gradient over all samples of `batches`, one tensor for each parameter; `None` where no
 /// gradient arrived. Splitting a batch into several gives the same gradient up to rounding.
-fn gradients(
-    task: &Classify,
-    batches: &[Batch],
-    params: &[Param],
-    device: &Device,
-) -> Result<(Vec<Option<Tensor>>, Step)> {
+fn gradients(task: &Classify, batches: &[Batch], params: &[Param], device: &Device) -> Result<Step> {
     let total: usize = batches.iter().map(|b| b.labels.len()).sum();
     let mut sums: Vec<Option<Tensor>> = vec![None; params.len()];
     let (mut loss, mut right) = (0f64, 0usize);
@@ -55,33 +85,21 @@ fn gradients(
         }
     }
     let top1 = 100.0 * right as f64 / total as f64;
-    Ok((sums, Step { loss, top1, samples: total, grad_norm: 0.0 }))
+    Ok(Step { loss, top1, samples: total, grad_norm: 0.0, grads: sums, still: Vec::new() })
 }
 
 fn squared_norm(grad: &Tensor) -> Result<f64> {
-    let sum = grad.sqr()?.sum_all()?.to_dtype(candle_core::DType::F64)?;
+    let sum = grad.sqr()?.sum_all()?.to_dtype(DType::F64)?;
     Ok(sum.to_scalar::<f64>()?)
 }
 
-/// Takes one step over `batches`. `first` makes the checks of a phase's first step: every trainable
-/// must receive a gradient; what comes back with it are the names of those whose gradient was exactly
-/// zero or that did not move.
-#[allow(clippy::too_many_arguments)]
-pub fn take(
-    task: &Classify,
-    batches: &[Batch],
-    params: &[Param],
-    optimizer: &mut dyn Optimizer,
-    config: &OptimizerConfig,
-    lr: f64,
-    clip: f64,
-    first: bool,
-    device: &Device,
-) -> Result<(Step, Vec<String>)> {
-    let (grads, mut step) = gradients(task, batches, params, device)?;
-    if first {
+/// Moves `params` along `grads`: norm, clipping, update, then what annealing holds goes back to where it
+/// was, so that neither weight decay nor momentum moves it. Returns the norm before clipping and, at a
+/// first step, the names of the parameters whose gradient was exactly zero or that did not move.
+pub fn update(params: &[Param], grads: &[Option<Tensor>], rule: &mut Rule<'_>) -> Result<(f64, Vec<String>)> {
+    if rule.first {
         let silent: Vec<&str> =
-            params.iter().zip(&grads).filter(|(_, g)| g.is_none()).map(|(p, _)| p.name.as_str()).collect();
+            params.iter().zip(grads).filter(|(_, g)| g.is_none()).map(|(p, _)| p.name.as_str()).collect();
         if !silent.is_empty() {
             return Err(Error::Run(format!(
                 "no gradient reached {} of {} trainables: {}",
@@ -92,30 +110,52 @@ pub fn take(
         }
     }
     let mut norms = Vec::with_capacity(params.len());
-    for (param, grad) in params.iter().zip(&grads) {
+    for (param, grad) in params.iter().zip(grads) {
         let norm = grad.as_ref().map(squared_norm).transpose()?.unwrap_or(0.0);
         if !norm.is_finite() {
             return Err(Error::Run(format!("the gradient of {} is not finite", param.name)));
         }
         norms.push(norm);
     }
-    step.grad_norm = norms.iter().sum::<f64>().sqrt();
-    let scale = if clip > 0.0 && step.grad_norm > clip { Some(clip / step.grad_norm) } else { None };
+    let norm = norms.iter().sum::<f64>().sqrt();
+    let scale = if rule.clip > 0.0 && norm > rule.clip { Some(rule.clip / norm) } else { None };
     let mut still = Vec::new();
-    for ((param, grad), norm) in params.iter().zip(grads).zip(norms) {
+    for (i, (param, grad)) in params.iter().zip(grads).enumerate() {
         let Some(grad) = grad else { continue };
         let grad = match scale {
             Some(scale) => (grad * scale)?,
-            None => grad,
+            None => grad.clone(),
         };
-        let before = if first { Some(param.var.as_tensor().copy()?) } else { None };
-        optimizer.update(param, &grad, lr, config.decays(param))?;
-        if let Some(before) = before {
+        let free = rule.free.get(i).and_then(Option::as_ref);
+        // Copied: the update moves a variable in place.
+        let before =
+            if rule.first || free.is_some() { Some(param.var.as_tensor().copy()?.detach()) } else { None };
+        let lr = rule.lr * rule.factors.get(i).copied().unwrap_or(1.0);
+        rule.optimizer.update(param, &grad, lr, rule.config.decays(param))?;
+        let Some(before) = before else { continue };
+        if let Some(free) = free {
+            let moved = param.var.as_detached_tensor();
+            param.var.set(&free.ne(0.0)?.where_cond(&moved, &before)?)?;
+        }
+        if rule.first {
             let moved = (param.var.as_detached_tensor() - before)?.abs()?.sum_all()?;
-            if norm == 0.0 || moved.to_dtype(candle_core::DType::F32)?.to_scalar::<f32>()? == 0.0 {
+            if norms[i] == 0.0 || moved.to_dtype(DType::F32)?.to_scalar::<f32>()? == 0.0 {
                 still.push(param.name.clone());
             }
         }
     }
-    Ok((step, still))
+    Ok((norm, still))
+}
+
+/// Takes one step over `batches`. A phase's first step errs where a trainable receives no gradient.
+pub fn take(
+    task: &Classify,
+    batches: &[Batch],
+    params: &[Param],
+    rule: &mut Rule<'_>,
+    device: &Device,
+) -> Result<Step> {
+    let mut step = gradients(task, batches, params, device)?;
+    (step.grad_norm, step.still) = update(params, &step.grads, rule)?;
+    Ok(step)
 }

@@ -30,6 +30,17 @@ struct Description {
     shift_in: bool,
     /// Whether there is a shift after it.
     shift_out: bool,
+    /// Parts of the last axis that have steps of their own.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    groups: usize,
+}
+
+fn one() -> usize {
+    1
+}
+
+fn is_one(groups: &usize) -> bool {
+    *groups == 1
 }
 
 /// An activation quantizer on a tap.
@@ -37,6 +48,8 @@ struct Description {
 pub struct ActQuant {
     grid: Grid,
     axis: Option<i8>,
+    /// Parts of the last axis that have steps of their own: `x [.., N, g C]` is seen as `[.., N g, C]`.
+    groups: usize,
     step: Tensor,
     shift_in: Option<Tensor>,
     shift_out: Option<Tensor>,
@@ -62,7 +75,8 @@ impl ActQuant {
         };
         // The published code starts the image's and the head's quantizers with 2, signed or not.
         let factor = if unsigned && !site.edge { 4.0 } else { 2.0 };
-        let step = kernels::lsq_init(&x, grid.levels(), absolute(axis, x.rank())?, factor)?;
+        let grouped = split(&x, site.groups)?;
+        let step = kernels::lsq_init(&grouped, grid.levels(), absolute(axis, grouped.rank())?, factor)?;
         let silent = x.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()? == 0.0;
         let shift = |wanted: bool| -> Result<Option<Tensor>> {
             let zeros = Tensor::zeros(x.dim(x.rank() - 1)?, DType::F32, x.device())?;
@@ -71,7 +85,7 @@ impl ActQuant {
         let step = Var::from_tensor(&step)?.as_tensor().clone();
         let shift_in = shift(site.shifts != Shifts::None)?;
         let shift_out = shift(site.shifts == Shifts::InOut)?;
-        Ok((ActQuant { grid, axis, step, shift_in, shift_out }, silent))
+        Ok((ActQuant { grid, axis, groups: site.groups, step, shift_in, shift_out }, silent))
     }
 
     /// As [`ActQuant::start`], with the steps of least squared error on `x` in place of those that
@@ -91,6 +105,7 @@ impl ActQuant {
             rule.shift_out = Some(Var::from_tensor(&lift.neg()?)?.as_tensor().clone());
             rule.shift_in = Some(Var::from_tensor(&lift)?.as_tensor().clone());
         }
+        let x = split(&x, rule.groups)?;
         // One row for each step.
         let rows = match absolute(rule.axis, x.rank())? {
             Some(axis) => x.transpose(0, axis)?.contiguous()?.flatten_from(1)?,
@@ -132,6 +147,10 @@ impl ActQuant {
             let found = format!("activation quantizer: axis {:?}, expected -1, -2 or none", description.axis);
             return Err(Error::tensor(name, found));
         }
+        if description.groups == 0 || (description.groups > 1 && description.axis != Some(-2)) {
+            let found = format!("activation quantizer: {} groups", description.groups);
+            return Err(Error::tensor(name, format!("{found}, expected 1, or more on axis -2")));
+        }
         let part = |suffix: &str, wanted: bool| -> Result<Option<Tensor>> {
             if !wanted {
                 return Ok(None);
@@ -153,31 +172,93 @@ impl ActQuant {
         Ok(ActQuant {
             grid: Grid::new(description.bits, description.centering)?,
             axis: description.axis,
+            groups: description.groups,
             step,
             shift_in: part("shift_in", description.shift_in)?,
             shift_out: part("shift_out", description.shift_out)?,
         })
     }
 
+    /// The same quantizer, trainable, with the steps and shifts that training gave the tap called `name`.
+    pub fn trained(
+        mut self,
+        name: &str,
+        scale: &Tensor,
+        shift_in: Option<&Tensor>,
+        shift_out: Option<&Tensor>,
+    ) -> Result<Self> {
+        let given = |suffix: &str, own: &Tensor, given: &Tensor| -> Result<Tensor> {
+            if given.dims() != own.dims() {
+                let message = format!("found shape {:?}, expected {:?}", given.dims(), own.dims());
+                return Err(Error::tensor(format!("{name}.{suffix}"), message));
+            }
+            Ok(Var::from_tensor(&given.to_device(own.device())?)?.as_tensor().clone())
+        };
+        self.step = given("scale", &self.step, scale)?;
+        for (suffix, own, shift) in
+            [("shift_in", &mut self.shift_in, shift_in), ("shift_out", &mut self.shift_out, shift_out)]
+        {
+            *own = match (own.as_ref(), shift) {
+                (Some(own), Some(shift)) => Some(given(suffix, own, shift)?),
+                (None, None) => None,
+                (own, _) => {
+                    let place = if own.is_some() { "found none, the place has one" } else { "has no place" };
+                    return Err(Error::tensor(format!("{name}.{suffix}"), place));
+                }
+            };
+        }
+        Ok(self)
+    }
+
+    /// The axis of the steps in `x`, whose groups are already split.
     fn axis(&self, x: &Tensor) -> Result<Option<usize>> {
         let axis = absolute(self.axis, x.rank())?;
         let (found, expected) = (axis.map(|a| x.dims()[a]).unwrap_or(1), self.step.elem_count());
         if found != expected {
             let what = if self.axis == Some(-2) { "tokens" } else { "channels" };
+            let (found, expected) = (found / self.groups, expected / self.groups);
             return Err(Error::Run(format!(
                 "found {found} {what}, but the quantizer was calibrated for {expected}: a model with \
                  quantized activations keeps the image size it was trained at"
             )));
         }
+        Ok(axis)
+    }
+
+    /// `x` as the quantizer sees it, and the shift that is still to be added to it: groups are split,
+    /// after a shift that lies along all of them.
+    fn seen(&self, x: &Tensor) -> Result<(Tensor, Option<&Tensor>)> {
         if let Some(shift) = &self.shift_in {
-            let channels = x.dim(x.rank() - 1)?;
-            if shift.elem_count() != channels {
-                let expected = shift.elem_count();
+            let (channels, expected) = (x.dim(x.rank() - 1)?, shift.elem_count());
+            if expected != channels {
                 return Err(Error::Run(format!("found {channels} channels, the shifts have {expected}")));
             }
         }
-        Ok(axis)
+        match (self.groups, &self.shift_in) {
+            (1, shift) => Ok((x.clone(), shift.as_ref())),
+            (groups, None) => Ok((split(x, groups)?, None)),
+            (groups, Some(shift)) => Ok((split(&kernels::add_bias(x, shift)?, groups)?, None)),
+        }
     }
+}
+
+/// `x [.., N, g C]` as `[.., N g, C]`.
+fn split(x: &Tensor, groups: usize) -> Result<Tensor> {
+    let dims = x.dims();
+    let [lead @ .., tokens, width] = dims else {
+        return match groups {
+            1 => Ok(x.clone()),
+            _ => Err(Error::Run(format!("found an activation {dims:?}, expected tokens and channels"))),
+        };
+    };
+    if groups == 1 {
+        return Ok(x.clone());
+    }
+    if !width.is_multiple_of(groups) {
+        return Err(Error::Run(format!("found {width} channels, expected a multiple of {groups}")));
+    }
+    let shape: Vec<usize> = lead.iter().copied().chain([tokens * groups, width / groups]).collect();
+    Ok(x.reshape(shape)?)
 }
 
 /// An axis counted from the end, counted from the front.
@@ -196,9 +277,10 @@ impl Transform for ActQuant {
     }
 
     fn apply(&self, inputs: &[Tensor]) -> Result<Tensor> {
-        let x = &inputs[0];
-        let axis = self.axis(x)?;
-        let y = kernels::lsq(x, &self.step, self.shift_in.as_ref(), self.grid.levels(), axis)?;
+        let (x, shift) = self.seen(&inputs[0])?;
+        let axis = self.axis(&x)?;
+        let y = kernels::lsq(&x, &self.step, shift, self.grid.levels(), axis)?;
+        let y = if self.groups == 1 { y } else { y.reshape(inputs[0].shape())? };
         match &self.shift_out {
             Some(shift) => Ok(kernels::add_bias(&y, shift)?),
             None => Ok(y),
@@ -225,6 +307,7 @@ impl Transform for ActQuant {
         Ok(Arc::new(ActQuant {
             grid: self.grid,
             axis: self.axis,
+            groups: self.groups,
             step: self.step.copy()?.detach(),
             shift_in: self.shift_in.as_ref().map(Tensor::copy).transpose()?.map(|t| t.detach()),
             shift_out: self.shift_out.as_ref().map(Tensor::copy).transpose()?.map(|t| t.detach()),
@@ -232,9 +315,10 @@ impl Transform for ActQuant {
     }
 
     fn quantize(&self, inputs: &[Tensor]) -> Result<Option<Quantized>> {
-        let x = &inputs[0];
-        let axis = self.axis(x)?;
-        let codes = kernels::lsq_codes(x, &self.step, self.shift_in.as_ref(), self.grid.levels(), axis)?;
+        // The codes keep the shape that the quantizer sees: the axis of the steps is one of theirs.
+        let (x, shift) = self.seen(&inputs[0])?;
+        let axis = self.axis(&x)?;
+        let codes = kernels::lsq_codes(&x, &self.step, shift, self.grid.levels(), axis)?;
         Ok(Some(Quantized { codes, step: self.step.detach().maximum(STEP_FLOOR)?, axis, grid: self.grid }))
     }
 
@@ -245,7 +329,8 @@ impl Transform for ActQuant {
     fn describe(&self) -> Value {
         let Grid { bits, centering } = self.grid;
         let (shift_in, shift_out) = (self.shift_in.is_some(), self.shift_out.is_some());
-        let description = Description { bits, centering, axis: self.axis, shift_in, shift_out };
+        let (axis, groups) = (self.axis, self.groups);
+        let description = Description { bits, centering, axis, shift_in, shift_out, groups };
         serde_json::to_value(description).unwrap_or_default()
     }
 }

@@ -3,6 +3,7 @@
 pub mod activation;
 pub mod least_squares;
 pub mod lsq;
+pub mod qk;
 pub mod statsq;
 
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use serde::{Deserialize, Serialize};
 pub use activation::ActQuant;
 pub use least_squares::OnGrid;
 pub use lsq::Lsq;
+pub use qk::{reparameterize, QkProduct};
 pub use statsq::StatsQ;
 
 use crate::weights::{Centering, Grid, Transform};

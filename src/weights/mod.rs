@@ -19,7 +19,7 @@ use indexmap::IndexMap;
 pub use checkpoint::{Checkpoint, Pickle};
 pub use packed::{Centering, Grid, Packed, Quantized};
 pub use tap::{Activation, Calibration, Granularity, Shifts, Signedness, Site, Tap};
-pub use weight::{Expr, Role, Transform, Weight};
+pub use weight::{Expr, Gate, Role, Transform, Weight};
 
 use crate::{Error, Result};
 
@@ -62,6 +62,18 @@ impl Weights {
     /// Binds `name` to `weight`, in place of what it was or as the last name.
     pub fn insert(&mut self, name: impl Into<String>, weight: Weight) {
         self.entries.insert(name.into(), weight);
+    }
+
+    /// Binds `new` in place of the weights called `old`, where the first of them stood.
+    pub fn replace(&mut self, old: &[String], new: Vec<(String, Weight)>) {
+        let at = old.iter().filter_map(|name| self.entries.get_index_of(name)).min();
+        let at = at.unwrap_or(self.entries.len());
+        for name in old {
+            self.entries.shift_remove(name);
+        }
+        for (i, (name, weight)) in new.into_iter().enumerate() {
+            self.entries.shift_insert(at + i, name, weight);
+        }
     }
 
     /// The weight called `name`; an error that lists near names where there is none.
@@ -151,6 +163,30 @@ impl Weights {
     /// The same store, whose open taps make their rules when an activation first comes by.
     pub fn calibrating(&self, calibration: Arc<Calibration>) -> Self {
         Weights { calibration: Some(calibration), ..self.clone() }
+    }
+
+    /// The same store with every quantizer annealed to `band` (`None`: no longer), that of a product of
+    /// weights only where `products` says so. Also tells how many quantizers the band reached.
+    pub fn calmed(&self, band: Option<f64>, products: bool) -> (Self, usize) {
+        let (mut calm, mut reached) = (self.clone(), 0);
+        for (name, weight) in &self.entries {
+            let product = weight.before().is_some_and(|w| matches!(w.expr(), Expr::Node { .. }));
+            let band = if product && !products { None } else { band };
+            if let Some(weight) = weight.calmed(band) {
+                reached += usize::from(band.is_some());
+                calm.insert(name.clone(), weight);
+            }
+        }
+        (calm, reached)
+    }
+
+    /// What annealing leaves free of each weight under it, by the weight's name.
+    pub fn gates(&self) -> Result<Vec<(String, Gate)>> {
+        let mut gates = Vec::new();
+        for (name, weight) in &self.entries {
+            gates.extend(weight.gate()?.map(|gate| (name.clone(), gate)));
+        }
+        Ok(gates)
     }
 
     /// Every trainable, weights first, then taps, each in order.

@@ -56,6 +56,9 @@ pub struct Site {
     pub signedness: Signedness,
     /// Which learned shifts surround the quantizer.
     pub shifts: Shifts,
+    /// Into how many equal parts of the last axis a token falls, each with a step of its own; 1: none.
+    /// Shifts lie along the whole axis.
+    pub groups: usize,
     /// The first or last layer of the model, which keeps 8 bits.
     pub edge: bool,
 }

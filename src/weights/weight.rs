@@ -50,6 +50,23 @@ pub trait Transform: Send + Sync + Debug {
     /// The same rule without trainables, for evaluation.
     fn frozen(&self) -> Result<Arc<dyn Transform>>;
 
+    /// What to append to a weight's name for the trainables of each input; one input: nothing.
+    fn parts(&self) -> &'static [&'static str] {
+        &[""]
+    }
+
+    /// Which entries are free to move, 1 or 0 in the shape of the only input; `None`: all. The trainer
+    /// holds the others still against momentum and decay where the input is a trainable.
+    fn gate(&self, _inputs: &[Tensor]) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
+
+    /// The same quantizer, annealed to a band of so many steps around its thresholds, or no longer
+    /// (`None`); `None` where it is no quantizer that can be.
+    fn calmed(&self, _band: Option<f64>) -> Option<Arc<dyn Transform>> {
+        None
+    }
+
     /// Codes and steps where the result lies on a grid; `None` where it does not.
     fn quantize(&self, _inputs: &[Tensor]) -> Result<Option<Quantized>> {
         Ok(None)
@@ -91,6 +108,16 @@ pub enum Expr {
         /// What it is applied to.
         inputs: Vec<Weight>,
     },
+}
+
+/// The entries of a weight that annealing leaves free.
+#[derive(Clone, Debug)]
+pub struct Gate {
+    /// 1 where the weight may move, 0 where not.
+    pub free: Tensor,
+    /// Whether what is not free can be held still: a trainable of its own. The product of two trainables
+    /// is not; only its gradient can be masked.
+    pub held: bool,
 }
 
 /// A weight: cheap to clone, shared by the store and the model.
@@ -172,12 +199,41 @@ impl Weight {
         }
     }
 
+    /// Which entries of the trainable behind its quantizer are free to move, where not all are.
+    pub fn gate(&self) -> Result<Option<Gate>> {
+        let Expr::Node { transform, inputs } = self.expr() else { return Ok(None) };
+        let [input] = inputs.as_slice() else { return Ok(None) };
+        let Some(free) = transform.gate(&[input.tensor()?.detach()])? else { return Ok(None) };
+        let held = matches!(input.expr(), Expr::Latent(_));
+        Ok(Some(Gate { free, held }))
+    }
+
+    /// The weight before its quantizer.
+    pub fn before(&self) -> Option<&Weight> {
+        match self.expr() {
+            Expr::Node { inputs, .. } if inputs.len() == 1 => inputs.first(),
+            _ => None,
+        }
+    }
+
+    /// As it is, its quantizer annealed to `band` (see [`Transform::calmed`]).
+    pub fn calmed(&self, band: Option<f64>) -> Option<Self> {
+        let Expr::Node { transform, inputs } = self.expr() else { return None };
+        let transform = transform.calmed(band)?;
+        Some(Expr::Node { transform, inputs: inputs.clone() }.into())
+    }
+
     /// The trainables in it: suffix after the weight's name (empty for the latent itself), `Var`, role.
     pub fn params(&self) -> Vec<(String, Var, Role)> {
         match self.expr() {
             Expr::Latent(var) => vec![(String::new(), var.clone(), Role::Plain)],
             Expr::Node { transform, inputs } => {
-                let mut params: Vec<_> = inputs.iter().flat_map(Weight::params).collect();
+                let mut params = Vec::new();
+                let parts = transform.parts().iter().copied().chain(std::iter::repeat(""));
+                for (input, part) in inputs.iter().zip(parts) {
+                    let inner = input.params().into_iter();
+                    params.extend(inner.map(|(suffix, var, role)| (format!("{part}{suffix}"), var, role)));
+                }
                 let own = transform.params().into_iter();
                 params.extend(own.map(|(suffix, var, role)| (format!(".{suffix}"), var, role)));
                 params

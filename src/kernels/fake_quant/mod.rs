@@ -19,7 +19,9 @@ use rayon::prelude::*;
 
 pub use lsq::{lsq, lsq_codes, lsq_init, reference_lsq};
 pub use site::SCALE_FLOOR;
-pub use statsq::{reference_statsq, statsq, statsq_codes, statsq_scale};
+pub use statsq::{
+    reference_statsq, reference_statsq_free, statsq, statsq_annealed, statsq_codes, statsq_free, statsq_scale,
+};
 
 /// The integer codes of a quantization grid: k in `[lo, hi]`, value = step * (k + offset), where
 /// the offset is 1/2 if `half` and else 0.

@@ -5,12 +5,19 @@
 //! y   = step * (k + 1/2)    dL/dw = dL/dy, nothing through s
 //! ```
 //!
+//! Annealing (confidence-guided, ofq.md 4) lets only weights near a threshold move:
+//!
+//! ```text
+//! x = n clamp(w / s, -1, 1)     free(w) = exists j in {-(n-1), .., n-1}: |x - j| <= band
+//! dL/dw = free(w) dL/dy
+//! ```
+//!
 //! `n` is a power of two, so `w / (s/n) = n * (w/s)` exactly while nothing is subnormal; a step
 //! below the smallest normal f32 makes a row of zeros with codes 0. A NaN stays a NaN.
 
 use super::{check_rows, on_grid, reference_dequantize, reference_quantize, Emit, Levels};
 use crate::kernels::cpu::{self, real, simd, Real, Road};
-use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, D};
+use candle_core::{bail, CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor, D};
 use rayon::prelude::*;
 
 /// `value` exactly, with the gradient of `carrier`: `carrier - sg(carrier)` is an exact zero.
@@ -59,10 +66,117 @@ fn scales<T: Real>(w: &[T], width: usize) -> Vec<T> {
     out
 }
 
+/// Which weights lie within `band` steps of a threshold, in plain candle ops: 1 or 0, `w: [R, K]`.
+pub fn reference_statsq_free(w: &Tensor, bits: u8, band: f64) -> Result<Tensor> {
+    let w = w.detach();
+    let n = f64::from(1u32 << (bits - 1));
+    let scale = reference_scale(&w)?.unsqueeze(1)?;
+    let live = scale.ge(f64::from(f32::MIN_POSITIVE) * n)?.to_dtype(w.dtype())?;
+    let safe = ((&scale * &live)? + live.affine(-1.0, 1.0)?)?;
+    let x = (w.broadcast_div(&safe)?.clamp(-1.0, 1.0)? * n)?;
+    let nearest = super::rne(&x)?.clamp(1.0 - n, n - 1.0)?;
+    (x - nearest)?.abs()?.le(band)?.to_dtype(w.dtype())?.broadcast_mul(&live)
+}
+
+simd! {
+    /// `out = 1` where a weight lies within `band` steps of a threshold, times `g` where there is one.
+    fn free_rows<T>(w: &[T], scale: &[T], width: usize, n: T, band: T, g: &[T], out: &mut [T]) {
+        let (last, low, bound) = (n - T::ONE, T::ONE - n, T::ZERO - T::ONE);
+        let least = T::from_f64(f64::from(f32::MIN_POSITIVE)) * n;
+        for (r, ((row, &s), out)) in
+            w.chunks_exact(width).zip(scale).zip(out.chunks_exact_mut(width)).enumerate()
+        {
+            if s < least {
+                out.fill(T::ZERO);
+                continue;
+            }
+            for (out, &w) in out.iter_mut().zip(row) {
+                let x = w / s;
+                let x = if x < bound { bound } else { x };
+                let x = if x > T::ONE { T::ONE } else { x };
+                let x = x * n;
+                let j = x.rne();
+                let j = if j < low { low } else { j };
+                let j = if j > last { last } else { j };
+                *out = if (x - j).abs() <= band { T::ONE } else { T::ZERO };
+            }
+            if !g.is_empty() {
+                for (out, &g) in out.iter_mut().zip(&g[r * width..(r + 1) * width]) {
+                    // A gradient that is not finite stays one where the entry is free, and is cut where not.
+                    *out = if *out == T::ONE { g } else { T::ZERO };
+                }
+            }
+        }
+    }
+}
+
+fn free<T: Real>(w: &[T], width: usize, bits: u8, band: f64, g: &[T]) -> Vec<T> {
+    let scale = scales(w, width);
+    let (n, band) = (T::from_f64(f64::from(1u32 << (bits - 1))), T::from_f64(band));
+    let mut out = vec![T::ZERO; w.len()];
+    let rows = cpu::chunk_rows(width);
+    out.par_chunks_mut(rows * width)
+        .zip(w.par_chunks(rows * width))
+        .zip(scale.par_chunks(rows))
+        .enumerate()
+        .for_each(|(i, ((out, w), scale))| {
+            let from = i * rows * width;
+            let g = if g.is_empty() { g } else { &g[from..from + w.len()] };
+            free_rows(w, scale, width, n, band, g, out);
+        });
+    out
+}
+
 #[derive(Clone, Copy)]
 struct StatsQ {
     bits: u8,
     emit: Emit,
+    /// Annealed to so many steps around the thresholds.
+    band: Option<f64>,
+}
+
+/// (w) or (w, gradient) to the free entries or the gradient of the free entries.
+#[derive(Clone, Copy)]
+struct Free {
+    bits: u8,
+    band: f64,
+}
+
+impl CustomOp1 for Free {
+    fn name(&self) -> &'static str {
+        "statsq-free"
+    }
+
+    fn cpu_fwd(&self, w: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (_, width) = layout.shape().dims2()?;
+        let name = CustomOp1::name(self);
+        real!(name, w, T => {
+            let w = <T as Real>::slice(name, w, layout)?;
+            let y = free(w, width, self.bits, self.band, &[]);
+            Ok((<T as Real>::store(y), layout.shape().clone()))
+        })
+    }
+}
+
+impl CustomOp2 for Free {
+    fn name(&self) -> &'static str {
+        "statsq-free-grad"
+    }
+
+    fn cpu_fwd(
+        &self,
+        w: &CpuStorage,
+        wl: &Layout,
+        g: &CpuStorage,
+        gl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (_, width) = wl.shape().dims2()?;
+        let name = CustomOp2::name(self);
+        real!(name, w, T => {
+            let (w, g) = (<T as Real>::slice(name, w, wl)?, <T as Real>::slice(name, g, gl)?);
+            Ok((<T as Real>::store(free(w, width, self.bits, self.band, g)), wl.shape().clone()))
+        })
+    }
 }
 
 impl CustomOp1 for StatsQ {
@@ -86,23 +200,36 @@ impl CustomOp1 for StatsQ {
         })
     }
 
-    fn bwd(&self, _w: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        Ok(Some(grad.clone()))
+    fn bwd(&self, w: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        match self.band {
+            None => Ok(Some(grad.clone())),
+            Some(band) => Ok(Some(w.apply_op2_no_bwd(&grad.contiguous()?, &Free { bits: self.bits, band })?)),
+        }
     }
 }
 
 /// The rule in every form, on whichever road there is.
 pub(super) fn run_statsq(op: &str, w: &Tensor, bits: u8, emit: Emit) -> Result<Tensor> {
+    run_annealed(op, w, bits, emit, None)
+}
+
+fn run_annealed(op: &str, w: &Tensor, bits: u8, emit: Emit, band: Option<f64>) -> Result<Tensor> {
     check_rows(op, w, bits)?;
     match cpu::road(op, &[("w", w)])? {
-        Road::Kernel => w.contiguous()?.apply_op1(StatsQ { bits, emit }),
-        Road::ThroughF32 => run_statsq(op, &cpu::wide(w)?, bits, emit)?.to_dtype(w.dtype()),
+        Road::Kernel => w.contiguous()?.apply_op1(StatsQ { bits, emit, band }),
+        Road::ThroughF32 => run_annealed(op, &cpu::wide(w)?, bits, emit, band)?.to_dtype(w.dtype()),
         Road::Reference => {
             let d = w.detach();
             let scale = reference_scale(&d)?;
             match emit {
                 Emit::Scale => Ok(scale),
-                Emit::Values => reference_statsq(w, bits),
+                Emit::Values => match band {
+                    None => reference_statsq(w, bits),
+                    Some(band) => {
+                        let free = reference_statsq_free(&d, bits, band)?;
+                        straight_through(&reference_statsq(&d, bits)?, &(w * free)?)
+                    }
+                },
                 Emit::Codes => {
                     let step = (scale / f64::from(1u32 << (bits - 1)))?;
                     reference_quantize(&d, &step, Levels::mid_rise(bits))
@@ -116,6 +243,33 @@ pub(super) fn run_statsq(op: &str, w: &Tensor, bits: u8, emit: Emit) -> Result<T
 /// gradient passed through untouched. A zero row gives zeros; a NaN or infinite row gives NaN.
 pub fn statsq(w: &Tensor, bits: u8) -> Result<Tensor> {
     run_statsq("statsq", w, bits, Emit::Values)
+}
+
+/// [`statsq`] while it is annealed: the same values, and a gradient only for weights within `band`
+/// steps of a threshold (0 < band < 1/2, else an error). A zero row has no such weights.
+pub fn statsq_annealed(w: &Tensor, bits: u8, band: f64) -> Result<Tensor> {
+    check_band("statsq_annealed", band)?;
+    run_annealed("statsq_annealed", w, bits, Emit::Values, Some(band))
+}
+
+/// Which entries of `w: [R, K]` annealing leaves free, 1 or 0: those within `band` steps of a threshold,
+/// the border included. In f32 at least, whatever the dtype of w. No gradient.
+pub fn statsq_free(w: &Tensor, bits: u8, band: f64) -> Result<Tensor> {
+    let op = "statsq_free";
+    check_band(op, band)?;
+    check_rows(op, w, bits)?;
+    let w = if w.dtype() == DType::F64 { w.detach() } else { cpu::wide(&w.detach())? };
+    match cpu::road(op, &[("w", &w)])? {
+        Road::Reference => reference_statsq_free(&w, bits, band),
+        _ => w.contiguous()?.apply_op1_no_bwd(&Free { bits, band }),
+    }
+}
+
+fn check_band(op: &str, band: f64) -> Result<()> {
+    match band > 0.0 && band < 0.5 {
+        true => Ok(()),
+        false => bail!("{op}: expected a band above 0 and below 0.5 steps, got {band}"),
+    }
 }
 
 /// StatsQ's scale `s = 2 mean |w|` of each row of `w: [R, K]`, `[R]`, without gradient. In f32 at
@@ -176,6 +330,42 @@ mod tests {
         assert_eq!((k[0][0], k[1][1]), (0.0, 0.0));
         let zero = run(&[tensor(&[&[0.0f64, 0.0]])], &|t| statsq(&t[0], 2));
         close("gradient of a zero row", &zero[1], &values(&[1, 2], 77), 0.0);
+    }
+
+    #[test]
+    fn annealing_frees_what_lies_near_a_threshold() {
+        // Small shapes: an entry within an ulp of the band's border may fall on either side.
+        for shape in [[1, 1], [3, 5], [7, 13], [60, 50]] {
+            for bits in [2, 3, 4] {
+                let w = [values(&shape, u64::from(bits))];
+                let (op, like) = (
+                    |t: &[Tensor]| statsq_annealed(&t[0], bits, 0.1),
+                    |t: &[Tensor]| {
+                        let free = reference_statsq_free(&t[0], bits, 0.1)?;
+                        straight_through(&reference_statsq(&t[0], bits)?, &(&t[0] * free)?)
+                    },
+                );
+                agrees(&w, &op, &like);
+                ignores_threads(&w, &op);
+                let free = statsq_free(&w[0], bits, 0.1).unwrap();
+                close("free", &free, &reference_statsq_free(&w[0], bits, 0.1).unwrap(), 0.0);
+                close("values", &op(&w).unwrap(), &statsq(&w[0], bits).unwrap(), 0.0);
+                let grad = (values(&shape, 77) * &free).unwrap();
+                close("gradient", &run(&w, &op)[1], &grad, 0.0);
+            }
+        }
+        // Mean magnitude 1/2, so s = 1; at 2 bits the thresholds are -1/2, 0, 1/2 and a step is 1/2.
+        // Beyond the clip, one step from the last threshold, nothing is free.
+        let w = tensor(&[&[0.0f32, 0.125, -0.125, 0.25, 0.5, 0.75, 1.0, -1.25]]);
+        let w = w.broadcast_div(&statsq_scale(&w).unwrap()).unwrap();
+        assert_eq!(statsq_scale(&w).unwrap().to_vec1::<f32>().unwrap(), [1.0]);
+        let free = statsq_free(&w, 2, 0.25).unwrap().to_vec2::<f32>().unwrap();
+        assert_eq!(free, [[1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0]]);
+        let zero = statsq_free(&tensor(&[&[0.0f32, 0.0]]), 2, 0.25).unwrap();
+        assert_eq!(zero.to_vec2::<f32>().unwrap(), [[0.0, 0.0]]);
+        for band in [0.0, 0.5, f64::NAN] {
+            assert!(refusal(statsq_free(&w, 2, band)).contains("below 0.5"));
+        }
     }
 
     #[test]

@@ -1,0 +1,451 @@
+//! Attention's first half: probabilities of queries over keys (the equations are those of [`super`]).
+//!
+//! One unit of work is one head forward and one batch entry backward. A bias's gradient is summed
+//! in parts of the batch that depend on the shapes alone, and the parts in order.
+
+use super::{check_heads, heads_first};
+use crate::kernels::cpu::{self, real, simd, Real, Road};
+use crate::kernels::linear::{add_product, product, View};
+use crate::kernels::softmax::{self, softmax_rows, softmax_rows_grad};
+use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+/// `attention_probs` in plain candle ops.
+pub fn reference_probs(
+    q: &Tensor,
+    k: &Tensor,
+    heads: usize,
+    scale: f64,
+    bias: Option<&Tensor>,
+) -> Result<Tensor> {
+    let (b, n, c) = q.dims3()?;
+    let k = heads_first(k, heads)?;
+    let q = match c == k.dim(3)? && heads > 1 {
+        true => q.unsqueeze(1)?.broadcast_as((b, heads, n, c))?.contiguous()?,
+        false => heads_first(q, heads)?,
+    };
+    let mut logits = (q.matmul(&k.t()?.contiguous()?)? * scale)?;
+    if let Some(bias) = bias {
+        let (groups, h, _, m) = bias.dims4()?;
+        let by_group = logits.reshape((b / groups, groups, h, n, m))?;
+        logits = by_group.broadcast_add(&bias.unsqueeze(0)?)?.reshape((b, h, n, m))?;
+    }
+    softmax::reference(&logits)
+}
+
+/// The sizes of one attention.
+#[derive(Clone, Copy)]
+struct Sizes {
+    batch: usize,
+    heads: usize,
+    n: usize,
+    m: usize,
+    d: usize,
+    /// Whether all heads read the same query.
+    shared: bool,
+    /// The bias's groups and rows, where there is one.
+    bias: Option<(usize, usize)>,
+}
+
+/// Parts of the batch over which a bias's gradient is summed. Part of the numerics.
+const PARTS: usize = 16;
+
+simd! {
+    /// Adds rows of `b` onto those of `x`, one row of `b` onto all where it has only one.
+    fn add_bias<T>(x: &mut [T], b: &[T], width: usize) {
+        if b.len() == width {
+            for row in x.chunks_exact_mut(width) {
+                for (x, &b) in row.iter_mut().zip(b) {
+                    *x += b;
+                }
+            }
+        } else {
+            for (x, &b) in x.iter_mut().zip(b) {
+                *x += b;
+            }
+        }
+    }
+}
+
+simd! {
+    /// The other way: rows of `x` added onto those of `b`.
+    fn sum_bias<T>(x: &[T], b: &mut [T], width: usize) {
+        if b.len() == width {
+            for row in x.chunks_exact(width) {
+                for (&x, b) in row.iter().zip(b.iter_mut()) {
+                    *b += x;
+                }
+            }
+        } else {
+            for (&x, b) in x.iter().zip(b) {
+                *b += x;
+            }
+        }
+    }
+}
+
+impl Sizes {
+    /// Columns of a row of q.
+    fn q_cols(&self) -> usize {
+        if self.shared {
+            self.d
+        } else {
+            self.heads * self.d
+        }
+    }
+
+    fn query<'a, T>(&self, q: &'a [T], h: usize) -> View<'a, T> {
+        let from = if self.shared { 0 } else { h * self.d };
+        View { data: &q[from..], rs: self.q_cols(), cs: 1 }
+    }
+
+    fn key<'a, T>(&self, k: &'a [T], h: usize) -> View<'a, T> {
+        View { data: &k[h * self.d..], rs: self.heads * self.d, cs: 1 }
+    }
+
+    /// The bias of batch entry `b`, head `h`.
+    fn bias_at(&self, b: usize, h: usize) -> std::ops::Range<usize> {
+        let (groups, rows) = self.bias.unwrap_or((1, 0));
+        let size = rows * self.m;
+        let at = (b % groups * self.heads + h) * size;
+        at..at + size
+    }
+
+    fn probs<T: Real>(&self, q: &[T], k: &[T], bias: &[T], scale: T) -> Vec<T> {
+        let &Sizes { heads, n, m, d, .. } = self;
+        let (qs, ks) = (n * self.q_cols(), m * heads * d);
+        let mut p = vec![T::ZERO; self.batch * heads * n * m];
+        p.par_chunks_mut(n * m).enumerate().for_each(|(i, p)| {
+            let (b, h) = (i / heads, i % heads);
+            let (q, k) = (self.query(&q[b * qs..(b + 1) * qs], h), self.key(&k[b * ks..(b + 1) * ks], h));
+            product((n, m, d), p, m, q, k.t(), scale);
+            if self.bias.is_some() {
+                add_bias(p, &bias[self.bias_at(b, h)], m);
+            }
+            softmax_rows(p, m);
+        });
+        p
+    }
+
+    /// The gradients of one batch entry, shown the gradient of each head's logits before it is scaled.
+    fn entry_grad<T: Real>(
+        &self,
+        [q, k, p, g]: [&[T]; 4],
+        scale: T,
+        dq: &mut [T],
+        dk: &mut [T],
+        mut see: impl FnMut(usize, &[T]),
+    ) {
+        let &Sizes { heads, n, m, d, .. } = self;
+        let mut ds = vec![T::ZERO; n * m];
+        // Without a bias the scale goes in before the products, which saves a pass over nothing.
+        let (early, late) = if self.bias.is_some() { (T::ONE, scale) } else { (scale, T::ONE) };
+        for (h, (p, g)) in p.chunks_exact(n * m).zip(g.chunks_exact(n * m)).enumerate() {
+            softmax_rows_grad(p, g, m, early, &mut ds);
+            see(h, &ds);
+            let s = View::rows(&ds, m);
+            product((m, d, n), &mut dk[h * d..], heads * d, s.t(), self.query(q, h), late);
+            if self.shared && h > 0 {
+                if self.bias.is_some() {
+                    ds.iter_mut().for_each(|v| *v *= late);
+                }
+                add_product((n, d, m), dq, d, View::rows(&ds, m), self.key(k, h));
+            } else {
+                let from = if self.shared { 0 } else { h * d };
+                product((n, d, m), &mut dq[from..], self.q_cols(), s, self.key(k, h), late);
+            }
+        }
+    }
+
+    /// dq, then dk, then dbias.
+    fn probs_grad<T: Real>(&self, q: &[T], k: &[T], p: &[T], g: &[T], scale: T) -> Vec<T> {
+        let &Sizes { batch, heads, n, m, d, .. } = self;
+        let (qs, ks, ps) = (n * self.q_cols(), m * heads * d, heads * n * m);
+        let (groups, rows) = self.bias.unwrap_or((1, 0));
+        let size = groups * heads * rows * m;
+        let mut out = vec![T::ZERO; q.len() + k.len() + size];
+        let (dq, rest) = out.split_at_mut(q.len());
+        let (dk, dbias) = rest.split_at_mut(k.len());
+        let operands = |b: usize| {
+            let at = |size: usize| b * size..(b + 1) * size;
+            [&q[at(qs)], &k[at(ks)], &p[at(ps)], &g[at(ps)]]
+        };
+        let entry = rows * m * heads;
+        if size == 0 || groups == batch {
+            // Every entry has a bias of its own, or none has one.
+            let each = dq.par_chunks_mut(qs).zip(dk.par_chunks_mut(ks)).enumerate();
+            if size == 0 {
+                each.for_each(|(b, (dq, dk))| self.entry_grad(operands(b), scale, dq, dk, |_, _| {}));
+            } else {
+                each.zip(dbias.par_chunks_mut(entry)).for_each(|((b, (dq, dk)), dbias)| {
+                    self.entry_grad(operands(b), scale, dq, dk, |h, ds| {
+                        sum_bias(ds, &mut dbias[h * rows * m..(h + 1) * rows * m], m);
+                    });
+                });
+            }
+            return out;
+        }
+        let part = batch.div_ceil(PARTS);
+        let mut partial = vec![T::ZERO; batch.div_ceil(part) * size];
+        dq.par_chunks_mut(part * qs)
+            .zip(dk.par_chunks_mut(part * ks))
+            .zip(partial.par_chunks_mut(size))
+            .enumerate()
+            .for_each(|(i, ((dq, dk), dbias))| {
+                for (j, (dq, dk)) in dq.chunks_exact_mut(qs).zip(dk.chunks_exact_mut(ks)).enumerate() {
+                    let b = i * part + j;
+                    self.entry_grad(operands(b), scale, dq, dk, |h, ds| {
+                        sum_bias(ds, &mut dbias[self.bias_at(b, h)], m);
+                    });
+                }
+            });
+        for partial in partial.chunks_exact(size) {
+            cpu::add_rows(partial, dbias);
+        }
+        out
+    }
+}
+
+/// (q, k) or (q, k, bias) to P.
+#[derive(Clone, Copy)]
+struct Probs {
+    sizes: Sizes,
+    scale: f64,
+}
+
+impl Probs {
+    fn run(
+        &self,
+        [(q, ql), (k, kl)]: [(&CpuStorage, &Layout); 2],
+        bias: Option<(&CpuStorage, &Layout)>,
+    ) -> Result<(CpuStorage, Shape)> {
+        let name = CustomOp2::name(self);
+        let Sizes { batch, heads, n, m, .. } = self.sizes;
+        real!(name, q, T => {
+            let (q, k) = (<T as Real>::slice(name, q, ql)?, <T as Real>::slice(name, k, kl)?);
+            let bias = bias.map(|(b, l)| <T as Real>::slice(name, b, l)).transpose()?.unwrap_or(&[]);
+            let p = self.sizes.probs(q, k, bias, self.scale as T);
+            Ok((<T as Real>::store(p), Shape::from((batch, heads, n, m))))
+        })
+    }
+
+    /// dq, dk and dbias in one flat result.
+    fn gradients(&self, q: &Tensor, k: &Tensor, p: &Tensor, grad: &Tensor) -> Result<Tensor> {
+        q.apply_op3_no_bwd(k, &grad.contiguous()?, &ProbsGrad { of: *self, p: p.clone() })
+    }
+}
+
+impl CustomOp2 for Probs {
+    fn name(&self) -> &'static str {
+        "attention-probs"
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        ql: &Layout,
+        k: &CpuStorage,
+        kl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.run([(q, ql), (k, kl)], None)
+    }
+
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        p: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let packed = self.gradients(q, k, p, grad)?;
+        let dq = cpu::unpack(&packed, 0, q.shape())?;
+        Ok((Some(dq), Some(cpu::unpack(&packed, q.elem_count(), k.shape())?)))
+    }
+}
+
+impl CustomOp3 for Probs {
+    fn name(&self) -> &'static str {
+        "attention-probs"
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        ql: &Layout,
+        k: &CpuStorage,
+        kl: &Layout,
+        b: &CpuStorage,
+        bl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.run([(q, ql), (k, kl)], Some((b, bl)))
+    }
+
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        bias: &Tensor,
+        p: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let packed = self.gradients(q, k, p, grad)?;
+        let (qn, kn) = (q.elem_count(), k.elem_count());
+        let dbias = bias.track_op().then(|| cpu::unpack(&packed, qn + kn, bias.shape())).transpose()?;
+        let (dq, dk) = (cpu::unpack(&packed, 0, q.shape())?, cpu::unpack(&packed, qn, k.shape())?);
+        Ok((Some(dq), Some(dk), dbias))
+    }
+}
+
+/// (q, k, dP) to dq, dk and dbias in one flat result.
+struct ProbsGrad {
+    of: Probs,
+    p: Tensor,
+}
+
+impl CustomOp3 for ProbsGrad {
+    fn name(&self) -> &'static str {
+        "attention-probs-grad"
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        ql: &Layout,
+        k: &CpuStorage,
+        kl: &Layout,
+        g: &CpuStorage,
+        gl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let name = self.name();
+        let (p, pl) = self.p.storage_and_layout();
+        let p = cpu::host(name, &p)?;
+        real!(name, q, T => {
+            let (q, k) = (<T as Real>::slice(name, q, ql)?, <T as Real>::slice(name, k, kl)?);
+            let (p, g) = (<T as Real>::slice(name, p, pl)?, <T as Real>::slice(name, g, gl)?);
+            let out = self.of.sizes.probs_grad(q, k, p, g, self.of.scale as T);
+            let shape = Shape::from(out.len());
+            Ok((<T as Real>::store(out), shape))
+        })
+    }
+}
+
+fn sizes(op: &str, q: &Tensor, k: &Tensor, heads: usize, bias: Option<&Tensor>) -> Result<Sizes> {
+    let (batch, n, m, qc, kc) = match (q.dims(), k.dims()) {
+        (&[b, n, qc], &[kb, m, kc]) if b == kb && b * n * m > 0 => (b, n, m, qc, kc),
+        (q, k) => bail!("{op}: expected q [B, N, C] and k [B, M, C], got {q:?} and {k:?}"),
+    };
+    check_heads(op, heads, kc)?;
+    let d = kc / heads;
+    if qc != kc && qc != d {
+        bail!("{op}: expected q of {kc} columns, or of {d} for all {heads} heads, got {qc}")
+    }
+    let bias = match bias.map(Tensor::dims) {
+        None => None,
+        Some(&[g, h, rows, bm])
+            if g > 0 && batch.is_multiple_of(g) && h == heads && bm == m && (rows == n || rows == 1) =>
+        {
+            Some((g, rows))
+        }
+        Some(got) => {
+            bail!("{op}: expected a bias [G, {heads}, {n} or 1, {m}], G a divisor of {batch}, got {got:?}")
+        }
+    };
+    Ok(Sizes { batch, heads, n, m, d, shared: qc != kc, bias })
+}
+
+/// Attention probabilities `[B, H, N, M]` of `q: [B, N, H*d]`, or `[B, N, d]` for all heads alike, over
+/// `k: [B, M, H*d]`: softmax over the last axis of `scale * q_h k_h^T + bias`, with an optional bias
+/// `[G, H, N or 1, M]` of which batch entry b takes group `b mod G`. Errs when the heads do not
+/// divide k's width, or G does not divide B.
+pub fn attention_probs(
+    q: &Tensor,
+    k: &Tensor,
+    heads: usize,
+    scale: f64,
+    bias: Option<&Tensor>,
+) -> Result<Tensor> {
+    let op = "attention_probs";
+    let sizes = sizes(op, q, k, heads, bias)?;
+    let mut named = vec![("q", q), ("k", k)];
+    named.extend(bias.map(|b| ("bias", b)));
+    match cpu::road(op, &named)? {
+        Road::Kernel => {
+            let (q, k, probs) = (q.contiguous()?, k.contiguous()?, Probs { sizes, scale });
+            match bias {
+                Some(bias) => q.apply_op3(&k, &bias.contiguous()?, probs),
+                None => q.apply_op2(&k, probs),
+            }
+        }
+        Road::ThroughF32 => {
+            let bias = bias.map(cpu::wide).transpose()?;
+            attention_probs(&cpu::wide(q)?, &cpu::wide(k)?, heads, scale, bias.as_ref())?.to_dtype(q.dtype())
+        }
+        Road::Reference => reference_probs(q, k, heads, scale, bias),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::CASES;
+    use super::*;
+    use crate::kernels::testing::*;
+
+    #[test]
+    fn probs_agree_and_differentiate() {
+        for (b, n, m, c, heads) in CASES {
+            let t = [values(&[b, n, c], 1), values(&[b, m, c], 2)];
+            let op = |t: &[Tensor]| attention_probs(&t[0], &t[1], heads, 0.7, None);
+            agrees(&t, &op, &|t| reference_probs(&t[0], &t[1], heads, 0.7, None));
+            differentiates(&t, &op);
+        }
+    }
+
+    #[test]
+    fn one_query_for_all_heads() {
+        for (b, n, m, c, heads) in CASES {
+            let t = [values(&[b, n, c], 1), values(&[b, m, heads * c], 2)];
+            let op = |t: &[Tensor]| attention_probs(&t[0], &t[1], heads, 0.7, None);
+            agrees(&t, &op, &|t| reference_probs(&t[0], &t[1], heads, 0.7, None));
+            differentiates(&t, &op);
+            // It is the query repeated for each head.
+            let repeated = Tensor::cat(&vec![&t[0]; heads], 2).unwrap();
+            let want = attention_probs(&repeated, &t[1], heads, 0.7, None).unwrap();
+            close("repeated query", &op(&t).unwrap(), &want, F64);
+        }
+    }
+
+    #[test]
+    fn biases_of_every_kind() {
+        for (b, n, m, c, heads) in CASES {
+            for groups in (1..=b).filter(|g| b % g == 0) {
+                for rows in [1, n] {
+                    for shared in [false, true] {
+                        let width = if shared { c * heads } else { c };
+                        let t = [
+                            values(&[b, n, c], 1),
+                            values(&[b, m, width], 2),
+                            values(&[groups, heads, rows, m], 3),
+                        ];
+                        let op = |t: &[Tensor]| attention_probs(&t[0], &t[1], heads, 0.7, Some(&t[2]));
+                        agrees(&t, &op, &|t| reference_probs(&t[0], &t[1], heads, 0.7, Some(&t[2])));
+                        differentiates(&t, &op);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn wrong_shapes_are_named() {
+        let x = values(&[2, 2, 5], 1);
+        let text = refusal(attention_probs(&x, &x, 2, 1.0, None));
+        assert!(
+            text.contains("attention_probs") && text.contains("2 heads") && text.contains("got 5"),
+            "{text}"
+        );
+        let (q, k) = (values(&[2, 3, 4], 1), values(&[2, 3, 6], 1));
+        assert!(refusal(attention_probs(&q, &k, 2, 1.0, None)).contains("got 4"));
+        let bias = values(&[3, 2, 3, 3], 1);
+        assert!(refusal(attention_probs(&k, &k, 2, 1.0, Some(&bias))).contains("got [3, 2, 3, 3]"));
+    }
+}
