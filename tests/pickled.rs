@@ -29,7 +29,7 @@ fn a_saved_model_is_its_conversion() {
     let converted = Checkpoint::open(&hf).unwrap();
     let rules = [
         ("vit.embeddings.patch_embeddings.projection", "patch_embed.proj"),
-        ("vit.embeddings.position_embeddings", "pos_embed"),
+        ("vit.embeddings.position_embeddings", "pos_embed.pos_embedding"),
         ("vit.embeddings.cls_token", "cls_token"),
         ("vit.layernorm", "norm"),
         ("vit.encoder.layer.", "transformer."),
