@@ -24,6 +24,7 @@
 #![warn(missing_docs)]
 #![deny(unsafe_code)]
 
+pub mod ablation;
 pub mod data;
 pub mod error;
 pub mod files;
@@ -34,6 +35,7 @@ pub mod optim;
 pub mod quantize;
 pub mod random;
 pub mod recipe;
+pub mod report;
 pub mod select;
 pub mod train;
 pub mod transform;

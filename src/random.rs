@@ -103,6 +103,33 @@ impl Random {
         }
     }
 
+    /// The logarithm of a draw from Gamma(shape, 1) (Marsaglia and Tsang 2000); of shapes below 1 by way
+    /// of one more, as a logarithm since small shapes underflow.
+    fn ln_gamma_draw(&mut self, shape: f64) -> f64 {
+        let boosted = if shape < 1.0 { shape + 1.0 } else { shape };
+        let d = boosted - 1.0 / 3.0;
+        let c = 1.0 / (9.0 * d).sqrt();
+        let ln = loop {
+            let x = f64::from(self.normal());
+            let v = (1.0 + c * x).powi(3);
+            let u = 1.0 - f64::from(self.uniform());
+            if v > 0.0 && u.ln() < 0.5 * x * x + d - d * v + d * v.ln() {
+                break (d * v).ln();
+            }
+        };
+        match shape < 1.0 {
+            true => ln + (1.0 - f64::from(self.uniform())).ln() / shape,
+            false => ln,
+        }
+    }
+
+    /// A draw from Beta(alpha, alpha), `alpha` above 0: in `[0, 1]`, mean one half.
+    pub fn beta(&mut self, alpha: f64) -> f64 {
+        let alpha = alpha.max(1e-9); // as good as a coin already; the logarithms stay finite
+        let (a, b) = (self.ln_gamma_draw(alpha), self.ln_gamma_draw(alpha));
+        1.0 / (1.0 + (b - a).exp())
+    }
+
     /// A random order of `0..n` (Fisher and Yates).
     pub fn permutation(&mut self, n: usize) -> Vec<u32> {
         let mut order: Vec<u32> = (0..n as u32).collect();
@@ -135,6 +162,23 @@ mod tests {
         assert_ne!(draw(1, "order", &[2]), draw(1, "order", &[3]));
         assert_ne!(draw(1, "order", &[2]), draw(2, "order", &[2]));
         assert_ne!(draw(1, "order", &[2]), draw(1, "crop", &[2]));
+    }
+
+    /// Beta(a, a) has mean 1/2 and variance 1 / (8 a + 4).
+    #[test]
+    fn beta_moments() {
+        for alpha in [0.2, 0.8, 1.0, 4.0] {
+            let mut r = Random::new(7, "beta", &[]);
+            let draws: Vec<f64> = (0..20_000).map(|_| r.beta(alpha)).collect();
+            assert!(draws.iter().all(|d| (0.0..=1.0).contains(d)));
+            let mean = draws.iter().sum::<f64>() / 20_000.0;
+            let variance = draws.iter().map(|d| (d - mean).powi(2)).sum::<f64>() / 20_000.0;
+            let expected = 1.0 / (8.0 * alpha + 4.0);
+            assert!((mean - 0.5).abs() < 0.01, "{alpha}: {mean}");
+            assert!((variance / expected - 1.0).abs() < 0.05, "{alpha}: {variance} {expected}");
+        }
+        // So small that both gammas underflow: still 0 or 1.
+        assert!((0..100).all(|i| Random::new(1, "tiny", &[i]).beta(1e-300).is_finite()));
     }
 
     #[test]

@@ -20,7 +20,12 @@ pub const EMBEDDED: &[(&str, &str)] = &[
     ("vit-w2a2", include_str!("../recipes/vit-w2a2.toml")),
     ("vit-w4a4", include_str!("../recipes/vit-w4a4.toml")),
     ("deit-tiny-w2a2", include_str!("../recipes/deit-tiny-w2a2.toml")),
+    ("deit-tiny-w3a3", include_str!("../recipes/deit-tiny-w3a3.toml")),
+    ("deit-tiny-w4a4", include_str!("../recipes/deit-tiny-w4a4.toml")),
     ("deit-small-w2a2", include_str!("../recipes/deit-small-w2a2.toml")),
+    ("deit-small-w3a3", include_str!("../recipes/deit-small-w3a3.toml")),
+    ("deit-small-w4a4", include_str!("../recipes/deit-small-w4a4.toml")),
+    ("ablation-ofq", include_str!("../recipes/ablation-ofq.toml")),
 ];
 
 /// A whole run.
@@ -40,7 +45,7 @@ pub struct Recipe {
     /// `[data]`.
     #[serde(default)]
     pub data: DataConfig,
-    /// `[augment]`: random crops and flips of the training images.
+    /// `[augment]`: random changes to the training images.
     #[serde(default)]
     pub augment: Augment,
     /// `[activation]`.
@@ -69,6 +74,36 @@ pub struct Recipe {
 pub enum ModelConfig {
     /// A vision transformer.
     Vit(VitSource),
+}
+
+impl ModelConfig {
+    /// The pretrained model, where there is one.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            ModelConfig::Vit(vit) => vit.path.as_deref(),
+        }
+    }
+
+    /// Whether it may be a file that PyTorch pickled.
+    pub fn allow_pickle(&self) -> bool {
+        match self {
+            ModelConfig::Vit(vit) => vit.allow_pickle,
+        }
+    }
+
+    /// The same path, to be changed.
+    pub fn path_mut(&mut self) -> &mut Option<PathBuf> {
+        match self {
+            ModelConfig::Vit(vit) => &mut vit.path,
+        }
+    }
+
+    /// Pixels on a side that images are brought to, where the recipe says so.
+    pub fn image_size(&self) -> Option<usize> {
+        match self {
+            ModelConfig::Vit(vit) => vit.image_size,
+        }
+    }
 }
 
 /// A pretrained ViT, or the sizes of a new one.
@@ -150,6 +185,9 @@ pub enum DistillKind {
     None,
     /// Soft cross-entropy against the teacher's class probabilities (ofq.md 6.1).
     Soft,
+    /// The teacher's ranking of the classes behind the label (Plackett-Luce, Bassam et al. 2025), which
+    /// takes the place of the cross-entropy with the labels too.
+    Pld,
 }
 
 /// `[distill]`: the teacher is the model at the start of quantization unless `teacher` names another.
@@ -189,6 +227,14 @@ pub struct TrainConfig {
     pub checkpoint_steps: usize,
     /// Checkpoints kept, the best one beside.
     pub keep: usize,
+    /// Decay of an exponential average of the weights that evaluations see and that each phase ends with;
+    /// 0: none.
+    pub ema: f64,
+    /// Stochastic depth: the probability with which the deepest block leaves out a branch for a sample; 0:
+    /// never.
+    pub drop_path: f64,
+    /// Factor on the learning rate from each block to the one before it; 1: the same for all.
+    pub layer_decay: f64,
 }
 
 impl Default for TrainConfig {
@@ -202,6 +248,9 @@ impl Default for TrainConfig {
             eval_steps: 0,
             checkpoint_steps: 0,
             keep: 2,
+            ema: 0.0,
+            drop_path: 0.0,
+            layer_decay: 1.0,
         }
     }
 }
@@ -253,8 +302,11 @@ pub struct PhaseConfig {
     /// Epochs that the cosine of `cosine_epochs` spans. None: all of them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cosine_span: Option<f64>,
+    /// Whether the optimizer goes on from the state that the quantized phase before left.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub continue_optimizer: bool,
     /// Confidence-guided annealing: only weights within so many steps of a threshold move, and the
-    /// optimizer goes on from the state that the phase before left. None: all weights move.
+    /// optimizer goes on as with `continue_optimizer`. None: all weights move.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub calm: Option<f64>,
     /// What annealing does to a product of query and key.
@@ -270,8 +322,12 @@ pub enum CalmQk {
     /// Nothing: what the release that gave the published figures does.
     #[default]
     Off,
-    /// The gradient of confident entries is cut, as the paper's text describes.
+    /// The gradient of confident entries is cut. Query and key go on moving along what is left of it, and
+    /// with them whole rows and columns of the product.
     MaskGrad,
+    /// The product becomes a weight of its own, so that confident entries are held still one by one, as the
+    /// paper's text describes.
+    Hold,
 }
 
 impl CalmQk {
@@ -308,6 +364,10 @@ pub enum QkrBias {
     Drop,
 }
 
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
 fn always() -> When {
     When::Always
 }
@@ -337,6 +397,15 @@ impl Recipe {
             }
         };
         // Once as the type, so that a mistake is reported with its line in this file.
+        let mut plain: toml::Table = toml::from_str(&text)
+            .map_err(|e| Error::usage(format!("{}: {}", origin.display(), toml_message(&e))))?;
+        if plain.remove("ablation").is_some() {
+            // Variants of a recipe: the recipe itself is what stands beside them.
+            Recipe::deserialize(toml::Value::Table(plain))
+                .map_err(|e| Error::usage(format!("{}: {}", origin.display(), toml_message(&e))))?;
+            return toml::from_str(&text)
+                .map_err(|e| Error::usage(format!("{}: {}", origin.display(), toml_message(&e))));
+        }
         toml::from_str::<Recipe>(&text)
             .map_err(|e| Error::usage(format!("{}: {}", origin.display(), toml_message(&e))))?;
         toml::from_str(&text).map_err(|e| Error::usage(format!("{}: {}", origin.display(), toml_message(&e))))
@@ -383,6 +452,16 @@ impl Recipe {
         ];
         if let Some((key, n)) = counts.iter().find(|(_, n)| *n == 0 || *n > 1 << 20) {
             return Err(Error::usage(format!("{key} = {n}: expected 1 to {}", 1 << 20)));
+        }
+        self.augment.check()?;
+        for (key, value) in [("train.ema", train.ema), ("train.drop_path", train.drop_path)] {
+            if !(0.0..1.0).contains(&value) {
+                return Err(Error::usage(format!("{key} = {value}: expected 0 or more and less than 1")));
+            }
+        }
+        if !(train.layer_decay > 0.0 && train.layer_decay <= 1.0) {
+            let found = train.layer_decay;
+            return Err(Error::usage(format!("train.layer_decay = {found}: expected above 0 and at most 1")));
         }
         self.optimizer.check()?;
         if !(train.clip.is_finite() && train.clip >= 0.0) {

@@ -10,9 +10,11 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor, Var};
 use qtune::kernels::{self, Levels};
 use qtune::models::attention::{Attention, AttentionPlace};
-use qtune::models::vit::{Mlp, VitOutput};
+use qtune::models::vit::Mlp;
+use qtune::models::VisionOutput;
 use qtune::optim::adamw::AdamWConfig;
 use qtune::optim::OptimizerConfig;
+use qtune::recipe::DistillKind;
 use qtune::train::oscillation::Track;
 use qtune::train::step;
 use qtune::train::task::distillation_loss;
@@ -126,19 +128,18 @@ fn kd_loss(case: &Case) -> Outputs {
     let second = two.then(|| case.var("student_dist"));
     let ids = case.attrs["target"].as_str() == Some("class ids as floats");
     let teacher = case.input("teacher");
-    let output = VitOutput {
+    let output = VisionOutput {
         class: student.as_tensor().clone(),
         distillation: second.as_ref().map(|v| v.as_tensor().clone()),
     };
-    let loss = if ids {
-        let labels = case.input("target").flatten_all().unwrap().to_dtype(DType::U32).unwrap();
-        distillation_loss(&output, &labels, Some(teacher)).unwrap()
-    } else {
-        let hard = kernels::soft_cross_entropy(&output.class, case.input("target")).unwrap();
-        let target = kernels::softmax(teacher).unwrap();
-        let taught = output.distillation.as_ref().unwrap_or(&output.class);
-        (hard + kernels::soft_cross_entropy(taught, &target).unwrap()).unwrap()
+    let target = case.input("target");
+    // With soft targets the labels are read by a ranking alone.
+    let labels = match ids {
+        true => target.flatten_all().unwrap().to_dtype(DType::U32).unwrap(),
+        false => target.argmax(1).unwrap(),
     };
+    let soft = (!ids).then_some(target);
+    let loss = distillation_loss(&output, &labels, soft, Some((teacher, DistillKind::Soft))).unwrap();
     let grads = loss.backward().unwrap();
     let mut out = Outputs::new();
     out.insert("g_student".into(), grads.get(&student).unwrap().clone());

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use candle_transformers::models::vit;
-use qtune::models::{open_vit, open_weights, Vit};
+use qtune::models::{open_model, open_weights};
 use qtune::quantize;
 use qtune::random::Random;
 use qtune::recipe::{set, Recipe};
@@ -29,14 +29,14 @@ fn candle_transformers_vit_over_a_packed_folder_gives_our_logits() {
     quantize::run(&recipe, dir.path(), &Device::Cpu, &Quiet).unwrap();
     let model = dir.path().join("model");
 
-    let opened = open_vit(&model, &Device::Cpu).unwrap();
+    let opened = open_model(&model, &Device::Cpu).unwrap();
     assert!(opened.quantization.is_some());
-    let ours = Vit::new(&opened.config, &opened.weights).unwrap();
+    let ours = opened.config.build(&opened.weights).unwrap();
 
     let text = std::fs::read_to_string(model.join("config.json")).unwrap();
     let config: vit::Config = serde_json::from_str(&text).unwrap();
     let store = open_weights(&model, &Device::Cpu).unwrap();
-    let classes = opened.config.classes.len();
+    let classes = opened.config.classes().len();
     let theirs = vit::Model::new(&config, classes, store.var_builder(DType::F32, &Device::Cpu)).unwrap();
 
     let mut random = Random::new(5, "images", &[]);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 use qtune::models::nn::Linear;
-use qtune::models::{open_vit, Vit};
+use qtune::models::open_model;
 use qtune::quantize;
 use qtune::random::Random;
 use qtune::recipe::{set, Recipe};
@@ -45,13 +45,13 @@ fn logits_of_a_packed_model_are_those_of_the_fake_quantized_one() {
         let recipe = Recipe::resolve(table).unwrap();
         let dir = tempfile::tempdir().unwrap();
         quantize::run(&recipe, dir.path(), &Device::Cpu, &Quiet).unwrap();
-        let packed = open_vit(&dir.path().join("model"), &Device::Cpu).unwrap();
+        let packed = open_model(&dir.path().join("model"), &Device::Cpu).unwrap();
         // The same model with every packed weight as the dense values it stands for.
         let tensors = packed.weights.iter().map(|(name, w)| (name.to_string(), w.tensor().unwrap()));
         let dense = Weights::from_tensors(tensors.collect::<Vec<_>>());
         let images = random("images", &[4, 1, 28, 28]);
         let logits = |weights: &Weights| {
-            values(&Vit::new(&packed.config, weights).unwrap().forward(&images).unwrap().logits().unwrap())
+            values(&packed.config.build(weights).unwrap().forward(&images).unwrap().logits().unwrap())
         };
         let (a, b) = (logits(&packed.weights), logits(&dense));
         let largest = b.iter().fold(0f32, |m, v| m.max(v.abs()));

@@ -16,7 +16,13 @@ fn every_file_is_compiled_in_and_resolves() {
     }
     assert_eq!(files.len(), EMBEDDED.len());
     for (name, _) in EMBEDDED {
-        let recipe = Recipe::resolve(Recipe::table(name).unwrap()).unwrap();
+        let mut table = Recipe::table(name).unwrap();
+        if table.contains_key("ablation") {
+            // Variants of a recipe: each of them resolves.
+            let ablation = qtune::ablation::split(&mut table).unwrap();
+            ablation.cells(&table, Path::new("out")).unwrap();
+        }
+        let recipe = Recipe::resolve(table).unwrap();
         assert_eq!(&recipe.name, name);
         let saved = recipe.to_toml().unwrap();
         let again = Recipe::resolve(saved.parse().unwrap()).unwrap();
@@ -52,6 +58,14 @@ fn unknown_keys_and_wrong_types_are_named() {
     assert!(text.contains("train.accumulate = 0"), "{text}");
     let text = wrong(|t| set(t, "phase.1.lr=nan").unwrap());
     assert!(text.contains("phase.1.lr"), "{text}");
+    let text = wrong(|t| set(t, "augment.erase=1.5").unwrap());
+    assert!(text.contains("augment.erase = 1.5"), "{text}");
+    let text = wrong(|t| set(t, "augment.rand_augment=rand-m9-x3-inc1").unwrap());
+    assert!(text.contains("rand_augment") && text.contains("x3"), "{text}");
+    let text = wrong(|t| set(t, "augment.erase_mode=noise").unwrap());
+    assert!(text.contains("noise") && text.contains("pixel"), "{text}");
+    let text = wrong(|t| set(t, "distill.kind=hard").unwrap());
+    assert!(text.contains("hard") && text.contains("pld"), "{text}");
     let text = wrong(|t| set(t, "model.heads=5").unwrap());
     assert!(text.contains("model.heads = 5"), "{text}");
 }
@@ -67,6 +81,37 @@ fn paths_of_set_reach_arrays_and_refuse_what_is_not_there() {
     assert!(set(&mut table, "phase.7.epochs=1").unwrap_err().to_string().contains("index below 2"));
     assert!(set(&mut table, "no equals sign").unwrap_err().to_string().contains("key.path=value"));
     assert!(put(&mut table, "name.x", toml::Value::Integer(1)).unwrap_err().contains("neither a table"));
+}
+
+/// The table of the published runs (ofq.md 6.2): batch, rate, decay, warm-up, mixing.
+#[test]
+fn the_published_runs_are_as_published() {
+    for (model, bits) in [("tiny", 2), ("tiny", 3), ("tiny", 4), ("small", 2), ("small", 3), ("small", 4)] {
+        let name = format!("deit-{model}-w{bits}a{bits}");
+        let r = Recipe::resolve(Recipe::table(&name).unwrap()).unwrap();
+        let mixed = model == "small" && bits > 2;
+        let phase = &r.phase[0];
+        let got = (r.train.batch_size * r.train.accumulate, phase.lr, phase.warmup_epochs, phase.warmup_lr);
+        let want = if mixed { (800, 3.2e-4, 0.0, 0.0) } else { (560, 5.47e-4, 5.0, 1e-6) };
+        assert_eq!(got, want, "{name}");
+        assert_eq!((phase.epochs, phase.cosine_span, phase.min_lr), (310.0, Some(300.0), 1e-5), "{name}");
+        assert_eq!((r.transform[0].bits, r.transform[1].bits, r.activation.bits), (bits, 8, bits), "{name}");
+        let qtune::optim::OptimizerConfig::Adamw(adamw) = &r.optimizer else { panic!("{name}") };
+        assert_eq!(adamw.weight_decay, if mixed { 0.0 } else { 0.05 }, "{name}");
+        let a = &r.augment;
+        let got = (a.mixup, a.cutmix, a.label_smoothing, a.repeats);
+        assert_eq!(got, if mixed { (0.8, 1.0, 0.1, 3) } else { (0.0, 0.0, 0.0, 1) }, "{name}");
+        assert_eq!((a.erase, a.erase_mode, a.flip), (0.25, qtune::data::EraseMode::Pixel, true), "{name}");
+        assert!(a.resized_crop && a.random_interpolation && a.crop_scale == [0.08, 1.0], "{name}");
+        let rand = a.rand_augment.clone().map(String::from);
+        assert_eq!(rand.as_deref(), Some("rand-m9-mstd0.5-inc1"), "{name}");
+    }
+    // What a recipe turns on can be turned off.
+    let mut table = Recipe::table("deit-tiny-w2a2").unwrap();
+    set(&mut table, "augment.rand_augment=none").unwrap();
+    set(&mut table, "augment.resized_crop=false").unwrap();
+    let recipe = Recipe::resolve(table).unwrap();
+    assert_eq!((recipe.augment.rand_augment, recipe.augment.resized_crop), (None, false));
 }
 
 #[test]

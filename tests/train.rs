@@ -5,8 +5,8 @@ use std::path::Path;
 use std::sync::Mutex;
 
 use candle_core::{Device, Tensor};
-use qtune::data::{Augment, Batch, DataConfig, Loader, Preprocess};
-use qtune::models::{open_vit, Vit};
+use qtune::data::{Augment, Batch, DataConfig, Loader, Preprocess, Training};
+use qtune::models::open_model;
 use qtune::optim::{Optimizer, OptimizerConfig};
 use qtune::quantize;
 use qtune::random::Random;
@@ -85,13 +85,34 @@ fn model_bytes(dir: &Path) -> Vec<u8> {
 #[test]
 fn stopped_and_resumed_is_the_run_that_never_stopped() {
     let _turn = turn();
-    for changes in [&[][..], &["activation.bits=2", "transform.0.kind=\"lsq\"", "train.accumulate=2"]] {
+    let published = [
+        "augment.crop_pad=0",
+        "augment.resized_crop=true",
+        "augment.rand_augment=rand-m9-mstd0.5-inc1",
+        "augment.erase=0.25",
+        "augment.mixup=0.8",
+        "augment.cutmix=1.0",
+        "augment.label_smoothing=0.1",
+        "augment.repeats=3",
+        "distill.kind=pld",
+        "phase.1.steps=20", // into a second epoch
+    ];
+    let learned = ["activation.bits=2", "transform.0.kind=\"lsq\"", "train.accumulate=2"];
+    for changes in [&[][..], &learned, &published] {
         let recipe = recipe(changes);
         let whole = tempfile::tempdir().unwrap();
         quantize::run(&recipe, whole.path(), &Device::Cpu, &Quiet).unwrap();
-        for (phase, step) in
-            [("float", 3), ("float", 7), ("quantized", 1), ("quantized", 6), ("quantized", 9)]
-        {
+        for (phase, step) in [
+            ("float", 3),
+            ("float", 7),
+            ("quantized", 1),
+            ("quantized", 6),
+            ("quantized", 9),
+            ("quantized", 17),
+        ] {
+            if phase == "quantized" && Some(step) > recipe.phase[1].steps {
+                continue;
+            }
             let dir = tempfile::tempdir().unwrap();
             let stop = StopAt { phase, step, now: Mutex::default() };
             let stopped = quantize::run(&recipe, dir.path(), &Device::Cpu, &stop);
@@ -132,8 +153,8 @@ fn without_steps_a_trained_model_is_packed_as_it_is() {
     let dir = tempfile::tempdir().unwrap();
     let recipe = recipe(&["phase.1.steps=0", "phase.0.steps=60", "transform.0.bits=4"]);
     let summary = quantize::run(&recipe, dir.path(), &Device::Cpu, &Quiet).unwrap();
-    let float = open_vit(&dir.path().join("checkpoints/float"), &Device::Cpu).unwrap();
-    let packed = open_vit(&dir.path().join("model"), &Device::Cpu).unwrap();
+    let float = open_model(&dir.path().join("checkpoints/float"), &Device::Cpu).unwrap();
+    let packed = open_model(&dir.path().join("model"), &Device::Cpu).unwrap();
     let name = "vit.encoder.layer.0.intermediate.dense.weight";
     let (a, b) = (float.weights.get(name).unwrap(), packed.weights.get(name).unwrap());
     let (a, b) = (a.tensor().unwrap(), b.tensor().unwrap());
@@ -190,7 +211,7 @@ fn task(act_bits: u8) -> (Classify, Weights, Vec<Batch>, OptimizerConfig) {
     short.phase[0].steps = Some(1);
     short.phase[1].steps = Some(1);
     quantize::run(&short, dir.path(), &Device::Cpu, &Quiet).unwrap();
-    let start = open_vit(&dir.path().join("checkpoints/float"), &Device::Cpu).unwrap();
+    let start = open_model(&dir.path().join("checkpoints/float"), &Device::Cpu).unwrap();
     let mut weights = start.weights.trainable().unwrap();
     for (name, _) in quantize::targets(&recipe, &weights).unwrap() {
         let w = weights.get(&name).unwrap().tensor().unwrap().detach();
@@ -198,17 +219,23 @@ fn task(act_bits: u8) -> (Classify, Weights, Vec<Batch>, OptimizerConfig) {
     }
     let preprocess = std::sync::Arc::new(Preprocess::default_for(28, 28, 1));
     let load = |order: Vec<u32>, size: usize| -> Vec<Batch> {
-        let augment = Some(Augment { crop_pad: 1, flip: false });
+        let augment = Augment { crop_pad: 1, ..Default::default() };
+        let training = Training { augment, classes: dataset.classes.len(), seed: 0, epoch: 0, done: 0 };
         let train = dataset.train.clone();
-        Loader::new(train, preprocess.clone(), augment, order, size, 0, 0, 1, &Device::Cpu)
+        Loader::new(train, preprocess.clone(), order, size, Some(training), 1, &Device::Cpu)
             .map(|b| b.unwrap())
             .collect()
     };
     let whole = load((0..24).collect(), 24);
     quantize::calibrate(&recipe, &start.config, &mut weights, &whole[0].images, true, &Quiet).unwrap();
-    let model = Vit::new(&start.config, &weights).unwrap();
+    let model = start.config.build(&weights).unwrap();
     let batches = [whole, load((0..24).collect(), 7)].concat_batches();
-    (Classify { model, teacher: None, distill: DistillKind::None }, weights, batches, recipe.optimizer)
+    (
+        Classify { model, teacher: None, distill: DistillKind::None, drop_path: None },
+        weights,
+        batches,
+        recipe.optimizer,
+    )
 }
 
 trait Concat {
@@ -239,6 +266,7 @@ impl Optimizer for Remember {
     fn state(&self) -> qtune::Result<Vec<(String, Tensor)>> {
         Ok(Vec::new())
     }
+    fn retain(&mut self, _params: &[qtune::weights::Param]) {}
     fn restore(
         &mut self,
         _params: &[qtune::weights::Param],

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use clap::Args;
 use qtune::data::DataConfig;
-use qtune::models::{model_dir, open_vit_with, Vit};
+use qtune::models::{model_dir, open_model_with};
 use qtune::recipe::Recipe;
 use qtune::train::{evaluate, peak_rss_bytes, signal, Progress};
 use qtune::{hub, quantize, Error};
@@ -67,16 +67,16 @@ impl Eval {
             return Err(Error::usage("--batch-size 0: expected at least 1").into());
         }
         let dir = model_dir(&hub::resolve(&self.model.to_string_lossy())?);
-        let opened = open_vit_with(&dir, self.common.pickle(), &device)?;
+        let opened = open_model_with(&dir, self.common.pickle(), &device)?;
         opened.notes.iter().for_each(|note| progress.note(note));
         let (mut data, seed) = self.data()?;
         data.limit_eval = self.limit_eval.or(data.limit_eval);
         data.strict |= self.strict;
         // The training images are not looked at, so one is enough.
         data.limit_train = Some(1);
-        let dataset = data.open(seed)?.under_labels(&opened.config.classes)?;
+        let dataset = data.open(seed)?.under_labels(opened.config.classes())?;
         dataset.notes.iter().for_each(|note| progress.note(note));
-        let model = Vit::new(&opened.config, &opened.weights)?;
+        let model = opened.config.build(&opened.weights)?;
         let preprocess = Arc::new(opened.preprocess);
         let eval = dataset.eval.clone();
         let got = evaluate(&model, eval, preprocess, self.batch_size, &device, &progress, true)?;
@@ -85,7 +85,6 @@ impl Eval {
             progress.note(&format!("{} unreadable images replaced: {first}", left_out.len()));
         }
         if self.common.json {
-            let params: usize = opened.config.shapes().iter().map(|(_, s)| s.iter().product::<usize>()).sum();
             let mut value = quantize::accuracy_json(&got);
             let more = json!({
                 "command": "eval",
@@ -97,7 +96,7 @@ impl Eval {
                 "wall_s": started.elapsed().as_secs_f64(),
                 "steps": 0,
                 "peak_rss_bytes": peak_rss_bytes(),
-                "params_total": params,
+                "params_total": opened.config.params(),
                 "params_trainable": 0,
                 "version": env!("CARGO_PKG_VERSION"),
                 "commit": env!("QTUNE_COMMIT"),

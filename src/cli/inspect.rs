@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use clap::Args;
 use qtune::models::{model_dir, read_config};
+use qtune::report::layers::{last_line, Layer};
 use qtune::train::Progress;
 use qtune::weights::format::QuantizationConfig;
 use qtune::weights::Checkpoint;
@@ -51,6 +52,7 @@ impl Inspect {
         let stored: usize = rows.iter().map(|r| r.bytes).sum();
         let elements: usize = rows.iter().map(|r| r.shape.iter().product::<usize>()).sum();
         let summary = read_summary(&path)?;
+        let layers = read_layers(&path)?;
         if self.common.json {
             let tensors: Vec<Value> = rows
                 .iter()
@@ -67,6 +69,7 @@ impl Inspect {
                 "metadata": checkpoint.metadata(),
                 "notes": checkpoint.notes(),
                 "summary": summary,
+                "layers": layers.map(|(_, layers)| layers),
             }));
         }
         let width = rows.iter().map(|r| r.name.len()).max().unwrap_or(0);
@@ -91,6 +94,9 @@ impl Inspect {
         for (key, value) in checkpoint.metadata() {
             text += &format!("\nmetadata {key}: {value}");
         }
+        if let Some((step, layers)) = layers {
+            text += &format!("\n\n{}", layer_table(step, &layers));
+        }
         if let Some(figures) = summary {
             let figure = |key: &str| figures.get(key).filter(|v| !v.is_null()).map(|v| format!("{key} {v}"));
             let known = ["bits", "act_bits", "fp_top1", "q_top1", "steps", "oscillation", "compression"];
@@ -107,6 +113,50 @@ fn read_summary(run: &Path) -> Result<Option<Value>> {
         true => Ok(serde_json::from_str(&files::read_text(&path)?).ok()),
         false => Ok(None),
     }
+}
+
+/// What the last line of metrics about the quantized weights says, and its step.
+fn read_layers(run: &Path) -> Result<Option<(u64, Vec<Value>)>> {
+    let path = run.join("metrics.jsonl");
+    match path.exists() {
+        true => {
+            let bytes = std::fs::read(&path).map_err(|e| qtune::Error::io(&path, e))?;
+            Ok(last_line(&String::from_utf8_lossy(&bytes)))
+        }
+        false => Ok(None),
+    }
+}
+
+/// The quantized weights as training left them, a line each.
+fn layer_table(step: u64, layers: &[Value]) -> String {
+    let layers: Vec<Layer> = layers.iter().map(Layer::read).collect();
+    let width = layers.iter().map(|l| l.name.len()).max().unwrap_or(0);
+    let digits = |value: Option<f64>, digits: usize| match value {
+        Some(value) => format!("{value:.digits$}"),
+        None => "-".to_string(),
+    };
+    let mut text = format!(
+        "{:width$}  bits     codes  oscillation %  flip rate  near 0.005  entropy  frozen %  scales of rows",
+        format!("quantized weights at step {step}")
+    );
+    for layer in &layers {
+        let figure = |key: &str| layer.figure(key);
+        let scales = layer.scale_rows.iter().zip(&layer.scales);
+        let scales: Vec<String> = scales.map(|(row, scale)| format!("{row}: {scale:.4}")).collect();
+        text += &format!(
+            "\n{:width$}  {:>4}  {:>8}  {:>13}  {:>9}  {:>10}  {:>7}  {:>8}  {}",
+            layer.name,
+            digits(layer.bits, 0),
+            digits(layer.codes, 0),
+            digits(figure("oscillation"), 2),
+            digits(figure("flip_rate"), 5),
+            digits(layer.near("0.005"), 4),
+            digits(figure("entropy"), 3),
+            digits(figure("frozen"), 2),
+            scales.join("  ")
+        );
+    }
+    text
 }
 
 /// A row for each tensor; codes and scales of a packed weight are one.

@@ -1,5 +1,6 @@
 //! The command line: flags to recipes, progress to stderr, results to stdout.
 
+mod ablate;
 mod eval;
 mod flags;
 mod inspect;
@@ -29,6 +30,8 @@ struct Args {
 enum Command {
     /// Train a vision transformer for 2-, 3- or 4-bit weights, pack it and measure it
     Quantize(Box<quantize::Quantize>),
+    /// Run variants of a recipe over widths and seeds, and write a table of what each part brings
+    Ablate(Box<ablate::Ablate>),
     /// Measure a full-precision or packed model: top-1, top-5, loss
     Eval(eval::Eval),
     /// Say what is in an image
@@ -62,6 +65,7 @@ pub fn run() -> Result<()> {
     };
     match args.command {
         Command::Quantize(command) => command.run(),
+        Command::Ablate(command) => command.run(),
         Command::Eval(command) => command.run(),
         Command::Predict(command) => command.run(),
         Command::Inspect(command) => command.run(),

@@ -6,7 +6,7 @@ use anyhow::Result;
 use candle_core::Tensor;
 use clap::Args;
 use qtune::data::decode_file;
-use qtune::models::{model_dir, open_vit_with, Vit};
+use qtune::models::{model_dir, open_model_with};
 use qtune::{hub, kernels};
 use serde_json::json;
 
@@ -31,10 +31,10 @@ impl Predict {
     pub fn run(self) -> Result<()> {
         let device = self.common.device()?;
         let dir = model_dir(&hub::resolve(&self.model.to_string_lossy())?);
-        let opened = open_vit_with(&dir, self.common.pickle(), &device)?;
-        let model = Vit::new(&opened.config, &opened.weights)?;
-        let (height, width) = opened.config.image_size;
-        let channels = opened.config.channels;
+        let opened = open_model_with(&dir, self.common.pickle(), &device)?;
+        let model = opened.config.build(&opened.weights)?;
+        let (height, width) = opened.config.image_size();
+        let channels = opened.config.channels();
         let mut answers = Vec::new();
         for path in &self.images {
             let image = decode_file(path)?;
@@ -46,7 +46,7 @@ impl Predict {
             let mut order: Vec<usize> = (0..shares.len()).collect();
             order.sort_by(|a, b| shares[*b].total_cmp(&shares[*a]).then(a.cmp(b)));
             order.truncate(self.top.max(1));
-            let label = |class: usize| opened.config.classes.get(class).cloned().unwrap_or_default();
+            let label = |class: usize| opened.config.classes().get(class).cloned().unwrap_or_default();
             if !self.common.json {
                 let said: Vec<String> =
                     order.iter().map(|&c| format!("{} {:.1} %", label(c), 100.0 * shares[c])).collect();

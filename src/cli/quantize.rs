@@ -22,6 +22,7 @@ enum WeightQuant {
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Kd {
     Soft,
+    Pld,
     None,
 }
 
@@ -78,7 +79,8 @@ pub struct Quantize {
     /// Teacher model [default: the model at the start of quantization]
     #[arg(long, value_name = "MODEL")]
     teacher: Option<PathBuf>,
-    /// Recipe: a name (glyphs, vit-w2a32, vit-w2a2, vit-w4a4, deit-tiny-w2a2, deit-small-w2a2) or a file
+    /// Recipe: a name (glyphs, vit-w2a32, vit-w2a2, vit-w4a4, deit-tiny-w2a2, deit-tiny-w3a3, deit-tiny-w4a4,
+    /// deit-small-w2a2, deit-small-w3a3, deit-small-w4a4) or a file
     #[arg(long, value_name = "RECIPE")]
     recipe: Option<String>,
     /// Set any key of the recipe, e.g. phase.0.epochs=3
@@ -176,7 +178,7 @@ fn anneal(table: &mut toml::Table, cga: Cga) {
         phase.insert("calm".into(), Value::Float(0.005));
         phases.push(Value::Table(phase));
     }
-    let mask = if cga == Cga::Paper && product { "mask_grad" } else { "off" };
+    let mask = if cga == Cga::Paper && product { "hold" } else { "off" };
     for phase in phases.iter_mut().filter_map(Value::as_table_mut).filter(|p| p.contains_key("calm")) {
         phase.insert("calm_qk".into(), Value::String(mask.into()));
     }
@@ -291,9 +293,8 @@ impl Quantize {
             set(&mut table, assignment)?;
         }
         let mut recipe = Recipe::resolve(table)?;
-        let qtune::recipe::ModelConfig::Vit(vit) = &mut recipe.model;
-        let paths =
-            [&mut recipe.data.path, &mut recipe.data.eval_path, &mut recipe.distill.teacher, &mut vit.path];
+        let model = recipe.model.path_mut();
+        let paths = [&mut recipe.data.path, &mut recipe.data.eval_path, &mut recipe.distill.teacher, model];
         for path in paths.into_iter().flatten() {
             *path = anchored(path);
         }

@@ -1,5 +1,6 @@
 //! Batches, prepared on other threads ahead of the consumer.
 
+use super::augment::{soft_targets, Mix};
 use super::{Augment, Preprocess, Source};
 use crate::random::Random;
 use crate::{Error, Result};
@@ -18,15 +19,37 @@ const AHEAD: usize = 2;
 pub struct Batch {
     /// `[batch, channels, height, width]`, f32, on the loader's device.
     pub images: Tensor,
-    /// The class of each image.
+    /// The class of each image; of a mixed one the class of the image that was mixed with another.
     pub labels: Vec<u32>,
     /// The index of each image in its source.
     pub indices: Vec<u32>,
+    /// The number of the epoch, which addresses the random streams of its samples.
+    pub epoch: u64,
+    /// Soft labels `[batch, classes]`, f32, where images are mixed or labels smoothed.
+    pub targets: Option<Tensor>,
 }
 
-/// A random order of the images of an epoch: the same for the same `seed` and `epoch`.
-pub fn epoch_order(len: usize, seed: u64, epoch: u64) -> Vec<u32> {
-    Random::new(seed, "order", &[epoch]).permutation(len)
+/// What is drawn at random while an epoch is trained on, and where in it to begin.
+#[derive(Debug, Clone)]
+pub struct Training {
+    /// How images and batches change.
+    pub augment: Augment,
+    /// How many classes there are: the width of soft labels.
+    pub classes: usize,
+    /// Seed of everything random.
+    pub seed: u64,
+    /// Number of the epoch, which addresses its random streams.
+    pub epoch: u64,
+    /// How many images of the epoch's order come before the order that the loader is given.
+    pub done: usize,
+}
+
+/// A random order of the images of an epoch: the same for the same `seed` and `epoch`. Each image
+/// comes `repeats` times in a row, and what exceeds `len` places is left out, as DeiT's sampler does in
+/// one process.
+pub fn epoch_order(len: usize, repeats: usize, seed: u64, epoch: u64) -> Vec<u32> {
+    let order = Random::new(seed, "order", &[epoch]).permutation(len);
+    order.into_iter().flat_map(|image| std::iter::repeat_n(image, repeats)).take(len).collect()
 }
 
 /// A batch as a worker makes it: bytes, no tensor yet.
@@ -34,17 +57,16 @@ struct Prepared {
     images: Vec<f32>,
     labels: Vec<u32>,
     indices: Vec<u32>,
+    targets: Option<Vec<f32>>,
 }
 
 /// What all workers share.
 struct Job {
     source: Arc<dyn Source>,
     preprocess: Arc<Preprocess>,
-    augment: Option<Augment>,
     order: Vec<u32>,
     batch_size: usize,
-    seed: u64,
-    epoch: u64,
+    training: Option<Training>,
     workers: usize,
     stop: AtomicBool,
 }
@@ -69,26 +91,24 @@ impl Loader {
     /// Starts preparing the images `order` of `source` in batches of `batch_size` (the last may be
     /// shorter) on `workers` threads.
     ///
-    /// Image i of epoch e draws its augmentation from a stream of its own, so neither the number of
-    /// workers nor where an epoch is resumed (with what is left of its order) changes a byte. Errors
-    /// come out of the iterator: an index beyond the source, an image that cannot be decoded, a
+    /// With `training`, images and batches change at random. Image i of epoch e, its repeats and the
+    /// batches draw from streams of their own, so neither the number of workers nor where an epoch is
+    /// resumed (with what is left of its order) changes a byte. Errors come out of the iterator: an
+    /// index beyond the source, an image that cannot be decoded, a label that is no class, a
     /// `batch_size` of 0, a panic in a worker.
-    #[allow(clippy::too_many_arguments)] // one call site in each trainer, where every one is at hand
     pub fn new(
         source: Arc<dyn Source>,
         preprocess: Arc<Preprocess>,
-        augment: Option<Augment>,
         order: Vec<u32>,
         batch_size: usize,
-        seed: u64,
-        epoch: u64,
+        training: Option<Training>,
         workers: usize,
         device: &Device,
     ) -> Self {
         let batches = order.len().div_ceil(batch_size.max(1));
         let workers = workers.clamp(1, batches.max(1));
         let stop = AtomicBool::new(false);
-        let job = Job { source, preprocess, augment, order, batch_size, seed, epoch, workers, stop };
+        let job = Job { source, preprocess, order, batch_size, training, workers, stop };
         let mut loader = Loader {
             job: Arc::new(job),
             device: device.clone(),
@@ -124,7 +144,15 @@ impl Loader {
         let p = &self.job.preprocess;
         let shape = (prepared.labels.len(), p.channels, p.height, p.width);
         let images = Tensor::from_vec(prepared.images, shape, &self.device)?;
-        Ok(Batch { images, labels: prepared.labels, indices: prepared.indices })
+        let epoch = self.job.training.as_ref().map_or(0, |t| t.epoch);
+        let rows = prepared.labels.len();
+        let width = |targets: &Vec<f32>| targets.len() / rows.max(1);
+        let targets = prepared.targets.map(|t| {
+            let shape = (rows, width(&t));
+            Tensor::from_vec(t, shape, &self.device)
+        });
+        let targets = targets.transpose()?;
+        Ok(Batch { images, labels: prepared.labels, indices: prepared.indices, epoch, targets })
     }
 }
 
@@ -199,19 +227,68 @@ impl Job {
                 return Err(Error::usage(format!("image {i} was asked for, there are {len}")));
             }
             let image = self.source.image(i)?;
-            let mut random = Random::new(self.seed, "augment", &[self.epoch, u64::from(index)]);
-            let augment = self.augment.as_ref().map(|augment| (augment, &mut random));
+            let mut random = self.training.as_ref().map(|t| t.stream("augment", index, first + place));
+            let augment = self.training.as_ref().map(|t| &t.augment).zip(random.as_mut());
             let out = &mut images[place * size..(place + 1) * size];
             self.preprocess.apply(&image, augment, out)?;
             labels.push(self.source.label(i));
         }
-        Ok(Prepared { images, labels, indices: indices.to_vec() })
+        let targets = match &self.training {
+            Some(training) => self.mix_and_erase(training, first, &mut images, &labels, indices)?,
+            None => None,
+        };
+        Ok(Prepared { images, labels, indices: indices.to_vec(), targets })
+    }
+
+    /// What happens to a batch as a whole, and behind it to its images: mixing, erasing, soft labels.
+    fn mix_and_erase(
+        &self,
+        training: &Training,
+        first: usize,
+        images: &mut [f32],
+        labels: &[u32],
+        indices: &[u32],
+    ) -> Result<Option<Vec<f32>>> {
+        let Training { augment, classes, seed, epoch, done } = training;
+        let (size, height, width) = (self.preprocess.numel(), self.preprocess.height, self.preprocess.width);
+        let mix = Mix::draw(
+            augment,
+            height,
+            width,
+            &mut Random::new(*seed, "mix", &[*epoch, (done + first) as u64]),
+        );
+        if let Some(mix) = mix {
+            mix.images(images, size, height, width);
+        }
+        if augment.erase > 0.0 {
+            for (place, (image, &index)) in images.chunks_exact_mut(size).zip(indices).enumerate() {
+                augment.erase(image, height, width, &mut training.stream("erase", index, first + place));
+            }
+        }
+        if mix.is_none() && augment.label_smoothing == 0.0 {
+            return Ok(None);
+        }
+        if let Some((label, &index)) = labels.iter().zip(indices).find(|(l, _)| **l as usize >= *classes) {
+            let name = self.source.name(index as usize);
+            return Err(Error::usage(format!("{name}: its label is {label}, there are {classes} classes")));
+        }
+        Ok(Some(soft_targets(labels, *classes, augment.label_smoothing, mix)))
+    }
+}
+
+impl Training {
+    /// The stream `name` of image `index` at `place` of the loader's order: addressed by the epoch, the
+    /// image, and, from its second time on, which of its times it is.
+    fn stream(&self, name: &str, index: u32, place: usize) -> Random {
+        let address =
+            [self.epoch, u64::from(index), ((self.done + place) % self.augment.repeats.max(1)) as u64];
+        Random::new(self.seed, name, if address[2] == 0 { &address[..2] } else { &address })
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Glyphs, Image};
+    use super::super::{Glyphs, Image, RandAugment};
     use super::*;
     use crate::data::DataConfig;
 
@@ -244,7 +321,7 @@ mod tests {
     }
 
     fn ten(source: Ten, order: Vec<u32>, batch_size: usize, workers: usize) -> Loader {
-        Loader::new(Arc::new(source), plain(), None, order, batch_size, 0, 0, workers, &Device::Cpu)
+        Loader::new(Arc::new(source), plain(), order, batch_size, None, workers, &Device::Cpu)
     }
 
     #[test]
@@ -264,16 +341,113 @@ mod tests {
         assert_eq!(ten(Ten(None), vec![], 3, 2).count(), 0);
     }
 
-    /// All values of an augmented epoch, from batch `from` on.
-    fn epoch(workers: usize, from: usize, epoch: u64) -> Vec<f32> {
+    fn shifts() -> Augment {
+        Augment { crop_pad: 3, flip: true, ..Default::default() }
+    }
+
+    /// Everything at once.
+    fn published() -> Augment {
+        Augment {
+            flip: true,
+            resized_crop: true,
+            random_interpolation: true,
+            rand_augment: RandAugment::try_from("rand-m9-mstd0.5-inc1".to_string()).ok(),
+            erase: 0.25,
+            mixup: 0.8,
+            cutmix: 1.0,
+            label_smoothing: 0.1,
+            repeats: 3,
+            ..Default::default()
+        }
+    }
+
+    /// All values of an augmented epoch, from batch `from` on, soft labels behind the images.
+    fn epoch_of(augment: &Augment, workers: usize, from: usize, epoch: u64) -> Vec<f32> {
         let glyphs = Glyphs { train: 50, eval: 1, ..Default::default() };
         let data = DataConfig { glyphs, ..Default::default() }.open(5).unwrap();
-        let augment = Some(Augment { crop_pad: 3, flip: true });
-        let order = epoch_order(50, 5, 0)[from * 8..].to_vec();
+        let order = epoch_order(50, augment.repeats, 5, 0)[from * 8..].to_vec();
         let preprocess = Arc::new(Preprocess::default_for(28, 28, 1));
-        Loader::new(data.train, preprocess, augment, order, 8, 5, epoch, workers, &Device::Cpu)
-            .flat_map(|b| b.unwrap().images.flatten_all().unwrap().to_vec1::<f32>().unwrap())
+        let training = Training {
+            augment: augment.clone(),
+            classes: data.classes.len(),
+            seed: 5,
+            epoch,
+            done: from * 8,
+        };
+        Loader::new(data.train, preprocess, order, 8, Some(training), workers, &Device::Cpu)
+            .flat_map(|b| {
+                let batch = b.unwrap();
+                let mut all = batch.images.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                if let Some(targets) = batch.targets {
+                    assert_eq!(targets.dims2().unwrap(), (batch.labels.len(), data.classes.len()));
+                    all.extend(targets.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+                }
+                all
+            })
             .collect()
+    }
+
+    fn epoch(workers: usize, from: usize, epoch: u64) -> Vec<f32> {
+        epoch_of(&shifts(), workers, from, epoch)
+    }
+
+    #[test]
+    fn mixed_and_erased_batches_are_the_same_for_any_workers_and_after_resuming() {
+        let all = published();
+        let whole = epoch_of(&all, 1, 0, 0);
+        assert!(whole == epoch_of(&all, 2, 0, 0));
+        assert!(whole == epoch_of(&all, 5, 0, 0));
+        let rest = epoch_of(&all, 2, 3, 0);
+        assert!(whole[whole.len() - rest.len()..] == rest);
+        assert!(whole != epoch_of(&all, 1, 0, 1), "another epoch draws others");
+        assert!(whole.iter().all(|v| v.is_finite()));
+    }
+
+    #[test]
+    fn repeats_come_in_a_row_and_change_differently() {
+        let augment = Augment { repeats: 3, crop_pad: 3, ..Default::default() };
+        let order = epoch_order(50, 3, 5, 0);
+        assert_eq!(order.len(), 50);
+        let firsts = epoch_order(50, 1, 5, 0);
+        assert!(order.chunks(3).zip(&firsts).all(|(same, first)| same.iter().all(|i| i == first)));
+        let images = epoch_of(&augment, 1, 0, 0);
+        let image = |i: usize| &images[i * 784..(i + 1) * 784];
+        let differ = (0..16).filter(|i| image(3 * i) != image(3 * i + 1)).count();
+        assert!(differ >= 12, "{differ} of 16 repeats were changed differently");
+        // The first time draws as without repeats: the same image in the same epoch.
+        let once = epoch(1, 0, 0);
+        let plain = epoch_of(&Augment { crop_pad: 3, ..Default::default() }, 1, 0, 0);
+        assert_eq!(image(0), &plain[..784]);
+        assert_eq!(once.len(), plain.len());
+    }
+
+    #[test]
+    fn soft_labels_are_there_where_asked_and_sum_to_one() {
+        let load = |augment: Augment, classes: usize| {
+            let training = Some(Training { augment, classes, seed: 1, epoch: 0, done: 0 });
+            let order = (0..10).collect();
+            Loader::new(Arc::new(Ten(None)), plain(), order, 4, training, 2, &Device::Cpu)
+                .collect::<Result<Vec<Batch>>>()
+        };
+        for batch in load(Augment::default(), 3).unwrap() {
+            assert!(batch.targets.is_none());
+        }
+        let smooth = Augment { label_smoothing: 0.3, ..Default::default() };
+        let batches = load(smooth.clone(), 3).unwrap();
+        let rows = batches[0].targets.as_ref().unwrap().to_vec2::<f32>().unwrap();
+        for (row, label) in rows.iter().zip([0, 1, 2, 0]) {
+            for (k, p) in row.iter().enumerate() {
+                assert!((p - if k == label { 0.8 } else { 0.1 }).abs() < 1e-6, "{row:?}");
+            }
+        }
+        for batch in load(Augment { mixup: 0.8, cutmix: 1.0, ..smooth.clone() }, 3).unwrap() {
+            assert_eq!(batch.labels[0], batch.indices[0] % 3, "labels stay the primary ones");
+            for row in batch.targets.unwrap().to_vec2::<f32>().unwrap() {
+                assert!((row.iter().sum::<f32>() - 1.0).abs() < 1e-5, "{row:?}");
+            }
+        }
+        let error = load(smooth, 2).unwrap_err();
+        assert_eq!(error.to_string(), "#2: its label is 2, there are 2 classes");
     }
 
     #[test]
@@ -286,11 +460,21 @@ mod tests {
         assert!(whole != epoch(2, 0, 1), "another epoch draws other crops");
     }
 
+    /// Crops and flips as they were before the other augmentations came: a published run can be repeated.
+    #[test]
+    fn padded_crops_and_flips_stay_what_they_were() {
+        let bits = epoch(1, 0, 0).into_iter().flat_map(|v| v.to_bits().to_le_bytes());
+        let hash = bits.fold(0xcbf2_9ce4_8422_2325u64, |h, byte| {
+            (h ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+        });
+        assert_eq!(hash, 0x8e72_b7f3_6983_400e, "{hash:#x}");
+    }
+
     #[test]
     fn orders_are_permutations_that_differ_by_epoch() {
-        let order = epoch_order(100, 1, 0);
-        assert_eq!(order, epoch_order(100, 1, 0));
-        assert_ne!(order, epoch_order(100, 1, 1));
+        let order = epoch_order(100, 1, 1, 0);
+        assert_eq!(order, epoch_order(100, 1, 1, 0));
+        assert_ne!(order, epoch_order(100, 1, 1, 1));
         let mut sorted = order;
         sorted.sort_unstable();
         assert_eq!(sorted, (0..100).collect::<Vec<u32>>());
@@ -320,7 +504,7 @@ mod tests {
         let source: Arc<dyn Source> = Arc::new(Ten(None));
         for taken in [0, 1, 3] {
             let order = (0..10_000).map(|i| i % 10).collect();
-            let mut loader = Loader::new(source.clone(), plain(), None, order, 4, 0, 0, 3, &Device::Cpu);
+            let mut loader = Loader::new(source.clone(), plain(), order, 4, None, 3, &Device::Cpu);
             assert_eq!(loader.by_ref().take(taken).filter(|b| b.is_ok()).count(), taken);
             drop(loader);
             assert_eq!(Arc::strong_count(&source), 1, "a thread still holds the source");

@@ -4,6 +4,7 @@
 //! itself and returns a [`Dataset`] of two sources; [`Preprocess`] turns an image into a normalised
 //! plane of numbers; [`Loader`] does that on other threads, in an order that no thread can change.
 
+mod augment;
 mod cifar;
 mod decode;
 mod encoded;
@@ -22,10 +23,11 @@ use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::sync::Arc;
 
+pub use augment::{Augment, EraseMode, RandAugment};
 pub use decode::decode_file;
 pub use glyphs::Glyphs;
-pub use loader::{epoch_order, Batch, Loader};
-pub use preprocess::{Augment, Preprocess, Resize};
+pub use loader::{epoch_order, Batch, Loader, Training};
+pub use preprocess::{Preprocess, Resize};
 pub use resample::Filter;
 
 /// A decoded image: rows from the top, pixels from the left, channels interleaved (HWC).

@@ -2,11 +2,11 @@
 //!
 //! The order is the one of Hugging Face's image processors, so that a model sees what it was trained on.
 
+use super::augment::Augment;
 use super::resample::{center, resized, to_channels, Filter};
 use super::Image;
 use crate::random::Random;
 use crate::{Error, Result};
-use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 
 /// The largest side that a file may ask for, in pixels.
@@ -46,14 +46,62 @@ pub struct Preprocess {
     pub filter: Filter,
 }
 
-/// Random changes to training images.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Augment {
-    /// Pixels of zeros added on each side before a random crop back to size; 0 crops nothing.
-    pub crop_pad: usize,
-    /// Whether every second image, at random, is mirrored left to right.
-    pub flip: bool,
+/// A crop of the padded image and its mirroring; the default is the image itself.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Shift {
+    /// Rows of the padded image above the crop.
+    top: usize,
+    /// Columns of the padded image left of the crop.
+    left: usize,
+    /// Pixels of zeros on each side.
+    pad: usize,
+    /// Left to right, after the crop.
+    mirrored: bool,
+}
+
+impl Shift {
+    fn draw(augment: &Augment, height: usize, width: usize, random: &mut Random) -> Self {
+        let mut shift = Shift::default();
+        if augment.crop_pad > 0 {
+            // More padding than this would only make black images more frequent.
+            shift.pad = augment.crop_pad.min(height.max(width));
+            let span = 2 * shift.pad as u32 + 1;
+            (shift.top, shift.left) = (random.below(span) as usize, random.below(span) as usize);
+        }
+        shift.mirrored = augment.flip && random.chance(0.5);
+        shift
+    }
+
+    fn moves(&self) -> bool {
+        self.top != self.pad || self.left != self.pad || self.mirrored
+    }
+
+    /// Calls `each(place, pixel)` for the pixels of the result that lie inside of the image.
+    fn each(&self, height: usize, width: usize, mut each: impl FnMut(usize, usize)) {
+        for y in 0..height {
+            let row = (y + self.top).checked_sub(self.pad).filter(|row| *row < height);
+            let Some(row) = row else { continue };
+            for x in 0..width {
+                // The crop is mirrored as a whole, so it is read from its other end.
+                let x_crop = if self.mirrored { width - 1 - x } else { x };
+                let column = (x_crop + self.left).checked_sub(self.pad).filter(|c| *c < width);
+                let Some(column) = column else { continue };
+                each(y * width + x, row * width + column);
+            }
+        }
+    }
+
+    /// The moved image, of `channels` channels: gray becomes RGB by being read three times.
+    fn apply(&self, image: &Image, channels: usize) -> Image {
+        let (height, width) = (image.height, image.width);
+        let mut pixels = vec![0; height * width * channels];
+        self.each(height, width, |to, from| {
+            for c in 0..channels {
+                pixels[to * channels + c] = image.pixels[from * image.channels + c.min(image.channels - 1)];
+            }
+        });
+        Image { width, height, channels, pixels }
+    }
 }
 
 impl Preprocess {
@@ -79,9 +127,11 @@ impl Preprocess {
     /// Writes `image` into `out`: `[channels, height, width]`, normalised.
     ///
     /// The image is brought to the target size, whatever [`Preprocess::resize`] says; one that has
-    /// it is not resampled. With `augment` it is then cropped and mirrored at random: the crop draws
-    /// its top and its left from 0 to `2 * crop_pad`, then the mirroring is drawn. Errs where `out`,
-    /// `mean` or `std` have the wrong length, or channels are neither 1 nor 3.
+    /// it is not resampled. With `augment` it is changed at random on the way, drawing in this order: a
+    /// resized crop, where it is on, in place of the resizing; a crop with its top and its left from 0
+    /// to `2 * crop_pad`; the mirroring; RandAugment. What `augment` says of whole batches and of
+    /// erasing, which comes behind them, is the [`Loader`](super::Loader)'s. Errs where `out`, `mean`
+    /// or `std` have the wrong length, or channels are neither 1 nor 3.
     pub fn apply(
         &self,
         image: &Image,
@@ -90,45 +140,43 @@ impl Preprocess {
     ) -> Result<()> {
         self.check(image, out.len())?;
         let image = to_channels(image, self.channels);
-        let image = self.to_size(&image)?;
-        let (height, width, channels) = (self.height, self.width, image.channels);
-        let (mut top, mut left, mut pad, mut mirrored) = (0, 0, 0, false);
-        if let Some((augment, random)) = augment {
-            if augment.crop_pad > 0 {
-                // More padding than this would only make black images more frequent.
-                pad = augment.crop_pad.min(height.max(width));
-                let span = 2 * pad as u32 + 1;
-                (top, left) = (random.below(span) as usize, random.below(span) as usize);
+        let Some((augment, random)) = augment else {
+            self.normalise(&*self.to_size(&image)?, Shift::default(), out);
+            return Ok(());
+        };
+        let image = match augment.resized_crop {
+            true => Cow::Owned(augment.crop(&image, self, random)?),
+            false => self.to_size(&image)?,
+        };
+        let shift = Shift::draw(augment, self.height, self.width, random);
+        match &augment.rand_augment {
+            Some(rand) => {
+                let changed = rand.apply(shift.apply(&image, self.channels), augment, self, random);
+                self.normalise(&changed, Shift::default(), out);
             }
-            mirrored = augment.flip && random.chance(0.5);
+            None => self.normalise(&image, shift, out),
         }
-        let moved = top != pad || left != pad || mirrored;
+        Ok(())
+    }
+
+    /// The moved image as planes of numbers.
+    fn normalise(&self, image: &Image, shift: Shift, out: &mut [f32]) {
+        let (height, width, channels) = (self.height, self.width, image.channels);
         for c in 0..self.channels {
             // A gray image that becomes RGB is read three times.
             let from = c.min(channels - 1);
             let (scale, mean, std) = (self.rescale, self.mean[c], self.std[c]);
             let value = |byte: u8| (f32::from(byte) * scale - mean) / std;
             let plane = &mut out[c * height * width..(c + 1) * height * width];
-            if !moved {
+            if !shift.moves() {
                 for (out, pixel) in plane.iter_mut().zip(image.pixels.chunks_exact(channels)) {
                     *out = value(pixel[from]);
                 }
                 continue;
             }
             plane.fill(value(0));
-            for y in 0..height {
-                let Some(row) = (y + top).checked_sub(pad).filter(|row| *row < height) else { continue };
-                for x in 0..width {
-                    // The crop is mirrored as a whole, so it is read from its other end.
-                    let x_crop = if mirrored { width - 1 - x } else { x };
-                    let Some(column) = (x_crop + left).checked_sub(pad).filter(|c| *c < width) else {
-                        continue;
-                    };
-                    plane[y * width + x] = value(image.pixels[(row * width + column) * channels + from]);
-                }
-            }
+            shift.each(height, width, |to, at| plane[to] = value(image.pixels[at * channels + from]));
         }
-        Ok(())
     }
 
     fn check(&self, image: &Image, out: usize) -> Result<()> {
@@ -186,6 +234,7 @@ impl Preprocess {
 
 #[cfg(test)]
 mod tests {
+    use super::super::augment::RandAugment;
     use super::*;
 
     fn gray(height: usize, width: usize, pixels: &[u8]) -> Image {
@@ -265,7 +314,7 @@ mod tests {
             };
             expected.extend([cells(false), cells(true)]);
         }
-        let augment = Augment { crop_pad: 1, flip: true };
+        let augment = Augment { crop_pad: 1, flip: true, ..Default::default() };
         let mut seen = [0; 18];
         for i in 0..1800 {
             let mut out = vec![f32::NAN; 6];
@@ -276,11 +325,11 @@ mod tests {
         }
         assert!(seen.iter().all(|&n| (50..150).contains(&n)), "{seen:?}");
         let mut out = vec![f32::NAN; 6];
-        let nothing = Augment { crop_pad: 0, flip: false };
+        let nothing = Augment::default();
         bytes(2, 3, 1).apply(&image, Some((&nothing, &mut Random::new(0, "", &[]))), &mut out).unwrap();
         assert_eq!(out, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
         // Padding is of the byte 0, before normalisation.
-        let far = Augment { crop_pad: usize::MAX, flip: false };
+        let far = Augment { crop_pad: usize::MAX, ..Default::default() };
         let mut darkest = f32::INFINITY;
         for i in 0..20 {
             let random = &mut Random::new(0, "", &[i]);
@@ -288,6 +337,52 @@ mod tests {
             darkest = out.iter().copied().fold(darkest, f32::min);
         }
         assert_eq!(darkest, -1.0);
+    }
+
+    /// RandAugment sees the bytes of the crop, and gray as RGB where the model does.
+    #[test]
+    fn the_order_is_crop_mirror_rand_augment_normalise() {
+        let image = gray(1, 2, &[10, 20]);
+        let set = |flip, rand: &str| Augment {
+            flip,
+            rand_augment: RandAugment::try_from(rand.to_string()).ok(),
+            ..Default::default()
+        };
+        let run = |augment: &Augment, i| {
+            let mut out = vec![f32::NAN; 6];
+            bytes(1, 2, 3).apply(&image, Some((augment, &mut Random::new(4, "x", &[i]))), &mut out).unwrap();
+            out
+        };
+        for i in 0..50 {
+            let plain = run(&set(true, ""), i);
+            assert_eq!(run(&set(true, "rand-n0-inc1"), i), plain, "the mirroring is drawn before");
+        }
+        // Planes of a gray image change alike, but for the fill where a channel has a mean of its own.
+        let one: Vec<_> = (0..200).map(|i| run(&set(false, "rand-m9-n1-inc1"), i)).collect();
+        assert!(one.iter().all(|o| o[..2] == o[2..4] && o[..2] == o[4..]));
+        assert!(one.contains(&vec![0.0, 255.0, 0.0, 255.0, 0.0, 255.0]), "no contrast was stretched");
+        assert!(one.contains(&vec![245.0, 235.0, 245.0, 235.0, 245.0, 235.0]), "none was inverted");
+    }
+
+    #[test]
+    fn resized_crops_replace_the_resizing() {
+        let augment = Augment { resized_crop: true, flip: true, ..Default::default() };
+        let image = gray(20, 30, &(0..600).map(|i| (i % 251) as u8).collect::<Vec<_>>());
+        let run = |p: &Preprocess, i| {
+            let mut out = vec![f32::NAN; p.numel()];
+            p.apply(&image, Some((&augment, &mut Random::new(4, "x", &[i]))), &mut out).unwrap();
+            out
+        };
+        let p = bytes(8, 8, 1);
+        let mut different: Vec<Vec<u32>> =
+            (0..50).map(|i| run(&p, i).iter().map(|v| v.to_bits()).collect()).collect();
+        assert!(different.iter().flatten().all(|v| (0.0..=255.0).contains(&f32::from_bits(*v))));
+        assert_eq!(run(&p, 3), run(&p, 3));
+        different.sort();
+        different.dedup();
+        assert!(different.len() > 45);
+        let through = Preprocess { resize: Resize::Through(9, 9), ..p.clone() };
+        assert_eq!(run(&p, 3), run(&through, 3));
     }
 
     #[test]

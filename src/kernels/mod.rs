@@ -21,6 +21,7 @@ mod linear;
 mod norm;
 mod packed_matmul;
 mod patchify;
+mod plackett_luce;
 mod softmax;
 #[cfg(test)]
 mod testing;
@@ -37,6 +38,7 @@ pub use linear::{add_bias, frozen_matmul, linear};
 pub use norm::layer_norm;
 pub use packed_matmul::{packed_codes_matmul, packed_matmul, PackedRows};
 pub use patchify::patchify;
+pub use plackett_luce::plackett_luce;
 pub use softmax::softmax;
 
 /// The plain candle forms of the ops, as oracles for tests and benches.
@@ -51,5 +53,6 @@ pub mod reference {
     pub use super::linear::{reference as linear, reference_add_bias as add_bias};
     pub use super::norm::reference as layer_norm;
     pub use super::packed_matmul::reference as packed_matmul;
+    pub use super::plackett_luce::reference as plackett_luce;
     pub use super::softmax::reference as softmax;
 }

@@ -168,7 +168,7 @@ fn joined(windows: &Tensor, entries: &Tensor) -> Result<Tensor> {
 
 /// The tensors of a model, those of `shapes` with query and key of `places` replaced by their product
 /// where `weights` has it.
-pub(super) fn with_products(
+pub fn with_products(
     shapes: Vec<(String, Vec<usize>)>,
     places: &[AttentionPlace],
     weights: &Weights,

@@ -1,9 +1,11 @@
 //! Models, and how they are opened: plain, packed, ours or somebody else's.
 
 pub mod attention;
+pub mod drop_path;
 pub mod import;
 pub mod names;
 pub mod nn;
+pub mod vision;
 pub mod vit;
 pub mod vit_config;
 
@@ -13,7 +15,9 @@ use std::sync::Arc;
 use candle_core::Device;
 use serde_json::Value;
 
-pub use import::{import_vit, Imported, Want};
+pub use drop_path::DropPath;
+pub use import::{import_model, Imported, Want};
+pub use vision::{VisionConfig, VisionModel, VisionOutput};
 pub use vit::Vit;
 pub use vit_config::VitConfig;
 
@@ -27,7 +31,7 @@ use crate::{files, Error, Result};
 #[derive(Debug)]
 pub struct Opened {
     /// Sizes and labels.
-    pub config: VitConfig,
+    pub config: VisionConfig,
     /// Its weights, dense or packed, and the rules on its taps.
     pub weights: Weights,
     /// What the file says of the quantization, where it is quantized.
@@ -73,13 +77,13 @@ fn revive(
     Ok(Arc::new(ActQuant::revive(name, description, read, false)?))
 }
 
-/// Opens a vision transformer, full precision or packed, for evaluation.
-pub fn open_vit(dir: &Path, device: &Device) -> Result<Opened> {
-    open_vit_with(dir, Pickle::Refused, device)
+/// Opens a vision model, full precision or packed, for evaluation.
+pub fn open_model(dir: &Path, device: &Device) -> Result<Opened> {
+    open_model_with(dir, Pickle::Refused, device)
 }
 
-/// As [`open_vit`], and a full-precision one that PyTorch pickled where `pickle` allows it.
-pub fn open_vit_with(dir: &Path, pickle: Pickle, device: &Device) -> Result<Opened> {
+/// As [`open_model`], and a full-precision one that PyTorch pickled where `pickle` allows it.
+pub fn open_model_with(dir: &Path, pickle: Pickle, device: &Device) -> Result<Opened> {
     let (path, json) = if dir.join("config.json").exists() {
         read_config(dir)?
     } else {
@@ -87,7 +91,7 @@ pub fn open_vit_with(dir: &Path, pickle: Pickle, device: &Device) -> Result<Open
     };
     let Some(quantization) = QuantizationConfig::read(&path, &json)? else {
         let want = Want { pickle, ..Want::default() };
-        let Imported { config, tensors, quantizers, notes, new_head } = import_vit(dir, &want, device)?;
+        let Imported { config, tensors, quantizers, notes, new_head } = import_model(dir, &want, device)?;
         if new_head {
             return Err(Error::input(
                 dir,
@@ -106,8 +110,7 @@ pub fn open_vit_with(dir: &Path, pickle: Pickle, device: &Device) -> Result<Open
         let weights = Weights::from_tensors(tensors);
         return Ok(Opened { config, weights, quantization: None, preprocess, notes });
     };
-    let config = VitConfig::from_hf(&path, &json)?;
-    config.check()?;
+    let config = VisionConfig::from_hf(&path, &json)?;
     let checkpoint = Checkpoint::open(dir)?;
     let weights = quantization.open(&checkpoint, device, &revive)?;
     let mut expected = std::collections::HashSet::new();
@@ -126,7 +129,7 @@ pub fn open_vit_with(dir: &Path, pickle: Pickle, device: &Device) -> Result<Open
             format!("found in {}, but the model has no such tensor", dir.display()),
         ));
     }
-    let taps = Vit::taps(&config, &weights);
+    let taps = config.taps(&weights);
     let stranger =
         weights.taps().find(|(name, _)| !taps.iter().any(|t| t == name)).map(|(n, _)| n.to_string());
     if let Some(name) = stranger {
@@ -137,13 +140,13 @@ pub fn open_vit_with(dir: &Path, pickle: Pickle, device: &Device) -> Result<Open
 }
 
 /// How the images of a model become tensors: its preprocessor_config.json, what timm says, or
-/// (x / 255 - 0.5) / 0.5. For a single file, those beside it. Where the model runs at another size than its file says, the size that images
-/// have before the center is cropped out follows.
-pub fn preprocess_for(dir: &Path, config: &VitConfig) -> Result<Preprocess> {
-    let (height, width) = config.image_size;
+/// (x / 255 - 0.5) / 0.5; for a single file, those beside it. Where the model runs at another size than its
+/// file says, the size that images have before the center is cropped out follows.
+pub fn preprocess_for(dir: &Path, config: &VisionConfig) -> Result<Preprocess> {
+    let (height, width) = config.image_size();
     let beside = dir.parent().filter(|_| dir.is_file());
     let dir = beside.unwrap_or(dir);
-    let mut found = match Preprocess::load(dir, height, width, config.channels)? {
+    let mut found = match Preprocess::load(dir, height, width, config.channels())? {
         Some(found) => found,
         None => timm_or_plain(dir, config)?,
     };
@@ -162,11 +165,11 @@ pub fn preprocess_for(dir: &Path, config: &VitConfig) -> Result<Preprocess> {
     Ok(found)
 }
 
-fn timm_or_plain(dir: &Path, config: &VitConfig) -> Result<Preprocess> {
-    let (height, width) = config.image_size;
-    let mut plain = Preprocess::default_for(height, width, config.channels);
+fn timm_or_plain(dir: &Path, config: &VisionConfig) -> Result<Preprocess> {
+    let (height, width) = config.image_size();
+    let mut plain = Preprocess::default_for(height, width, config.channels());
     let Some(timm) = import::timm_preprocess(dir)? else { return Ok(plain) };
-    if timm.mean.len() == config.channels && timm.std.len() == config.channels {
+    if timm.mean.len() == config.channels() && timm.std.len() == config.channels() {
         plain.mean = timm.mean.iter().map(|&v| v as f32).collect();
         plain.std = timm.std.iter().map(|&v| v as f32).collect();
     }

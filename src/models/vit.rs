@@ -7,7 +7,9 @@
 use candle_core::Tensor;
 
 use super::attention::{site, Attention, TOKEN};
+use super::drop_path::DropPath;
 use super::nn::{finite, LayerNorm, Linear};
+use super::vision::VisionOutput;
 use super::vit_config::VitConfig;
 use crate::weights::{Granularity, Shifts, Signedness, Site, Tap, Weight, Weights};
 use crate::{kernels, Error, On, Result};
@@ -18,25 +20,6 @@ const GELU: Site = site(Granularity::Token, Signedness::Unsigned, Shifts::InOut)
 const IMAGE: Site = Site { edge: true, ..site(Granularity::Token, Signedness::Data, Shifts::InOut) };
 /// Input of a classifier: one step.
 const HEAD: Site = Site { edge: true, ..site(Granularity::Tensor, Signedness::Signed, Shifts::InOut) };
-
-/// What the model says of a batch: logits `[batch, classes]`.
-#[derive(Debug)]
-pub struct VitOutput {
-    /// Of the class token.
-    pub class: Tensor,
-    /// Of the distillation token, where the model has a head for it.
-    pub distillation: Option<Tensor>,
-}
-
-impl VitOutput {
-    /// The answer at inference: the mean of the heads.
-    pub fn logits(&self) -> Result<Tensor> {
-        match &self.distillation {
-            None => Ok(self.class.clone()),
-            Some(distillation) => Ok(((&self.class + distillation)? * 0.5)?),
-        }
-    }
-}
 
 #[derive(Debug)]
 struct Head {
@@ -103,10 +86,11 @@ impl Block {
         })
     }
 
-    /// `h: [batch, tokens, channels]`.
-    fn forward(&self, h: &Tensor) -> Result<Tensor> {
-        let h = (h + self.attention.forward(&self.norm_before.forward(h)?, None)?)?;
-        Ok((&h + self.mlp.forward(&self.norm_after.forward(&h)?)?)?)
+    /// `h: [batch, tokens, channels]`; `drop` acts on what each branch adds.
+    fn forward(&self, h: &Tensor, drop: impl Fn(Tensor, u64) -> Result<Tensor>) -> Result<Tensor> {
+        let h = (h + drop(self.attention.forward(&self.norm_before.forward(h)?, None)?, 0)?)?;
+        let branch = drop(self.mlp.forward(&self.norm_after.forward(&h)?)?, 1)?;
+        Ok((h + branch)?)
     }
 }
 
@@ -157,14 +141,19 @@ impl Vit {
 
     /// Runs the model on `images [batch, channels, height, width]`, normalised. Another image size than
     /// the model's is an error.
-    pub fn forward(&self, images: &Tensor) -> Result<VitOutput> {
-        self.walk(images, &mut |_, _| Ok(()))
+    pub fn forward(&self, images: &Tensor) -> Result<VisionOutput> {
+        self.walk(images, None, &mut |_, _| Ok(()))
+    }
+
+    /// As [`Vit::forward`], in training: residual branches are left out as `drop` draws it.
+    pub fn train(&self, images: &Tensor, drop: Option<&DropPath>) -> Result<VisionOutput> {
+        self.walk(images, drop, &mut |_, _| Ok(()))
     }
 
     /// The first stage of the model whose output on `images` is not finite.
     pub fn not_finite(&self, images: &Tensor) -> Result<Option<String>> {
         let mut found = None;
-        self.walk(images, &mut |stage, h| {
+        self.walk(images, None, &mut |stage, h| {
             if found.is_none() && !finite(h)? {
                 found = Some(stage.to_string());
             }
@@ -187,7 +176,12 @@ impl Vit {
     }
 
     /// The forward pass, each stage's output shown to `see` under the stage's name.
-    fn walk(&self, images: &Tensor, see: &mut dyn FnMut(&str, &Tensor) -> Result<()>) -> Result<VitOutput> {
+    fn walk(
+        &self,
+        images: &Tensor,
+        drop: Option<&DropPath>,
+        see: &mut dyn FnMut(&str, &Tensor) -> Result<()>,
+    ) -> Result<VisionOutput> {
         let (batch, channels, height, width) = images.dims4().on("images")?;
         let (rows, cols) = self.config.image_size;
         if (channels, height, width) != (self.config.channels, rows, cols) {
@@ -215,7 +209,10 @@ impl Vit {
         let prefix = self.config.prefix();
         see(&format!("{prefix}.embeddings"), &h)?;
         for (i, block) in self.blocks.iter().enumerate() {
-            h = block.forward(&h)?;
+            h = block.forward(&h, |x, branch| match drop {
+                None => Ok(x),
+                Some(drop) => drop.apply(&x, i, self.blocks.len(), branch),
+            })?;
             see(&format!("{prefix}.encoder.layer.{i}"), &h)?;
         }
         // The norm acts on each token alone, so only the tokens that are read go through it.
@@ -226,6 +223,6 @@ impl Vit {
         let class = self.head.forward(&at(0)?)?;
         see("the classifier", &class)?;
         let second = self.distillation_head.as_ref();
-        Ok(VitOutput { class, distillation: second.map(|head| head.forward(&at(1)?)).transpose()? })
+        Ok(VisionOutput { class, distillation: second.map(|head| head.forward(&at(1)?)).transpose()? })
     }
 }

@@ -75,6 +75,10 @@ impl Optimizer for AdamW {
         Ok(tensors)
     }
 
+    fn retain(&mut self, params: &[Param]) {
+        self.moments.retain(|name, _| params.iter().any(|p| p.name == *name));
+    }
+
     fn restore(&mut self, params: &[Param], read: &dyn Fn(&str) -> Result<Tensor>) -> Result<()> {
         for Param { name, .. } in params {
             let moments = Moments::import(&read(&format!("{name}#m"))?, &read(&format!("{name}#v"))?)?;

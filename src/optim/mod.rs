@@ -22,6 +22,9 @@ pub trait Optimizer: Send {
     /// The state as named tensors, `PARAMETER#PART`, in the order in which parameters were first seen.
     fn state(&self) -> Result<Vec<(String, Tensor)>>;
 
+    /// Drops the state of every parameter that is not among `params`.
+    fn retain(&mut self, params: &[Param]);
+
     /// Takes back what [`Optimizer::state`] gave for `params`.
     fn restore(&mut self, params: &[Param], read: &dyn Fn(&str) -> Result<Tensor>) -> Result<()>;
 }

@@ -59,6 +59,10 @@ impl Optimizer for Sgd {
         Ok(self.velocity.iter().map(|(name, v)| (format!("{name}#velocity"), v.clone())).collect())
     }
 
+    fn retain(&mut self, params: &[Param]) {
+        self.velocity.retain(|name, _| params.iter().any(|p| p.name == *name));
+    }
+
     fn restore(&mut self, params: &[Param], read: &dyn Fn(&str) -> Result<Tensor>) -> Result<()> {
         if self.config.momentum != 0.0 {
             for param in params {

@@ -2,6 +2,7 @@
 //! packed, written, read back and measured.
 
 mod plan;
+pub mod qkr;
 mod start;
 mod trained;
 
@@ -14,20 +15,18 @@ use indexmap::IndexMap;
 use serde_json::{json, Map, Value};
 
 use crate::data::Preprocess;
-use crate::models::attention::AttentionPlace;
-use crate::models::vit::Vit;
-use crate::models::{self, open_vit, open_vit_with, VitConfig};
+use crate::models::{self, open_model, open_model_with, VisionConfig, VisionModel};
 use crate::optim::Optimizer;
-use crate::recipe::{CalmQk, DistillKind, ModelConfig, PhaseConfig, QkrBias, Recipe, When};
+use crate::recipe::{CalmQk, DistillKind, PhaseConfig, Recipe, When};
 use crate::select::select;
 use crate::train::{
-    peak_rss_bytes, phase_steps, resume, signal, Accuracy, Classify, Metrics, Phase, Progress, Quiet,
-    Tracker, Trainer,
+    peak_rss_bytes, phase_steps, resume, signal, Accuracy, Average, Classify, Metrics, Phase, Progress,
+    Quiet, Tracker, Trainer,
 };
-use crate::transform::{self, ActQuant, WeightQuant};
+use crate::transform::{ActQuant, WeightQuant};
 use crate::weights::format::{stored_tensors, QuantizationConfig};
-use crate::weights::{checkpoint, Calibration, Pickle, Weights};
-use crate::{files, hub, Error, Result};
+use crate::weights::{checkpoint, Calibration, Expr, Pickle, Weights};
+use crate::{files, hub, report, Error, Result};
 
 pub use plan::{plan, Plan};
 pub use start::{open_data, start, Start};
@@ -75,7 +74,7 @@ fn lay_quantizers(
         }
     }
     let mut chosen = targets(recipe, weights)?;
-    reparameterize(recipe, start, weights, &mut chosen)?;
+    qkr::reparameterize(recipe, &start.config, trained.is_some(), weights, &mut chosen)?;
     for (name, index) in chosen {
         let config = &recipe.transform[index];
         let w = weights.get(&name)?.tensor()?.detach();
@@ -96,51 +95,11 @@ fn lay_quantizers(
     Ok(())
 }
 
-/// The attentions whose query and key the recipe makes one weight.
-pub fn products(recipe: &Recipe, vit: &VitConfig) -> Result<Vec<AttentionPlace>> {
-    let Some(qkr) = &recipe.qkr else { return Ok(Vec::new()) };
-    let places = vit.attentions();
-    let names: Vec<&str> = places.iter().map(|place| place.inner.as_str()).collect();
-    let picked: Vec<String> = select(&qkr.targets, &names)?.into_iter().map(String::from).collect();
-    Ok(places.into_iter().filter(|place| picked.contains(&place.inner)).collect())
-}
-
-/// Makes query and key one weight where the recipe says so, or the model was trained so; what is for both
-/// of them is for it.
-fn reparameterize(
-    recipe: &Recipe,
-    start: &Start,
-    weights: &mut Weights,
-    chosen: &mut IndexMap<String, usize>,
-) -> Result<()> {
-    let (places, keep) = match &start.quantizers {
-        Some(_) => (start.config.attentions(), false),
-        None => {
-            let keep = recipe.qkr.as_ref().is_some_and(|qkr| qkr.bias == QkrBias::KeepQ);
-            (products(recipe, &start.config)?, keep)
-        }
-    };
-    for place in places {
-        let [query, key] = place.factors().map(|name| (chosen.shift_remove(&name), name));
-        if query.0 != key.0 {
-            let of = |index: Option<usize>| index.map_or("none".into(), |i| format!("transform.{i}"));
-            let (q, k) = (of(query.0), of(key.0));
-            return Err(Error::usage(format!(
-                "qkr: {} is for {q} and {} for {k}, expected one transform for both",
-                query.1, key.1
-            )));
-        }
-        transform::reparameterize(weights, &place.inner, place.heads, keep)?;
-        chosen.extend(query.0.map(|index| (place.product(), index)));
-    }
-    Ok(())
-}
-
 /// Hangs activation quantizers on every tap of the model, from what `images` give there: where training
 /// follows with the steps that it starts from, else with those of least squared error.
 pub fn calibrate(
     recipe: &Recipe,
-    config: &VitConfig,
+    config: &VisionConfig,
     weights: &mut Weights,
     images: &Tensor,
     training: bool,
@@ -162,7 +121,7 @@ pub fn calibrate(
         Ok(Some(Arc::new(rule)))
     }));
     let store = weights.folded()?.calibrating(calibration.clone());
-    Vit::new(config, &store)?.forward(images)?;
+    config.build(&store)?.forward(images)?;
     for (name, rule) in calibration.rules()? {
         weights.hang(name, rule);
     }
@@ -181,7 +140,7 @@ const SHARD_BYTES: u64 = 5_000_000_000;
 /// the bytes of the weights' files.
 pub fn write_model(
     dir: &Path,
-    config: &VitConfig,
+    config: &VisionConfig,
     preprocess: &Preprocess,
     weights: &Weights,
 ) -> Result<u64> {
@@ -243,6 +202,7 @@ pub fn run(recipe: &Recipe, dir: &Path, device: &Device, progress: &dyn Progress
         device,
         progress,
         metrics,
+        average: None,
         earlier_s: state.wall_s,
         state,
         started,
@@ -279,7 +239,13 @@ fn train_phases(
     let mut carried: Option<Box<dyn Optimizer>> = None;
     for (index, phase) in recipe.phase.iter().enumerate() {
         let skip = phase.when == When::Untrained && !start.untrained;
+        // A product that an earlier phase made a weight of its own stays one, on a resumed run too.
+        let unfactor = |weights: Weights| match phase.calm_qk {
+            CalmQk::Hold => weights.unfactored(),
+            CalmQk::Off | CalmQk::MaskGrad => Ok(weights),
+        };
         if index < first && (quantized || !phase.quantize) {
+            weights = unfactor(weights)?;
             continue;
         }
         // What a phase needs to be in place, made once and read again on resume.
@@ -298,20 +264,29 @@ fn train_phases(
             }
             quantized = true;
         }
+        weights = unfactor(weights)?;
         if index < first {
             continue;
         }
-        // Annealing goes on from the optimizer's state of the phase before it.
-        let mut optimizer = match carried.take().filter(|_| phase.calm.is_some()) {
+        // Annealing, for one, goes on from the optimizer's state of the phase before it.
+        let mut optimizer = match carried.take().filter(|_| phase.calm.is_some() || phase.continue_optimizer)
+        {
             Some(carried) => carried,
             None => recipe.optimizer.build(),
         };
+        optimizer.retain(&weights.params());
         let restored = match resumed.take().filter(|_| index == first) {
             Some(saved) => {
                 let params = weights.params();
                 saved.restore(&params, device)?;
                 if saved.has_optimizer() {
                     optimizer.restore(&params, &|name| saved.optimizer(name, device))?;
+                    let (decay, steps) = (recipe.train.ema, phase_steps(recipe, phase, samples));
+                    let midway = trainer.state.phase_step > 0 && trainer.state.phase_step < steps;
+                    if decay > 0.0 && midway {
+                        let read = |name: &str| saved.optimizer(name, device);
+                        trainer.average = Some(Average::restore(&params, decay, &read)?);
+                    }
                 }
                 tracker = Tracker::restore(&trainer.state.tracked, &|name| saved.oscillation(name))?;
                 true
@@ -351,6 +326,10 @@ fn begin_quantization(
     let accuracy = trainer.measure(&start.config, &folded, "full precision")?;
     trainer.progress.note(&format!("full precision: top-1 {:.2} %", accuracy.top1));
     trainer.state.full_precision = Some(accuracy);
+    if trainer.recipe.qkr.is_some() && start.quantizers.is_none() {
+        let images = trainer.first_batch()?.images;
+        qkr::say_moved(trainer.recipe, &start.config, weights, &images, trainer.progress)?;
+    }
     lay_quantizers(trainer.recipe, start, weights, !untrained, trainer.progress)?;
     if trainer.recipe.activation.bits != 32 {
         let images = trainer.first_batch()?.images;
@@ -385,14 +364,17 @@ fn run_phase(
     let config = &recipe.phase[index];
     let teacher = match (config.quantize, recipe.distill.kind) {
         (false, _) | (_, DistillKind::None) => None,
-        (true, DistillKind::Soft) if phase_steps(recipe, config, trainer.dataset.train.len()) == 0 => None,
-        (true, DistillKind::Soft) => Some(teacher(recipe, trainer.dir, start, trainer.device)?),
+        (true, _) if phase_steps(recipe, config, trainer.dataset.train.len()) == 0 => None,
+        (true, DistillKind::Soft | DistillKind::Pld) => {
+            Some(teacher(recipe, trainer.dir, start, trainer.device)?)
+        }
     };
     let calm = annealed(config, weights, trainer.progress)?;
     let weights = calm.as_ref().unwrap_or(weights);
-    let model = Vit::new(&start.config, weights)?;
-    let task = Classify { model, teacher, distill: recipe.distill.kind };
-    let phase = Phase { config, vit: &start.config, weights, task: &task, optimizer, tracker };
+    let model = start.config.build(weights)?;
+    let drop_path = Some((recipe.train.drop_path, recipe.seed)).filter(|(rate, _)| *rate > 0.0);
+    let task = Classify { model, teacher, distill: recipe.distill.kind, drop_path };
+    let phase = Phase { config, model: &start.config, weights, task: &task, optimizer, tracker };
     let before = trainer.state.phase_step;
     trainer.run(phase)?;
     if trainer.state.phase_step != before {
@@ -408,7 +390,7 @@ fn run_phase(
 /// error; one that leaves nothing free is worth a line.
 fn annealed(phase: &PhaseConfig, weights: &Weights, progress: &dyn Progress) -> Result<Option<Weights>> {
     let Some(band) = phase.calm else { return Ok(None) };
-    let (calm, reached) = weights.calmed(Some(band), phase.calm_qk == CalmQk::MaskGrad);
+    let (calm, reached) = weights.calmed(Some(band), phase.calm_qk != CalmQk::Off);
     if reached == 0 {
         let message = format!("phase {}: calm = {band} reaches no weight", phase.name);
         return Err(Error::usage(format!("{message}, expected weights quantized by statsq")));
@@ -429,26 +411,26 @@ fn annealed(phase: &PhaseConfig, weights: &Weights, progress: &dyn Progress) -> 
 
 /// The teacher: the model at the start of quantization, or the one that the recipe names, which must
 /// see the same images and know the same classes as the student.
-fn teacher(recipe: &Recipe, run: &Path, start: &Start, device: &Device) -> Result<Vit> {
+fn teacher(recipe: &Recipe, run: &Path, start: &Start, device: &Device) -> Result<VisionModel> {
     let dir = match &recipe.distill.teacher {
         Some(path) => models::model_dir(&hub::resolve(&path.to_string_lossy())?),
         None => float_dir(run),
     };
-    let ModelConfig::Vit(source) = &recipe.model;
-    let opened = open_vit_with(&dir, Pickle::when(source.allow_pickle), device)?;
+    let opened = open_model_with(&dir, Pickle::when(recipe.model.allow_pickle()), device)?;
     let differ = |what: &str, found: String, expected: String| {
         Err(Error::input(&dir, format!("the teacher's {what}: found {found}, the student's is {expected}")))
     };
     let (found, expected) = (&opened.config, &start.config);
-    if found.classes.len() != expected.classes.len() {
-        let (a, b) = (found.classes.len(), expected.classes.len());
+    if found.classes().len() != expected.classes().len() {
+        let (a, b) = (found.classes().len(), expected.classes().len());
         return differ("number of classes", a.to_string(), b.to_string());
     }
-    let known = |c: &VitConfig| c.classes.iter().cloned().collect::<std::collections::BTreeSet<String>>();
-    if known(found) == known(expected) && found.classes != expected.classes {
-        return differ("order of classes", found.classes.join(", "), expected.classes.join(", "));
+    let known =
+        |c: &VisionConfig| c.classes().iter().cloned().collect::<std::collections::BTreeSet<String>>();
+    if known(found) == known(expected) && found.classes() != expected.classes() {
+        return differ("order of classes", found.classes().join(", "), expected.classes().join(", "));
     }
-    let input = |c: &VitConfig| format!("{} x {:?}", c.channels, c.image_size);
+    let input = |c: &VisionConfig| format!("{} x {:?}", c.channels(), c.image_size());
     if input(found) != input(expected) {
         return differ("image size", input(found), input(expected));
     }
@@ -456,7 +438,7 @@ fn teacher(recipe: &Recipe, run: &Path, start: &Start, device: &Device) -> Resul
     if normal(&opened.preprocess) != normal(&start.preprocess) {
         return differ("normalisation", normal(&opened.preprocess), normal(&start.preprocess));
     }
-    Vit::new(&opened.config, &opened.weights)
+    opened.config.build(&opened.weights)
 }
 
 /// Packs, writes, reads back, measures, sums up.
@@ -465,9 +447,10 @@ fn finish(trainer: &mut Trainer<'_>, start: &Start, trained: Trained) -> Result<
     let recipe = trainer.recipe;
     let fake = trainer.measure(&start.config, &weights.folded()?, "fake-quantized")?;
     let packed = weights.packed()?;
+    say_products(&start.config, &packed, trainer.progress)?;
     let dir = trainer.dir.join("model");
     let packed_bytes = write_model(&dir, &start.config, &start.preprocess, &packed)?;
-    let read_back = open_vit(&dir, trainer.device)?;
+    let read_back = open_model(&dir, trainer.device)?;
     let got = trainer.evaluate(&read_back.config, &read_back.weights, "packed", true)?;
     let fp = trainer.state.full_precision.unwrap_or_default();
     let params = weights.params();
@@ -485,13 +468,25 @@ fn finish(trainer: &mut Trainer<'_>, start: &Start, trained: Trained) -> Result<
     put("fp_bytes", json!(trainer.state.fp_bytes));
     put("packed_bytes", json!(packed_bytes));
     put("compression", json!(trainer.state.fp_bytes as f64 / packed_bytes.max(1) as f64));
-    put("oscillation", json!(tracker.figures().percent));
+    let coarse = crate::train::coarse(&weights);
+    put("oscillation", json!(tracker.figures(|name| coarse.contains(name)).percent));
     put("frozen", json!(trainer.state.frozen));
     let rate = trainer.state.samples_per_s;
     put("train_samples_per_s", if rate > 0.0 { json!(rate) } else { Value::Null });
     put("infer_samples_per_s_fp", json!(fp.samples_per_s));
     put("infer_samples_per_s_packed", json!(got.samples_per_s));
-    write_summary(trainer.dir, summary)
+    write_summary(trainer.dir, summary, trainer.progress)
+}
+
+/// Warns where the product of query and key takes more room than both would.
+fn say_products(config: &VisionConfig, packed: &Weights, progress: &dyn Progress) -> Result<()> {
+    let places = qkr::held(config, packed);
+    let bits = |name: &str| match packed.get(name).ok()?.expr() {
+        Expr::Packed(packed) => Some(packed.grid().bits),
+        _ => None,
+    };
+    qkr::notes(&places, bits)?.iter().for_each(|note| progress.note(note));
+    Ok(())
 }
 
 /// Packs a pretrained model as it is, where there is no data to train or measure with.
@@ -503,11 +498,12 @@ fn without_data(
     device: &Device,
     progress: &dyn Progress,
 ) -> Result<Value> {
-    let fp_bytes: usize =
-        start.config.shapes().iter().map(|(_, shape)| 4 * shape.iter().product::<usize>()).sum();
+    let fp_bytes = 4 * start.config.params();
     let mut weights = start.weights.clone();
     lay_quantizers(recipe, &start, &mut weights, false, progress)?;
-    let packed_bytes = write_model(&dir.join("model"), &start.config, &start.preprocess, &weights.packed()?)?;
+    let packed = weights.packed()?;
+    say_products(&start.config, &packed, progress)?;
+    let packed_bytes = write_model(&dir.join("model"), &start.config, &start.preprocess, &packed)?;
     let mut summary = summary_head(recipe, &start, started.elapsed().as_secs_f64(), device);
     let mut put = |key: &str, value: Value| summary.insert(key.to_string(), value);
     for key in ["fp_top1", "fp_top5", "q_top1", "q_top5", "train_samples_per_s"] {
@@ -523,11 +519,10 @@ fn without_data(
     put("compression", json!(fp_bytes as f64 / packed_bytes.max(1) as f64));
     put("oscillation", json!(0.0));
     put("frozen", json!(0.0));
-    write_summary(dir, summary)
+    write_summary(dir, summary, progress)
 }
 
 fn summary_head(recipe: &Recipe, start: &Start, wall_s: f64, device: &Device) -> Map<String, Value> {
-    let total: usize = start.config.shapes().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
     let head = json!({
         "command": "quantize",
         "method": match recipe.transform.first().map(|t| t.kind) {
@@ -541,7 +536,7 @@ fn summary_head(recipe: &Recipe, start: &Start, wall_s: f64, device: &Device) ->
         "threads": rayon::current_num_threads(),
         "wall_s": wall_s,
         "peak_rss_bytes": peak_rss_bytes(),
-        "params_total": total,
+        "params_total": start.config.params(),
         "version": env!("CARGO_PKG_VERSION"),
         "commit": env!("QTUNE_COMMIT"),
         "bits": recipe.transform.first().map(|t| t.bits),
@@ -550,8 +545,9 @@ fn summary_head(recipe: &Recipe, start: &Start, wall_s: f64, device: &Device) ->
     head.as_object().cloned().unwrap_or_default()
 }
 
-fn write_summary(dir: &Path, summary: Map<String, Value>) -> Result<Value> {
+fn write_summary(dir: &Path, summary: Map<String, Value>, progress: &dyn Progress) -> Result<Value> {
     let summary = Value::Object(summary);
+    report::finish(dir, &summary).unwrap_or_else(|e| progress.note(&format!("report: {e}")));
     let text = serde_json::to_vec_pretty(&summary).map_err(|e| Error::Run(format!("summary.json: {e}")))?;
     files::write_bytes(&dir.join("summary.json"), &text)?;
     Ok(summary)

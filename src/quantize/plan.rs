@@ -3,9 +3,10 @@
 use candle_core::Device;
 
 use super::start::{open_data, prepare};
-use super::targets;
+use super::{qkr, targets};
 use crate::data::Dataset;
-use crate::models::VitConfig;
+use crate::models::attention::with_products;
+use crate::models::{VisionConfig, VitConfig};
 use crate::recipe::{Recipe, When};
 use crate::train::{epoch_steps, phase_steps};
 use crate::transform::WeightQuant;
@@ -29,9 +30,13 @@ pub struct Plan {
 /// Plans a run.
 pub fn plan(recipe: &Recipe, device: &Device) -> Result<Plan> {
     let (start, dataset) = prepare(recipe, open_data(recipe)?, device)?;
-    let chosen = targets(recipe, &start.weights)?;
+    let mut chosen = targets(recipe, &start.weights)?;
+    let mut weights = start.weights.clone();
+    let trained = start.quantizers.is_some();
+    qkr::reparameterize(recipe, &start.config, trained, &mut weights, &mut chosen)?;
+    let places = start.config.attentions();
     let mut tensors = Vec::new();
-    for (name, shape) in start.config.shapes() {
+    for (name, shape) in with_products(start.config.shapes(), &places, &weights) {
         let count: usize = shape.iter().product();
         let (what, bytes) = match chosen.get(&name) {
             Some(index) => {
@@ -56,6 +61,8 @@ pub fn plan(recipe: &Recipe, device: &Device) -> Result<Plan> {
         + data_estimate(recipe, &start.config, dataset.as_ref())?;
     let mut notes: Vec<String> = dataset.iter().flat_map(|d| d.notes.clone()).collect();
     notes.extend(start.notes);
+    let bits = |name: &str| chosen.get(name).map(|index| recipe.transform[*index].bits);
+    notes.extend(qkr::notes(&qkr::held(&start.config, &weights), bits)?);
     if samples > 0 {
         notes.push(format!("{samples} training samples, {} steps an epoch", epoch_steps(recipe, samples)));
     }
@@ -64,9 +71,21 @@ pub fn plan(recipe: &Recipe, device: &Device) -> Result<Plan> {
 
 /// Peak memory of a run, in bytes: parameters with their gradients, moments and teacher, and the
 /// activations that a forward pass of one batch leaves behind for its backward pass.
-fn memory_estimate(recipe: &Recipe, config: &VitConfig, params: usize) -> usize {
-    let (tokens, c, m) = (config.tokens(), config.hidden, config.mlp);
+fn memory_estimate(recipe: &Recipe, config: &VisionConfig, params: usize) -> usize {
     let quantized = recipe.activation.bits != 32;
+    let values = match config {
+        VisionConfig::Vit(vit) => vit_activations(vit, quantized),
+    };
+    let activations = 4 * recipe.train.batch_size * values;
+    let state = params * (4 * 4 + recipe.optimizer.state_bytes());
+    let program = 48 << 20;
+    // Blocks of the allocator that do not fit the next size asked for: seen to be about a seventh.
+    program + (state + activations) * 8 / 7
+}
+
+/// Values that a sample leaves in memory between forward and backward.
+fn vit_activations(config: &VitConfig, quantized: bool) -> usize {
+    let (tokens, c, m) = (config.tokens(), config.hidden, config.mlp);
     // Per block: both norms, q, k, v, mix, projection, two residuals, MLP in, GELU, MLP out.
     let mut per_token = 10 * c + 2 * m;
     let mut probabilities = config.heads * tokens;
@@ -77,16 +96,11 @@ fn memory_estimate(recipe: &Recipe, config: &VitConfig, params: usize) -> usize 
     }
     let sample = tokens * (config.layers * (per_token + probabilities) + 4 * c);
     // Backward holds the gradients of one block beside what forward left.
-    let transient = tokens * (per_token + probabilities);
-    let activations = 4 * recipe.train.batch_size * (sample + transient);
-    let state = params * (4 * 4 + recipe.optimizer.state_bytes());
-    let program = 48 << 20;
-    // Blocks of the allocator that do not fit the next size asked for: seen to be about a seventh.
-    program + (state + activations) * 8 / 7
+    sample + tokens * (per_token + probabilities)
 }
 
 /// Memory of the decoded images and of the batches that are prepared ahead, in bytes.
-fn data_estimate(recipe: &Recipe, config: &VitConfig, dataset: Option<&Dataset>) -> Result<usize> {
+fn data_estimate(recipe: &Recipe, config: &VisionConfig, dataset: Option<&Dataset>) -> Result<usize> {
     let Some(dataset) = dataset else { return Ok(0) };
     let mut bytes = 0;
     for source in [&dataset.train, &dataset.eval] {
@@ -96,7 +110,8 @@ fn data_estimate(recipe: &Recipe, config: &VitConfig, dataset: Option<&Dataset>)
     }
     // Beyond this, image files are read when they are asked for.
     let decoded = bytes.min(1 << 30);
-    let sample = 4 * config.channels * config.image_size.0 * config.image_size.1;
+    let (height, width) = config.image_size();
+    let sample = 4 * config.channels() * height * width;
     let ahead = 2 * rayon::current_num_threads().clamp(1, 4) + 1;
     Ok(decoded + ahead * sample * recipe.train.batch_size.max(recipe.train.eval_batch_size))
 }

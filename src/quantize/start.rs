@@ -7,7 +7,7 @@ use candle_core::{Device, Tensor};
 use super::{targets, teacher, trained};
 use crate::data::{Dataset, Preprocess};
 use crate::models::import::TrainedQuantizers;
-use crate::models::{self, import_vit, Imported, VitConfig, Want};
+use crate::models::{self, import_model, Imported, VisionConfig, VitConfig, Want};
 use crate::random::Random;
 use crate::recipe::{DistillKind, ModelConfig, PhaseConfig, Recipe, VitSource, When};
 use crate::train::phase_steps;
@@ -18,7 +18,7 @@ use crate::{hub, Error, Result};
 #[derive(Debug)]
 pub struct Start {
     /// Sizes and labels.
-    pub config: VitConfig,
+    pub config: VisionConfig,
     /// Dense weights.
     pub weights: Weights,
     /// How images become tensors.
@@ -35,8 +35,7 @@ pub struct Start {
 
 /// The data of a recipe: `None` where a pretrained model is packed without any.
 pub fn open_data(recipe: &Recipe) -> Result<Option<Dataset>> {
-    let ModelConfig::Vit(source) = &recipe.model;
-    if source.path.is_some() && recipe.data.path.is_none() {
+    if recipe.model.path().is_some() && recipe.data.path.is_none() {
         return Ok(None);
     }
     recipe.data.open(recipe.seed).map(Some)
@@ -44,31 +43,24 @@ pub fn open_data(recipe: &Recipe) -> Result<Option<Dataset>> {
 
 /// Reads or makes the model that a recipe starts from.
 pub fn start(recipe: &Recipe, dataset: Option<&Dataset>, device: &Device) -> Result<Start> {
-    let ModelConfig::Vit(source) = &recipe.model;
-    match &source.path {
-        Some(path) => pretrained(recipe, source, path, dataset, device),
-        None => {
-            let dataset = dataset.ok_or_else(|| Error::usage("a new model needs data"))?;
-            new_model(recipe, source, dataset, device)
-        }
+    if let Some(path) = recipe.model.path() {
+        return pretrained(recipe, path, dataset, device);
+    }
+    let dataset = dataset.ok_or_else(|| Error::usage("a new model needs data"))?;
+    match &recipe.model {
+        ModelConfig::Vit(source) => new_vit(recipe, source, dataset, device),
     }
 }
 
-fn pretrained(
-    recipe: &Recipe,
-    source: &VitSource,
-    path: &Path,
-    dataset: Option<&Dataset>,
-    device: &Device,
-) -> Result<Start> {
+fn pretrained(recipe: &Recipe, path: &Path, dataset: Option<&Dataset>, device: &Device) -> Result<Start> {
     let dir = models::model_dir(&hub::resolve(&path.to_string_lossy())?);
     let want = Want {
-        image_size: source.image_size.map(|size| (size, size)),
+        image_size: recipe.model.image_size().map(|size| (size, size)),
         classes: dataset.map(|d| d.classes.clone()),
         seed: recipe.seed,
-        pickle: Pickle::when(source.allow_pickle),
+        pickle: Pickle::when(recipe.model.allow_pickle()),
     };
-    let Imported { config, tensors, quantizers, mut notes, new_head } = import_vit(&dir, &want, device)?;
+    let Imported { config, tensors, quantizers, mut notes, new_head } = import_model(&dir, &want, device)?;
     if quantizers.is_some() {
         notes.push(
             "trained with quantizers, which are laid on as they are; full precision here means its latent weights \
@@ -82,7 +74,7 @@ fn pretrained(
     Ok(Start { config, weights, preprocess, quantizers, untrained: new_head, notes, name })
 }
 
-fn new_model(recipe: &Recipe, source: &VitSource, dataset: &Dataset, device: &Device) -> Result<Start> {
+fn new_vit(recipe: &Recipe, source: &VitSource, dataset: &Dataset, device: &Device) -> Result<Start> {
     if dataset.train.is_empty() {
         return Err(no_training_images(recipe, dataset));
     }
@@ -127,7 +119,7 @@ fn new_model(recipe: &Recipe, source: &VitSource, dataset: &Dataset, device: &De
         config.classes.len()
     );
     Ok(Start {
-        config,
+        config: VisionConfig::Vit(config),
         weights: Weights::from_tensors(tensors),
         preprocess,
         quantizers: None,
@@ -191,7 +183,7 @@ pub(super) fn prepare(
         return Ok((start, None));
     };
     if !start.untrained {
-        dataset = dataset.under_labels(&start.config.classes)?;
+        dataset = dataset.under_labels(start.config.classes())?;
     }
     let samples = dataset.train.len();
     let runs: Vec<_> = recipe.phase.iter().filter(|p| p.when == When::Always || start.untrained).collect();
@@ -208,7 +200,7 @@ pub(super) fn prepare(
         of.map(|p| phase_steps(recipe, p, samples)).sum()
     };
     trained::check(recipe, &start, steps(true) > 0)?;
-    if recipe.distill.kind == DistillKind::Soft && steps(true) > 0 {
+    if recipe.distill.kind != DistillKind::None && steps(true) > 0 {
         if recipe.distill.teacher.is_some() {
             teacher(recipe, Path::new(""), &start, device)?;
         } else if start.untrained && steps(false) == 0 {

@@ -7,8 +7,7 @@ use candle_core::Tensor;
 
 use super::start::Start;
 use crate::models::import::TrainedQuantizers;
-use crate::models::vit::Vit;
-use crate::models::VitConfig;
+use crate::models::VisionConfig;
 use crate::recipe::{DistillKind, Recipe, TransformConfig, When};
 use crate::transform::{ActQuant, Lsq, WeightQuant};
 use crate::weights::{Calibration, Signedness, Site, Transform, Weights};
@@ -30,7 +29,7 @@ pub(super) fn check(recipe: &Recipe, start: &Start, trains: bool) -> Result<()> 
         let message = "found a model trained with quantizers, a float phase would undo that";
         return Err(Error::usage(format!("{name}: {message}")));
     }
-    if trains && recipe.distill.kind == DistillKind::Soft && recipe.distill.teacher.is_none() {
+    if trains && recipe.distill.kind != DistillKind::None && recipe.distill.teacher.is_none() {
         return Err(Error::usage(format!(
             "{name}: found a model trained with quantizers, which without them is no teacher: name a --teacher, or \
              set --kd none"
@@ -64,7 +63,7 @@ pub(super) fn weight_rule(
 /// Hangs the trained quantizers on the taps that `images` come by.
 pub(super) fn hang(
     recipe: &Recipe,
-    config: &VitConfig,
+    config: &VisionConfig,
     weights: &mut Weights,
     images: &Tensor,
     trained: &TrainedQuantizers,
@@ -87,7 +86,7 @@ pub(super) fn hang(
         Ok(Some(Arc::new(rule.trained(name, &tap.scale, shifts.0, shifts.1)?)))
     }));
     let store = weights.folded()?.calibrating(calibration.clone());
-    Vit::new(config, &store)?.forward(images)?;
+    config.build(&store)?.forward(images)?;
     for (name, rule) in calibration.rules()? {
         weights.hang(name, rule);
     }
@@ -102,7 +101,7 @@ mod tests {
 
     use super::*;
     use crate::data::Preprocess;
-    use crate::models::open_vit;
+    use crate::models::{open_model, open_model_with, VitConfig};
     use crate::quantize::{calibrate, lay_quantizers, run};
     use crate::random::Random;
     use crate::recipe::set;
@@ -110,8 +109,8 @@ mod tests {
     use crate::weights::checkpoint::pickle::testing as pth;
     use crate::weights::Expr;
 
-    fn config() -> VitConfig {
-        VitConfig {
+    fn config() -> VisionConfig {
+        VisionConfig::Vit(VitConfig {
             image_size: (8, 8),
             patch_size: 4,
             channels: 1,
@@ -124,7 +123,7 @@ mod tests {
             distilled: true,
             two_heads: true,
             classes: ["0", "1", "2"].map(String::from).to_vec(),
-        }
+        })
     }
 
     fn normal(shape: &[usize], std: f32, name: &str) -> Tensor {
@@ -258,7 +257,7 @@ mod tests {
         run(&recipe(&changes), &at("run"), &Device::Cpu, &Quiet).unwrap();
 
         let packed = reference.packed().unwrap();
-        let opened = open_vit(&at("run/model"), &Device::Cpu).unwrap();
+        let opened = open_model(&at("run/model"), &Device::Cpu).unwrap();
         let mut compared = 0;
         for (name, weight) in packed.iter() {
             let found = opened.weights.get(name).unwrap();
@@ -272,7 +271,7 @@ mod tests {
         assert_eq!(compared, 2 * 5 + 3);
         let images = normal(&[4, 1, 8, 8], 1.0, "other images");
         let answers = |weights: &Weights| {
-            let logits = Vit::new(&config(), weights).unwrap().forward(&images).unwrap().logits().unwrap();
+            let logits = config().build(weights).unwrap().forward(&images).unwrap().logits().unwrap();
             logits.flatten_all().unwrap().to_vec1::<f32>().unwrap()
         };
         assert_eq!(answers(&packed), answers(&opened.weights));
@@ -291,8 +290,7 @@ mod tests {
         let error = run(&lsq, &at("run2"), &Device::Cpu, &Quiet).unwrap_err();
         assert!(error.to_string().contains("kind statsq"), "{error}");
         // For evaluation it has to be packed first.
-        let error =
-            crate::models::open_vit_with(&at("best.pth"), crate::weights::Pickle::Allowed, &Device::Cpu);
+        let error = open_model_with(&at("best.pth"), crate::weights::Pickle::Allowed, &Device::Cpu);
         assert!(error.unwrap_err().to_string().contains("pack it first"));
     }
 }

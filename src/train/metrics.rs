@@ -1,5 +1,5 @@
 //! metrics.jsonl: one object a line, counted so that a resumed run continues where its checkpoint
-//! stands.
+//! stands; and beside it the same for TensorBoard.
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
+use crate::report::tensorboard::Events;
 use crate::{Error, Result};
 
 /// The metrics of a run.
@@ -14,11 +15,13 @@ use crate::{Error, Result};
 pub struct Metrics {
     path: PathBuf,
     file: File,
+    events: Events,
     lines: usize,
 }
 
 impl Metrics {
-    /// Opens `path`, keeping its first `keep` lines; fewer than that is an error.
+    /// Opens `path`, keeping its first `keep` lines; fewer than that is an error. The event file beside it is
+    /// written anew from these.
     pub fn open(path: &Path, keep: usize) -> Result<Self> {
         let io = |e| Error::io(path, e);
         let mut file = OpenOptions::new().read(true).append(true).create(true).open(path).map_err(io)?;
@@ -35,7 +38,9 @@ impl Metrics {
             length += read as u64;
         }
         file.set_len(length).map_err(io)?;
-        Ok(Metrics { path: path.to_path_buf(), file, lines: keep })
+        let kept = BufReader::new(File::open(path).map_err(io)?).split(b'\n');
+        let events = Events::open(path.parent().unwrap_or(Path::new("")), kept)?;
+        Ok(Metrics { path: path.to_path_buf(), file, events, lines: keep })
     }
 
     /// Lines written so far.
@@ -45,13 +50,13 @@ impl Metrics {
 
     /// Appends one object. Values that are not finite are written as null, which JSON has.
     pub fn write(&mut self, object: Map<String, Value>) -> Result<()> {
-        let mut line = serde_json::to_vec(&Value::Object(object))
-            .map_err(|e| Error::Run(format!("{}: {e}", self.path.display())))?;
+        let mut line =
+            serde_json::to_vec(&object).map_err(|e| Error::Run(format!("{}: {e}", self.path.display())))?;
         line.push(b'\n');
         // One write for one line: a process that is killed leaves whole lines, but for the last one.
         self.file.write_all(&line).map_err(|e| Error::io(&self.path, e))?;
         self.lines += 1;
-        Ok(())
+        self.events.append(&object)
     }
 
     /// Makes what was written last through a power cut.

@@ -1,5 +1,6 @@
 //! The trainer: phases as data, one loop for all of them.
 
+pub mod average;
 pub mod layers;
 pub mod metrics;
 pub mod oscillation;
@@ -15,18 +16,18 @@ use std::time::Instant;
 use candle_core::{Device, Tensor};
 use serde_json::{json, Map, Value};
 
+pub use average::Average;
 pub use metrics::{peak_rss_bytes, Metrics};
 pub use oscillation::Tracker;
 pub use resume::State;
 pub use task::{evaluate, Accuracy, Classify};
 
-use crate::data::{epoch_order, Batch, Dataset, Loader, Preprocess};
-use crate::models::vit::Vit;
-use crate::models::VitConfig;
+use crate::data::{epoch_order, Batch, Dataset, Loader, Preprocess, Training};
+use crate::models::VisionConfig;
 use crate::optim::{Optimizer, Rate};
 use crate::recipe::{CalmQk, PhaseConfig, Recipe};
-use crate::weights::{Expr, Gate, Param, Weights};
-use crate::{Error, Result};
+use crate::weights::{Expr, Gate, Param, Weight, Weights};
+use crate::{report, Error, Result};
 
 /// Who hears of a run while it goes on.
 pub trait Progress: Send + Sync {
@@ -69,6 +70,8 @@ pub struct Trainer<'a> {
     pub metrics: Metrics,
     /// Where the run stands.
     pub state: State,
+    /// The running average of the trainables, where the recipe wants one.
+    pub average: Option<Average>,
     /// When this process took the run up.
     pub started: Instant,
     /// Seconds that earlier processes spent on it.
@@ -80,7 +83,7 @@ pub struct Phase<'a> {
     /// Its settings.
     pub config: &'a PhaseConfig,
     /// The model's sizes.
-    pub vit: &'a VitConfig,
+    pub model: &'a VisionConfig,
     /// The trainable store that the task's model reads.
     pub weights: &'a Weights,
     /// Loss and model.
@@ -132,6 +135,22 @@ pub fn codes(weights: &Weights) -> Result<Vec<(String, Tensor)>> {
     Ok(codes)
 }
 
+/// The names of the weights whose oscillation is what a run reports: those of fewer than 8 bits, or all
+/// where there are none. The steps of 8-bit weights, of the first and the last layer, are as fine as the
+/// noise of training; annealing leaves them alone too.
+pub fn coarse(weights: &Weights) -> std::collections::HashSet<String> {
+    let on_grid = |few: bool| {
+        let below = move |weight: &Weight| weight.grid().is_some_and(|g| !few || g.bits < 8);
+        weights.iter().filter(move |(_, w)| below(w)).map(|(name, _)| name.to_string()).collect()
+    };
+    let few: std::collections::HashSet<String> = on_grid(true);
+    if few.is_empty() {
+        on_grid(false)
+    } else {
+        few
+    }
+}
+
 impl Trainer<'_> {
     /// The number of an epoch of a phase, distinct over the run: it addresses the random streams.
     fn stream(&self, epoch: usize) -> u64 {
@@ -139,16 +158,17 @@ impl Trainer<'_> {
     }
 
     fn loader(&self, epoch: usize, skip: usize) -> Loader {
-        let order = epoch_order(self.dataset.train.len(), self.recipe.seed, self.stream(epoch));
-        let order = order[skip.min(order.len())..].to_vec();
+        let augment = self.recipe.augment.clone();
+        let (seed, number) = (self.recipe.seed, self.stream(epoch));
+        let order = epoch_order(self.dataset.train.len(), augment.repeats, seed, number);
+        let done = skip.min(order.len());
+        let classes = self.dataset.classes.len();
         Loader::new(
             self.dataset.train.clone(),
             self.preprocess.clone(),
-            Some(self.recipe.augment.clone()),
-            order,
+            order[done..].to_vec(),
             self.recipe.train.batch_size,
-            self.recipe.seed,
-            self.stream(epoch),
+            Some(Training { augment, classes, seed, epoch: number, done }),
             rayon::current_num_threads().clamp(1, 4),
             self.device,
         )
@@ -172,19 +192,21 @@ impl Trainer<'_> {
         self.state.taps = weights.taps().map(|(name, rule)| (name.to_string(), rule.describe())).collect();
         self.state.tracked = tracker.names();
         let keep = self.recipe.train.keep;
-        resume::save(self.dir, &self.state, weights, optimizer.state()?, tracker.state()?, keep)
+        let mut rule = optimizer.state()?;
+        rule.extend(self.average.iter().flat_map(Average::state));
+        resume::save(self.dir, &self.state, weights, rule, tracker.state()?, keep)
     }
 
     /// Evaluates a frozen store and writes the line that says so. Where `stoppable`, a signal ends it:
     /// not in the middle of a phase, whose steps would be lost with it.
     pub fn evaluate(
         &mut self,
-        config: &VitConfig,
+        config: &VisionConfig,
         weights: &Weights,
         what: &str,
         stoppable: bool,
     ) -> Result<Accuracy> {
-        let model = Vit::new(config, weights)?;
+        let model = config.build(weights)?;
         let batch = self.recipe.train.eval_batch_size;
         let eval = self.dataset.eval.clone();
         let device = self.device;
@@ -202,11 +224,12 @@ impl Trainer<'_> {
         line.insert("peak_rss_bytes".into(), json!(peak_rss_bytes()));
         self.metrics.write(line)?;
         self.state.measured = Some((self.state.step, got));
+        report::write(self.dir).unwrap_or_else(|e| self.progress.note(&format!("report: {e}")));
         Ok(got)
     }
 
     /// The figures of the model as it stands: those at the end of the phase that just ended, or new ones.
-    pub fn measure(&mut self, config: &VitConfig, weights: &Weights, what: &str) -> Result<Accuracy> {
+    pub fn measure(&mut self, config: &VisionConfig, weights: &Weights, what: &str) -> Result<Accuracy> {
         match self.state.measured {
             Some((step, known)) if step == self.state.step && step > 0 => Ok(known),
             _ => self.evaluate(config, weights, what, true),
@@ -223,12 +246,16 @@ impl Trainer<'_> {
 
     /// Trains one phase from where the state stands to its end.
     pub fn run(&mut self, phase: Phase<'_>) -> Result<()> {
-        let Phase { config, vit, weights, task, optimizer, tracker } = phase;
+        let Phase { config, model, weights, task, optimizer, tracker } = phase;
         let recipe = self.recipe;
         let samples = self.dataset.train.len();
         let rate = rate(recipe, config, samples);
         let params = weights.params();
         let group = recipe.train.batch_size * recipe.train.accumulate;
+        let factors = self.rate_factors(model, &params);
+        if recipe.train.ema > 0.0 && self.average.is_none() && self.state.phase_step < rate.steps {
+            self.average = Some(Average::new(&params, recipe.train.ema)?);
+        }
         let mut loader: Option<Loader> = None;
         let (mut seen, mut seconds) = (0usize, 0f64);
         self.progress.start(&config.name, rate.steps);
@@ -257,7 +284,7 @@ impl Trainer<'_> {
                 optimizer: &mut *optimizer,
                 config: &recipe.optimizer,
                 lr,
-                factors: &[],
+                factors: &factors,
                 clip,
                 free: &free,
                 first,
@@ -271,6 +298,9 @@ impl Trainer<'_> {
                 let named = params.iter().zip(&step.grads);
                 let named = named.filter_map(|(p, g)| Some((p.name.as_str(), g.as_ref()?)));
                 tracker.observe_gradients(named)?;
+            }
+            if let Some(average) = &mut self.average {
+                average.update(&params)?;
             }
             self.say_still(lr, &params, &step.still);
             seconds += begun.elapsed().as_secs_f64();
@@ -291,7 +321,15 @@ impl Trainer<'_> {
             }
             let due = recipe.train.eval_steps;
             if last || (due > 0 && done.is_multiple_of(due)) {
-                let got = self.evaluate(vit, &weights.folded()?, &config.name, false)?;
+                if let Some(average) = &mut self.average {
+                    average.swap(&params)?;
+                }
+                let got = self.evaluate(model, &weights.folded()?, &config.name, false)?;
+                match &mut self.average {
+                    // At the end of the phase the averages stay.
+                    Some(average) if !last => average.swap(&params)?,
+                    _ => self.average = None,
+                }
                 if self.state.best.is_none_or(|(best, _)| got.top1 > best) {
                     self.state.best = Some((got.top1, self.state.step));
                 }
@@ -316,6 +354,20 @@ impl Trainer<'_> {
         self.progress.finish();
         self.say_left_out();
         Ok(())
+    }
+
+    /// The factor on each parameter's learning rate: `layer_decay` once for each block between it and the
+    /// classifier. Empty where it is 1.
+    fn rate_factors(&self, model: &VisionConfig, params: &[Param]) -> Vec<f64> {
+        let decay = self.recipe.train.layer_decay;
+        if decay == 1.0 {
+            return Vec::new();
+        }
+        let factor = |param: &Param| {
+            let (depth, last) = model.depth(&param.name);
+            decay.powi(i32::try_from(last - depth).unwrap_or(i32::MAX))
+        };
+        params.iter().map(factor).collect()
     }
 
     /// Names the images that could not be read.
@@ -362,14 +414,16 @@ impl Trainer<'_> {
         put("grad_norm", json!(step.grad_norm));
         let gates = if phase.calm.is_some() { weights.gates()? } else { Vec::new() };
         if phase.quantize {
-            let figures = tracker.figures();
+            let coarse = coarse(weights);
+            let counts = |name: &str| coarse.contains(name);
+            let figures = tracker.figures(counts);
             put("oscillation", json!(figures.percent));
             put("osc_ema_mean", json!(figures.ema_mean));
             put("flip_rate", json!(figures.flip_rate));
-            let (frozen, masked) = closed(&gates, tracker.codes())?;
+            let (frozen, masked) = closed(&gates, tracker.codes(counts))?;
             self.state.frozen = frozen;
             put("frozen", json!(frozen));
-            if phase.calm_qk != CalmQk::Off {
+            if phase.calm_qk == CalmQk::MaskGrad {
                 put("masked", json!(masked));
             }
         }

@@ -131,7 +131,6 @@ pub struct Oscillation {
 #[derive(Clone, Debug, Default)]
 pub struct Tracker {
     tracks: IndexMap<String, Track>,
-    changed: usize,
 }
 
 impl Tracker {
@@ -144,8 +143,9 @@ impl Tracker {
         }
         let mut work: Vec<(&mut Track, &Vec<f32>)> =
             self.tracks.iter_mut().filter_map(|(name, track)| Some((track, values.get(name)?))).collect();
-        let changed = work.par_iter_mut().map(|(track, codes)| track.observe(codes, MOMENTUM));
-        self.changed = changed.sum();
+        work.par_iter_mut().for_each(|(track, codes)| {
+            track.observe(codes, MOMENTUM);
+        });
         Ok(())
     }
 
@@ -167,9 +167,9 @@ impl Tracker {
         self.tracks.get(name)
     }
 
-    /// How many codes are tracked.
-    pub fn codes(&self) -> usize {
-        self.tracks.values().map(|t| t.ema.len()).sum()
+    /// How many codes are tracked of the weights that `counts` names.
+    pub fn codes(&self, counts: impl Fn(&str) -> bool) -> usize {
+        self.tracks.iter().filter(|(name, _)| counts(name)).map(|(_, t)| t.ema.len()).sum()
     }
 
     /// The names of the tracked weights, in order.
@@ -177,15 +177,16 @@ impl Tracker {
         self.tracks.keys().cloned().collect()
     }
 
-    /// The figures over all weights.
-    pub fn figures(&self) -> Oscillation {
-        let n: usize = self.tracks.values().map(|t| t.ema.len()).sum();
-        let each = || self.tracks.values().flat_map(|t| &t.ema);
+    /// The figures over the weights that `counts` names.
+    pub fn figures(&self, counts: impl Fn(&str) -> bool) -> Oscillation {
+        let counted = || self.tracks.iter().filter(|(name, _)| counts(name)).map(|(_, track)| track);
+        let n: usize = counted().map(|t| t.ema.len()).sum();
+        let each = || counted().flat_map(|t| &t.ema);
         let share = |count: f64| if n == 0 { 0.0 } else { count / n as f64 };
         Oscillation {
             ema_mean: share(each().map(|&e| f64::from(e)).sum()),
             percent: 100.0 * share(each().filter(|e| **e > OSCILLATES).count() as f64),
-            flip_rate: share(self.changed as f64),
+            flip_rate: share(counted().map(|t| t.changed).sum::<usize>() as f64),
         }
     }
 
@@ -233,7 +234,7 @@ impl Tracker {
             let track = Track { last, direction, ema, total, sign, ..Track::default() };
             tracks.insert(name.clone(), track);
         }
-        Ok(Tracker { tracks, changed: 0 })
+        Ok(Tracker { tracks })
     }
 }
 
@@ -263,8 +264,8 @@ mod tests {
             let gradient = Tensor::new(&v, &Device::Cpu).unwrap();
             tracker.observe_gradients([("w", &gradient)].into_iter()).unwrap();
         }
-        assert!((tracker.figures().flip_rate - 2.0 / 3.0).abs() < 1e-9);
-        assert!((tracker.figures().percent - 100.0 / 3.0).abs() < 1e-9);
+        assert!((tracker.figures(|_| true).flip_rate - 2.0 / 3.0).abs() < 1e-9);
+        assert!((tracker.figures(|_| true).percent - 100.0 / 3.0).abs() < 1e-9);
         let state: std::collections::HashMap<String, Tensor> = tracker.state().unwrap().into_iter().collect();
         let read = |name: &str| Ok(state.get(name).cloned());
         let mut back = Tracker::restore(&["w".to_string()], &read).unwrap();

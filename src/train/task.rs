@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor, D};
 use serde::{Deserialize, Serialize};
 
 use crate::data::{Batch, Loader, Preprocess, Source};
-use crate::models::vit::{Vit, VitOutput};
+use crate::models::{DropPath, VisionModel, VisionOutput};
 use crate::recipe::DistillKind;
 use crate::{kernels, Error, Result};
 
@@ -31,11 +31,13 @@ pub struct Accuracy {
 #[derive(Debug)]
 pub struct Classify {
     /// The student.
-    pub model: Vit,
+    pub model: VisionModel,
     /// A frozen teacher in full precision.
-    pub teacher: Option<Vit>,
+    pub teacher: Option<VisionModel>,
     /// What the student learns from it.
     pub distill: DistillKind,
+    /// Stochastic depth: the rate of the deepest layer and the seed.
+    pub drop_path: Option<(f64, u64)>,
 }
 
 /// The loss of a batch (mean over its samples, with its graph) and how many of its answers are right.
@@ -48,23 +50,39 @@ pub struct Loss {
 }
 
 /// Training loss on logits (Liu et al. 2023 as released; ofq.md 6.1): cross-entropy with the labels,
-/// plus, with a teacher, the soft cross-entropy against the teacher's class head. A model with two
-/// heads learns the labels with the class head and the teacher with the other.
+/// or with the soft `targets [batch, classes]` of mixed images, plus, with a teacher, the soft
+/// cross-entropy against the teacher's class head. A model with two heads learns the labels with the
+/// class head and the teacher with the other.
+///
+/// Under [`DistillKind::Pld`] the student learns the teacher's ranking, which begins with the label and so
+/// takes the place of both terms; of two heads the class head still learns the labels. The ranking of
+/// a mixed image begins with its primary label, whatever its soft targets.
 pub fn distillation_loss(
-    output: &VitOutput,
+    output: &VisionOutput,
     labels: &Tensor,
-    teacher_class_logits: Option<&Tensor>,
+    targets: Option<&Tensor>,
+    teacher_class_logits: Option<(&Tensor, DistillKind)>,
 ) -> Result<Tensor> {
-    let hard = kernels::cross_entropy(&output.class, labels)?;
-    match (teacher_class_logits, &output.distillation) {
-        (Some(teacher), distillation) => {
-            let target = kernels::softmax(&teacher.detach())?;
-            let student = distillation.as_ref().unwrap_or(&output.class);
-            Ok((hard + kernels::soft_cross_entropy(student, &target)?)?)
-        }
-        (None, None) => Ok(hard),
-        // Without a teacher both heads learn the labels.
-        (None, Some(distillation)) => Ok(((hard + kernels::cross_entropy(distillation, labels)?)? * 0.5)?),
+    let hard = |logits: &Tensor| match targets {
+        Some(targets) => kernels::soft_cross_entropy(logits, targets),
+        None => kernels::cross_entropy(logits, labels),
+    };
+    let Some((teacher, kind)) = teacher_class_logits.filter(|(_, kind)| *kind != DistillKind::None) else {
+        return match &output.distillation {
+            None => Ok(hard(&output.class)?),
+            // Without a teacher both heads learn the labels.
+            Some(distillation) => Ok(((hard(&output.class)? + hard(distillation)?)? * 0.5)?),
+        };
+    };
+    let probs = kernels::softmax(&teacher.detach())?;
+    let student = output.distillation.as_ref().unwrap_or(&output.class);
+    let soft = match kind {
+        DistillKind::Pld => kernels::plackett_luce(student, &probs, labels)?,
+        DistillKind::Soft | DistillKind::None => kernels::soft_cross_entropy(student, &probs)?,
+    };
+    match (kind, &output.distillation) {
+        (DistillKind::Pld, None) => Ok(soft),
+        _ => Ok((hard(&output.class)? + soft)?),
     }
 }
 
@@ -72,12 +90,19 @@ impl Classify {
     /// The loss of `batch`.
     pub fn loss(&self, batch: &Batch, device: &Device) -> Result<Loss> {
         let labels = Tensor::from_slice(&batch.labels, batch.labels.len(), device)?;
-        let output = self.model.forward(&batch.images)?;
+        let drop = self.drop_path.map(|(rate, seed)| {
+            let samples = batch.indices.clone();
+            DropPath { rate, seed, epoch: batch.epoch, samples }
+        });
+        let output = self.model.train(&batch.images, drop.as_ref())?;
         let teacher = match (&self.teacher, self.distill) {
-            (Some(teacher), DistillKind::Soft) => Some(teacher.forward(&batch.images)?.class.detach()),
-            _ => None,
+            (None, _) | (_, DistillKind::None) => None,
+            (Some(teacher), DistillKind::Soft | DistillKind::Pld) => {
+                Some(teacher.forward(&batch.images)?.class.detach())
+            }
         };
-        let loss = distillation_loss(&output, &labels, teacher.as_ref())?;
+        let taught = teacher.as_ref().map(|logits| (logits, self.distill));
+        let loss = distillation_loss(&output, &labels, batch.targets.as_ref(), taught)?;
         let value = loss.to_dtype(DType::F32)?.to_scalar::<f32>()?;
         if !value.is_finite() {
             let place = self.model.not_finite(&batch.images)?;
@@ -102,7 +127,7 @@ fn rank(logits: &[f32], label: u32) -> usize {
 
 /// Evaluates `model` on every sample of `source`, in order. Where `stoppable`, a signal ends it.
 pub fn evaluate(
-    model: &Vit,
+    model: &VisionModel,
     source: Arc<dyn Source>,
     preprocess: Arc<Preprocess>,
     batch_size: usize,
@@ -114,7 +139,7 @@ pub fn evaluate(
     let total = source.len();
     let order: Vec<u32> = (0..total as u32).collect();
     let workers = rayon::current_num_threads().clamp(1, 4);
-    let loader = Loader::new(source, preprocess, None, order, batch_size, 0, 0, workers, device);
+    let loader = Loader::new(source, preprocess, order, batch_size, None, workers, device);
     let (mut first, mut five, mut samples, mut loss) = (0usize, 0usize, 0usize, 0f64);
     progress.start("evaluating", total);
     for batch in loader {
@@ -152,6 +177,38 @@ pub fn evaluate(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Logits of 0 and ln 3, so probabilities 1/4 and 3/4, the label 0, the teacher indifferent.
+    #[test]
+    fn losses_by_hand() {
+        let device = &Device::Cpu;
+        let logits = |a: f32, b: f32| Tensor::new(&[[a.ln(), b.ln()]], device).unwrap();
+        let one = VisionOutput { class: logits(1.0, 3.0), distillation: None };
+        let two = VisionOutput { class: logits(1.0, 3.0), distillation: Some(logits(1.0, 1.0)) };
+        let (labels, teacher) = (Tensor::new(&[0u32], device).unwrap(), logits(7.0, 7.0));
+        let mixed = Tensor::new(&[[0.5f32, 0.5]], device).unwrap();
+        let loss = |output: &VisionOutput, targets: Option<&Tensor>, kind: DistillKind| {
+            let taught = Some((&teacher, kind));
+            distillation_loss(output, &labels, targets, taught).unwrap().to_scalar::<f32>().unwrap()
+        };
+        let (hard, soft, pld) = (4f32.ln(), 0.5 * 4f32.ln() + 0.5 * (4f32 / 3.0).ln(), 0.5 * 4f32.ln());
+        let half = 2f32.ln(); // any loss of the indifferent second head, but for a ranking
+        let cases = [
+            (loss(&one, None, DistillKind::None), hard),
+            (loss(&two, None, DistillKind::None), 0.5 * (hard + half)),
+            (loss(&one, Some(&mixed), DistillKind::None), soft),
+            (loss(&two, Some(&mixed), DistillKind::None), 0.5 * (soft + half)),
+            (loss(&one, None, DistillKind::Soft), hard + soft),
+            (loss(&one, Some(&mixed), DistillKind::Soft), soft + soft),
+            (loss(&two, Some(&mixed), DistillKind::Soft), soft + half),
+            (loss(&one, None, DistillKind::Pld), pld),
+            (loss(&one, Some(&mixed), DistillKind::Pld), pld),
+            (loss(&two, None, DistillKind::Pld), hard + 0.5 * half),
+        ];
+        for (i, (got, want)) in cases.into_iter().enumerate() {
+            assert!((got - want).abs() < 1e-5, "case {i}: {got} {want}");
+        }
+    }
 
     #[test]
     fn ranks_by_hand() {

@@ -92,6 +92,10 @@ impl Transform for OnGrid {
         Ok(Arc::new(self.clone()))
     }
 
+    fn grid(&self) -> Option<Grid> {
+        Some(self.grid)
+    }
+
     fn quantize(&self, inputs: &[Tensor]) -> Result<Option<Quantized>> {
         let codes = self.codes(&inputs[0])?.reshape(inputs[0].shape())?;
         Ok(Some(Quantized { codes, step: self.step.clone(), axis: Some(0), grid: self.grid }))

@@ -58,6 +58,10 @@ impl Transform for Lsq {
         Ok(Arc::new(Lsq { grid: self.grid, step: self.step.copy()?.detach() }))
     }
 
+    fn grid(&self) -> Option<Grid> {
+        Some(self.grid)
+    }
+
     fn quantize(&self, inputs: &[Tensor]) -> Result<Option<Quantized>> {
         let step = self.step.detach();
         let codes = kernels::lsq_codes(&inputs[0], &step, None, self.grid.levels(), Some(0))?;

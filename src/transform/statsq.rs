@@ -56,6 +56,10 @@ impl Transform for StatsQ {
         Ok(Arc::new(*self))
     }
 
+    fn grid(&self) -> Option<Grid> {
+        Some(self.grid)
+    }
+
     fn quantize(&self, inputs: &[Tensor]) -> Result<Option<Quantized>> {
         let w = &inputs[0];
         let flat = rows(w)?;

@@ -180,6 +180,20 @@ impl Weights {
         (calm, reached)
     }
 
+    /// The same store with every product of weights behind a quantizer as a trainable of its own, which
+    /// starts from the product's value (copied).
+    pub fn unfactored(&self) -> Result<Self> {
+        let mut store = self.clone();
+        for (name, weight) in &self.entries {
+            let product = weight.before().filter(|w| matches!(w.expr(), Expr::Node { .. }));
+            if let (Some(product), Expr::Node { transform, .. }) = (product, weight.expr()) {
+                let own = Weight::latent(&product.tensor()?)?;
+                store.insert(name.clone(), own.wrap(transform.clone()));
+            }
+        }
+        Ok(store)
+    }
+
     /// What annealing leaves free of each weight under it, by the weight's name.
     pub fn gates(&self) -> Result<Vec<(String, Gate)>> {
         let mut gates = Vec::new();

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor, Var};
 
 use super::checkpoint::Checkpoint;
-use super::packed::{Packed, Quantized};
+use super::packed::{Grid, Packed, Quantized};
 use crate::{kernels, Result};
 
 /// What a trainable is for, where the trainer must know.
@@ -64,6 +64,11 @@ pub trait Transform: Send + Sync + Debug {
     /// The same quantizer, annealed to a band of so many steps around its thresholds, or no longer
     /// (`None`); `None` where it is no quantizer that can be.
     fn calmed(&self, _band: Option<f64>) -> Option<Arc<dyn Transform>> {
+        None
+    }
+
+    /// The grid that the result lies on, where it lies on one.
+    fn grid(&self) -> Option<Grid> {
         None
     }
 
@@ -185,6 +190,15 @@ impl Weight {
                 Ok(checkpoint.shape(name).unwrap_or_default().to_vec())
             }
             _ => Ok(self.tensor()?.dims().to_vec()),
+        }
+    }
+
+    /// The grid that the weight lies on, where it lies on one.
+    pub fn grid(&self) -> Option<Grid> {
+        match self.expr() {
+            Expr::Packed(packed) => Some(packed.grid()),
+            Expr::Node { transform, .. } => transform.grid(),
+            _ => None,
         }
     }
 

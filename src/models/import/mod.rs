@@ -12,6 +12,7 @@ mod table;
 mod testing;
 mod timm;
 
+use super::vision::VisionConfig;
 use super::vit_config::VitConfig;
 use crate::error::{Error, On, Result};
 use crate::random::Random;
@@ -42,10 +43,10 @@ pub struct Want {
 
 /// A model read from a checkpoint.
 #[derive(Debug)]
-pub struct Imported {
+pub struct Imported<C = VisionConfig> {
     /// Sizes and labels after fitting.
-    pub config: VitConfig,
-    /// f32 tensors by canonical name, in the order of [`VitConfig::shapes`].
+    pub config: C,
+    /// f32 tensors by canonical name, in the order of the configuration's shapes.
     pub tensors: IndexMap<String, Tensor>,
     /// The quantizers that the model was trained with, where it was.
     pub quantizers: Option<TrainedQuantizers>,
@@ -55,7 +56,7 @@ pub struct Imported {
     pub new_head: bool,
 }
 
-/// Reads the ViT in `dir`, a folder or a single file (see [`Checkpoint::open_with`]), onto `device`.
+/// Reads the model in `dir`, a folder or a single file (see [`Checkpoint::open_with`]), onto `device`.
 ///
 /// The sizes come from `config.json` (Hugging Face's or timm's) in the folder or beside the file,
 /// or from the text of that form under `config` in the file's own metadata, which goes first; with
@@ -65,7 +66,12 @@ pub struct Imported {
 ///
 /// Errs, naming file and tensor, on missing, misshapen, unknown or not finite weights, on parts this
 /// ViT does not compute with, and on a model that is packed already.
-pub fn import_vit(dir: &Path, want: &Want, device: &Device) -> Result<Imported> {
+pub fn import_model(dir: &Path, want: &Want, device: &Device) -> Result<Imported> {
+    let Imported { config, tensors, quantizers, notes, new_head } = import_vit(dir, want, device)?;
+    Ok(Imported { config: VisionConfig::Vit(config), tensors, quantizers, notes, new_head })
+}
+
+fn import_vit(dir: &Path, want: &Want, device: &Device) -> Result<Imported<VitConfig>> {
     let checkpoint = Checkpoint::open_with(dir, want.pickle)?;
     let json = config_json(dir, Some(&checkpoint))?;
     if let Some((path, json)) = &json {

@@ -49,7 +49,7 @@ pub fn folder(tensors: &[(String, Tensor)], config: Option<&Value>) -> tempfile:
     dir
 }
 
-pub fn import(dir: &tempfile::TempDir, want: &Want) -> Result<Imported> {
+pub fn import(dir: &tempfile::TempDir, want: &Want) -> Result<Imported<VitConfig>> {
     import_vit(dir.path(), want, &Device::Cpu)
 }
 
@@ -107,7 +107,7 @@ pub fn values(tensor: &Tensor) -> Vec<f32> {
 }
 
 #[track_caller]
-pub fn same(imported: &Imported, expected: &[(String, Tensor)]) {
+pub fn same(imported: &Imported<VitConfig>, expected: &[(String, Tensor)]) {
     let names: Vec<&String> = imported.tensors.keys().collect();
     assert_eq!(names, expected.iter().map(|(n, _)| n).collect::<Vec<_>>());
     for (name, tensor) in expected {
