@@ -6,6 +6,7 @@ use std::sync::Arc;
 use candle_core::Tensor;
 
 use super::start::Start;
+use super::targets;
 use crate::models::import::TrainedQuantizers;
 use crate::models::VisionConfig;
 use crate::recipe::{DistillKind, Recipe, TransformConfig, When};
@@ -15,9 +16,7 @@ use crate::{Error, Result};
 
 /// What a recipe must say for such a model; `trains` tells whether any step is trained.
 pub(super) fn check(recipe: &Recipe, start: &Start, trains: bool) -> Result<()> {
-    if start.quantizers.is_none() {
-        return Ok(());
-    }
+    let Some(trained) = &start.quantizers else { return Ok(()) };
     let name = &start.name;
     if recipe.activation.bits == 32 {
         return Err(Error::usage(format!(
@@ -29,6 +28,9 @@ pub(super) fn check(recipe: &Recipe, start: &Start, trains: bool) -> Result<()> 
         let message = "found a model trained with quantizers, a float phase would undo that";
         return Err(Error::usage(format!("{name}: {message}")));
     }
+    for (weight, index) in targets(recipe, &start.weights)? {
+        agree(recipe.transform[index].kind, &weight, trained)?;
+    }
     if trains && recipe.distill.kind != DistillKind::None && recipe.distill.teacher.is_none() {
         return Err(Error::usage(format!(
             "{name}: found a model trained with quantizers, which without them is no teacher: name a --teacher, or \
@@ -38,6 +40,17 @@ pub(super) fn check(recipe: &Recipe, start: &Start, trains: bool) -> Result<()> 
     Ok(())
 }
 
+/// Errs where a recipe's rule for the weight called `name` is of another kind than the one it was trained
+/// with.
+fn agree(kind: WeightQuant, name: &str, trained: &TrainedQuantizers) -> Result<()> {
+    let (found, expected) = match (kind, trained.steps.contains_key(name)) {
+        (WeightQuant::Statsq, false) | (WeightQuant::Lsq, true) => return Ok(()),
+        (WeightQuant::Statsq, true) => ("with learned steps", "lsq"),
+        (WeightQuant::Lsq, false) => ("without learned steps", "statsq"),
+    };
+    Err(Error::usage(format!("{name}: trained {found}, expected a transform of kind {expected}")))
+}
+
 /// The rule for the weight called `name`: learned steps as they were trained, StatsQ from its statistics.
 pub(super) fn weight_rule(
     config: &TransformConfig,
@@ -45,18 +58,10 @@ pub(super) fn weight_rule(
     w: &Tensor,
     trained: &TrainedQuantizers,
 ) -> Result<Arc<dyn Transform>> {
-    match (config.kind, trained.steps.get(name)) {
-        (WeightQuant::Statsq, None) => config.kind.training(config.bits, w),
-        (WeightQuant::Lsq, Some(step)) => {
-            Ok(Arc::new(Lsq::trained(config.bits, &step.to_device(w.device())?)?))
-        }
-        (WeightQuant::Statsq, Some(_)) => {
-            Err(Error::usage(format!("{name}: trained with learned steps, expected a transform of kind lsq")))
-        }
-        (WeightQuant::Lsq, None) => {
-            let message = "trained without learned steps, expected a transform of kind statsq";
-            Err(Error::usage(format!("{name}: {message}")))
-        }
+    agree(config.kind, name, trained)?;
+    match trained.steps.get(name) {
+        Some(step) => Ok(Arc::new(Lsq::trained(config.bits, &step.to_device(w.device())?)?)),
+        None => config.kind.training(config.bits, w),
     }
 }
 
@@ -161,11 +166,11 @@ mod tests {
         let images = normal(&[4, 1, 8, 8], 1.0, "images");
         calibrate(&recipe, &start.config, &mut weights, &images, true, &Quiet).unwrap();
         for param in weights.params() {
-            let (own, moved) = (param.var.as_detached_tensor(), normal(param.var.dims(), 0.1, &param.name));
+            let (own, drawn) = (param.var.as_detached_tensor(), normal(param.var.dims(), 0.1, &param.name));
             let moved = match param.name.ends_with(".scale") {
-                true => (&own * (moved + 1.0).unwrap()).unwrap(),
-                false if param.name.contains("_quant.shift") => moved,
-                false => own,
+                true => (own * (drawn + 1.0).unwrap()).unwrap(),
+                false if param.name.contains("_quant.shift") => drawn,
+                false => continue,
             };
             param.var.set(&moved).unwrap();
         }
@@ -286,9 +291,7 @@ mod tests {
         refused(&["activation.bits=32"], "--act-bits");
         refused(&["phase.1.steps=3"], "--teacher");
         refused(&["model.allow_pickle=false"], "--allow-pickle");
-        let lsq = recipe(&[&changes[..], &["transform.0.kind='lsq'"]].concat());
-        let error = run(&lsq, &at("run2"), &Device::Cpu, &Quiet).unwrap_err();
-        assert!(error.to_string().contains("kind statsq"), "{error}");
+        refused(&["transform.0.kind='lsq'"], "expected a transform of kind statsq");
         // For evaluation it has to be packed first.
         let error = open_model_with(&at("best.pth"), crate::weights::Pickle::Allowed, &Device::Cpu);
         assert!(error.unwrap_err().to_string().contains("pack it first"));

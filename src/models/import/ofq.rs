@@ -179,7 +179,7 @@ impl Table<'_> {
     pub(super) fn trained_heads(&self, tokens: usize) -> Option<usize> {
         let steps = ("encoder.layer.0.attention.attention.qk_quant".to_string(), Part::Scale);
         let count: usize = self.shape_of(self.quantizers.as_ref()?.taps.get(&steps)?).iter().product();
-        (tokens > 0 && count > 0 && count % tokens == 0).then(|| count / tokens)
+        (tokens > 0 && count > 0 && count.is_multiple_of(tokens)).then(|| count / tokens)
     }
 
     /// Reads the quantizers of a model of these sizes, under their names with prefix.

@@ -227,7 +227,7 @@ impl<'a> Machine<'a> {
 
     fn set(&mut self, values: Vec<Value<'a>>) -> Step<Option<Value<'a>>> {
         let Value::Object(dict) = self.top()? else { return Err("found no dict to set in".into()) };
-        if values.len() % 2 != 0 {
+        if !values.len().is_multiple_of(2) {
             return Err("found a key without a value".into());
         }
         match &mut self.heap.objects[dict] {
