@@ -94,7 +94,15 @@ impl ModelConfig {
         }
     }
 
-    /// The same, to be changed.
+    /// Whether it may be a file that PyTorch pickled.
+    pub fn allow_pickle(&self) -> bool {
+        match self {
+            ModelConfig::Vit(vit) => vit.allow_pickle,
+            ModelConfig::Swin(swin) => swin.allow_pickle,
+        }
+    }
+
+    /// The same path, to be changed.
     pub fn path_mut(&mut self) -> &mut Option<PathBuf> {
         match self {
             ModelConfig::Vit(vit) => &mut vit.path,
@@ -126,6 +134,10 @@ pub struct VitSource {
     /// A pretrained model: a folder, or a hub name. None: a new model of the sizes below.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<PathBuf>,
+    /// Whether a pretrained model or teacher may be a file that PyTorch pickled. It is read as data and
+    /// nothing in it is run.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub allow_pickle: bool,
     /// Pixels on a side that images are brought to. None: the pretrained model's, or, for a new model,
     /// that of the data where it is one size of at most 64, else 64.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -147,6 +159,7 @@ impl Default for VitSource {
     fn default() -> Self {
         VitSource {
             path: None,
+            allow_pickle: false,
             image_size: None,
             patch_size: None,
             hidden: 96,
@@ -181,6 +194,9 @@ pub struct SwinSource {
     /// A pretrained model: a folder, or a hub name. None: a new model of the sizes below.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<PathBuf>,
+    /// Whether a pretrained model or teacher may be a file that PyTorch pickled, as for a ViT.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub allow_pickle: bool,
     /// Pixels on a side that images are brought to. None: the pretrained model's, or, for a new model,
     /// that of the data where it is one size of at most 64, else 64.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -205,6 +221,7 @@ impl Default for SwinSource {
     fn default() -> Self {
         SwinSource {
             path: None,
+            allow_pickle: false,
             image_size: None,
             patch_size: None,
             embed: 48,

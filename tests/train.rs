@@ -288,17 +288,22 @@ impl Progress for StopAtEvaluation {
 #[test]
 fn untrained_packing_is_resumed_with_the_steps_that_were_fitted() {
     let _turn = turn();
-    let recipe = recipe(&["phase.1.steps=0", "activation.bits=4"]);
+    for change in ["activation.edge_bits=8", "qkr.bias=keep_q"] {
+        untrained_packing_resumes(&recipe(&["phase.1.steps=0", "activation.bits=4", change]));
+    }
+}
+
+fn untrained_packing_resumes(recipe: &Recipe) {
     let whole = tempfile::tempdir().unwrap();
-    quantize::run(&recipe, whole.path(), &Device::Cpu, &Quiet).unwrap();
+    quantize::run(recipe, whole.path(), &Device::Cpu, &Quiet).unwrap();
     // The second evaluation, of the fake-quantized model, comes after the quantized phase's checkpoint.
     let dir = tempfile::tempdir().unwrap();
     let stop = StopAtEvaluation(Mutex::new(2));
-    let stopped = quantize::run(&recipe, dir.path(), &Device::Cpu, &stop);
+    let stopped = quantize::run(recipe, dir.path(), &Device::Cpu, &stop);
     signal::ask(0);
     assert!(matches!(stopped, Err(Error::Stopped { .. })), "{stopped:?}");
     assert!(dir.path().join("checkpoints/step-00000007-p1").exists());
-    quantize::run(&recipe, dir.path(), &Device::Cpu, &Quiet).unwrap();
+    quantize::run(recipe, dir.path(), &Device::Cpu, &Quiet).unwrap();
     assert_eq!(metrics(dir.path()), metrics(whole.path()));
     assert!(model_bytes(dir.path()) == model_bytes(whole.path()));
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use clap::Args;
 use qtune::data::DataConfig;
-use qtune::models::{model_dir, open_model};
+use qtune::models::{model_dir, open_model_with};
 use qtune::recipe::Recipe;
 use qtune::train::{evaluate, peak_rss_bytes, signal, Progress};
 use qtune::{hub, quantize, Error};
@@ -17,7 +17,7 @@ use super::{print, print_json};
 
 #[derive(Args, Debug)]
 pub struct Eval {
-    /// Model: a folder, a run of ours or a hub name; full precision or packed
+    /// Model: a folder, a file, a run of ours or a hub name; full precision or packed
     model: PathBuf,
     /// Images: an IDX pair, CIFAR-10, an image folder or archive [default: those of the run, for a run folder]
     #[arg(long, value_name = "PATH")]
@@ -72,7 +72,7 @@ impl Eval {
             return Err(Error::usage("--batch-size 0: expected at least 1").into());
         }
         let dir = model_dir(&hub::resolve(&self.model.to_string_lossy())?);
-        let opened = open_model(&dir, &device)?;
+        let opened = open_model_with(&dir, self.common.pickle(), &device)?;
         opened.notes.iter().for_each(|note| progress.note(note));
         let (mut data, seed) = images_for(&self.model, self.data.as_deref(), self.eval_data.as_deref())?;
         let seed = self.seed.unwrap_or(seed);

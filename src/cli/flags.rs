@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::Device;
 use clap::{Args, ValueEnum};
+use qtune::weights::Pickle;
 use qtune::{Error, Result};
 
 use super::progress::{Lines, Verbosity};
@@ -45,6 +46,9 @@ pub struct Common {
     /// Number format to compute in
     #[arg(long, value_enum, default_value = "f32", global = true)]
     pub dtype: Dtype,
+    /// Read models that PyTorch pickled (.pth, .pt, .bin): as data, nothing in them is run
+    #[arg(long, global = true)]
+    pub allow_pickle: bool,
     /// Print one JSON object to stdout
     #[arg(long, global = true)]
     pub json: bool,
@@ -94,6 +98,11 @@ impl Common {
             "cuda" => Err(Error::usage("--device cuda: this qtune was built without the cuda feature")),
             other => Err(Error::usage(format!("--device {other}: expected cpu, cuda or cuda:N"))),
         }
+    }
+
+    /// Whether pickled files may be read.
+    pub fn pickle(&self) -> Pickle {
+        Pickle::when(self.allow_pickle)
     }
 
     /// Where progress goes.

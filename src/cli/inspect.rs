@@ -19,7 +19,7 @@ use super::{bytes, print, print_json};
 
 #[derive(Args, Debug)]
 pub struct Inspect {
-    /// A model folder, a safetensors file, a run folder or a hub name
+    /// A model folder, a safetensors or PyTorch file, a run folder or a hub name
     path: PathBuf,
     /// Rank the layers of a full-precision model by the accuracy lost when each alone is quantized; a run
     /// folder keeps the figures as sensitivity.json, which [select] of a recipe reads
@@ -66,7 +66,9 @@ impl Inspect {
             }
             false => None,
         };
-        let checkpoint = Checkpoint::open(&dir)?;
+        let checkpoint = Checkpoint::open_with(&dir, self.common.pickle())?;
+        let progress = self.common.progress();
+        checkpoint.notes().iter().for_each(|note| progress.note(note));
         let rows = rows(&checkpoint, quantization.as_ref());
         let stored: usize = rows.iter().map(|r| r.bytes).sum();
         let elements: usize = rows.iter().map(|r| r.shape.iter().product::<usize>()).sum();
@@ -86,6 +88,7 @@ impl Inspect {
                 "params_total": elements,
                 "bytes": stored,
                 "metadata": checkpoint.metadata(),
+                "notes": checkpoint.notes(),
                 "summary": summary,
                 "layers": layers.map(|(_, layers)| layers),
             }));

@@ -6,7 +6,7 @@ use anyhow::Result;
 use candle_core::Tensor;
 use clap::Args;
 use qtune::data::decode_file;
-use qtune::models::{model_dir, open_model};
+use qtune::models::{model_dir, open_model_with};
 use qtune::{hub, kernels};
 use serde_json::json;
 
@@ -15,7 +15,7 @@ use super::{print, print_json};
 
 #[derive(Args, Debug)]
 pub struct Predict {
-    /// Model: a folder, a run of ours or a hub name; full precision or packed
+    /// Model: a folder, a file, a run of ours or a hub name; full precision or packed
     model: PathBuf,
     /// Images, jpeg or png
     #[arg(required = true, value_name = "IMAGE")]
@@ -31,7 +31,7 @@ impl Predict {
     pub fn run(self) -> Result<()> {
         let device = self.common.device()?;
         let dir = model_dir(&hub::resolve(&self.model.to_string_lossy())?);
-        let opened = open_model(&dir, &device)?;
+        let opened = open_model_with(&dir, self.common.pickle(), &device)?;
         let model = opened.config.build(&opened.weights)?;
         let (height, width) = opened.config.image_size();
         let channels = opened.config.channels();

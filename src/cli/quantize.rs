@@ -58,7 +58,7 @@ pub struct Quantize {
     /// How the blocks' weights are quantized
     #[arg(long, value_enum)]
     weight_quant: Option<WeightQuant>,
-    /// Pretrained model: a folder, a run of ours or a hub name [default: a new one]
+    /// Pretrained model: a folder, a file, a run of ours or a hub name [default: a new one]
     #[arg(long, value_name = "MODEL")]
     model: Option<PathBuf>,
     /// Images: an IDX pair, CIFAR-10, an image folder or archive [default: built-in glyphs]
@@ -209,6 +209,9 @@ impl Quantize {
         put("transform.0.kind", self.weight_quant.map(|k| Value::String(name_of(&k))));
         put("activation.bits", bits(&self.act_bits));
         put("model.path", self.model.as_deref().map(path));
+        // A run that is continued has it in its recipe.
+        let pickle = self.common.allow_pickle && self.resume.is_none();
+        put("model.allow_pickle", pickle.then_some(Value::Boolean(true)));
         put("data.path", self.data.as_deref().map(path));
         put("data.eval_path", self.eval_data.as_deref().map(path));
         put("data.limit_train", self.limit_train.map(count));

@@ -32,7 +32,7 @@ pub use vit_config::VitConfig;
 use crate::data::{Filter, Preprocess, Resize};
 use crate::transform::ActQuant;
 use crate::weights::format::QuantizationConfig;
-use crate::weights::{Checkpoint, Transform, Weights};
+use crate::weights::{Checkpoint, Pickle, Transform, Weights};
 use crate::{files, Error, Result};
 
 /// A model read from a folder.
@@ -87,19 +87,32 @@ fn revive(
 
 /// Opens a vision model, full precision or packed, for evaluation.
 pub fn open_model(dir: &Path, device: &Device) -> Result<Opened> {
+    open_model_with(dir, Pickle::Refused, device)
+}
+
+/// As [`open_model`], and a full-precision one that PyTorch pickled where `pickle` allows it.
+pub fn open_model_with(dir: &Path, pickle: Pickle, device: &Device) -> Result<Opened> {
     let (path, json) = if dir.join("config.json").exists() {
         read_config(dir)?
     } else {
         (dir.join("config.json"), Value::Null)
     };
     let Some(quantization) = QuantizationConfig::read(&path, &json)? else {
-        let want = Want { image_size: None, classes: None, seed: 0 };
-        let Imported { config, tensors, notes, new_head } = import_model(dir, &want, device)?;
+        let want = Want { pickle, ..Want::default() };
+        let Imported { config, tensors, quantizers, notes, new_head } = import_model(dir, &want, device)?;
         if new_head {
             return Err(Error::input(
                 dir,
                 "the model has no classifier: train one with qtune quantize --data",
             ));
+        }
+        if quantizers.is_some() {
+            return Err(Error::usage(format!(
+                "{}: found a model trained with quantizers, whose bits are not in the file: pack it first, with \
+                 qtune quantize --model {} --bits B --act-bits A --steps 0 --data PATH",
+                dir.display(),
+                dir.display()
+            )));
         }
         let preprocess = preprocess_for(dir, &config)?;
         let weights = Weights::from_tensors(tensors);
@@ -135,10 +148,13 @@ pub fn open_model(dir: &Path, device: &Device) -> Result<Opened> {
 }
 
 /// How the images of a model become tensors: its preprocessor_config.json, what timm says, or
-/// (x / 255 - 0.5) / 0.5, for a Swin that of torchvision. Where the model runs at another size than its
+/// (x / 255 - 0.5) / 0.5, for a Swin that of torchvision; for a single file, those beside it. Where the model
+/// runs at another size than its
 /// file says, the size that images have before the center is cropped out follows.
 pub fn preprocess_for(dir: &Path, config: &VisionConfig) -> Result<Preprocess> {
     let (height, width) = config.image_size();
+    let beside = dir.parent().filter(|_| dir.is_file());
+    let dir = beside.unwrap_or(dir);
     let mut found = match Preprocess::load(dir, height, width, config.channels())? {
         Some(found) => found,
         None => timm_or_plain(dir, config)?,

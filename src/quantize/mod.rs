@@ -5,6 +5,7 @@ mod plan;
 pub mod qkr;
 pub mod sensitivity;
 mod start;
+mod trained;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,7 +16,7 @@ use indexmap::IndexMap;
 use serde_json::{json, Map, Value};
 
 use crate::data::Preprocess;
-use crate::models::{self, open_model, VisionConfig, VisionModel};
+use crate::models::{self, open_model, open_model_with, VisionConfig, VisionModel};
 use crate::optim::Optimizer;
 use crate::recipe::{CalmQk, DistillKind, PhaseConfig, Recipe, When};
 use crate::select::select;
@@ -25,7 +26,7 @@ use crate::train::{
 };
 use crate::transform::{ActQuant, WeightQuant};
 use crate::weights::format::{stored_tensors, QuantizationConfig};
-use crate::weights::{checkpoint, Calibration, Expr, Weights};
+use crate::weights::{checkpoint, Calibration, Expr, Pickle, Weights};
 use crate::{files, hub, report, Error, Result};
 
 pub use plan::{plan, Plan};
@@ -72,15 +73,16 @@ pub fn targets(recipe: &Recipe, weights: &Weights) -> Result<IndexMap<String, Ta
     Ok(chosen)
 }
 
-/// Lays the recipe's weight quantizers over a store: for training, or, without training, with the
-/// steps of least squared error.
+/// Lays the recipe's weight quantizers over a store: those that the model was trained with, or new ones
+/// for training, or, without training, with the steps of least squared error.
 fn lay_quantizers(
     recipe: &Recipe,
-    config: &VisionConfig,
+    start: &Start,
     weights: &mut Weights,
     training: bool,
     progress: &dyn Progress,
 ) -> Result<()> {
+    let trained = start.quantizers.as_ref();
     let (mut zero_rows, mut rows) = (0usize, 0usize);
     for (index, transform) in recipe.transform.iter().enumerate() {
         if transform.kind == WeightQuant::Statsq && transform.bits > 4 && training {
@@ -92,7 +94,7 @@ fn lay_quantizers(
         }
     }
     let mut chosen = targets(recipe, weights)?;
-    qkr::reparameterize(recipe, config, weights, &mut chosen)?;
+    qkr::reparameterize(recipe, &start.config, trained.is_some(), weights, &mut chosen)?;
     for (name, Target { transform, bits }) in chosen {
         let config = &recipe.transform[transform];
         let w = weights.get(&name)?.tensor()?.detach();
@@ -100,9 +102,10 @@ fn lay_quantizers(
         let sums = w.abs()?.flatten_from(1)?.sum(1)?.to_vec1::<f32>()?;
         zero_rows += sums.iter().filter(|s| **s == 0.0).count();
         rows += sums.len();
-        let rule = match training {
-            true => config.kind.training(bits, &w)?,
-            false => config.kind.untrained(bits, &w)?,
+        let rule = match (trained, training) {
+            (Some(trained), _) => trained::weight_rule(config.kind, bits, &name, &w, trained)?,
+            (None, true) => config.kind.training(bits, &w)?,
+            (None, false) => config.kind.untrained(bits, &w)?,
         };
         weights.wrap(&name, rule)?;
     }
@@ -246,7 +249,8 @@ fn train_phases(
 ) -> Result<Trained> {
     let recipe = trainer.recipe;
     let samples = trainer.dataset.train.len();
-    let untrained = untrained_quantization(recipe, samples);
+    // What was trained is not fitted again.
+    let untrained = untrained_quantization(recipe, samples) && start.quantizers.is_none();
     let mut weights = start.weights.trainable()?;
     let mut tracker = Tracker::default();
     let mut quantized = false;
@@ -270,11 +274,14 @@ fn train_phases(
                 if let Some(saved) = &resumed {
                     hang_saved(&mut weights, saved, device)?;
                     if untrained {
-                        // Steps of least squared error belong to the weights that were trained.
-                        saved.restore(&weights.params(), device)?;
+                        // Steps of least squared error belong to the weights that were trained: they go back
+                        // into the variables, through a store of the saved form, before the steps are fitted.
+                        let mut form = weights.clone();
+                        lay_quantizers(recipe, start, &mut form, false, &Quiet)?;
+                        saved.restore(&form.params(), device)?;
                     }
                 }
-                lay_quantizers(recipe, &start.config, &mut weights, !untrained, &Quiet)?;
+                lay_quantizers(recipe, start, &mut weights, !untrained, &Quiet)?;
             } else {
                 begin_quantization(trainer, start, &mut weights, untrained)?;
             }
@@ -342,14 +349,17 @@ fn begin_quantization(
     let accuracy = trainer.measure(&start.config, &folded, "full precision")?;
     trainer.progress.note(&format!("full precision: top-1 {:.2} %", accuracy.top1));
     trainer.state.full_precision = Some(accuracy);
-    if trainer.recipe.qkr.is_some() {
+    if trainer.recipe.qkr.is_some() && start.quantizers.is_none() {
         let images = trainer.first_batch()?.images;
         qkr::say_moved(trainer.recipe, &start.config, weights, &images, trainer.progress)?;
     }
-    lay_quantizers(trainer.recipe, &start.config, weights, !untrained, trainer.progress)?;
+    lay_quantizers(trainer.recipe, start, weights, !untrained, trainer.progress)?;
     if trainer.recipe.activation.bits != 32 {
         let images = trainer.first_batch()?.images;
-        calibrate(trainer.recipe, &start.config, weights, &images, !untrained, trainer.progress)?;
+        match &start.quantizers {
+            Some(trained) => trained::hang(trainer.recipe, &start.config, weights, &images, trained)?,
+            None => calibrate(trainer.recipe, &start.config, weights, &images, !untrained, trainer.progress)?,
+        }
     }
     // What was measured is the model without quantizers.
     trainer.state.measured = None;
@@ -429,7 +439,7 @@ fn teacher(recipe: &Recipe, run: &Path, start: &Start, device: &Device) -> Resul
         Some(path) => models::model_dir(&hub::resolve(&path.to_string_lossy())?),
         None => float_dir(run),
     };
-    let opened = open_model(&dir, device)?;
+    let opened = open_model_with(&dir, Pickle::when(recipe.model.allow_pickle()), device)?;
     let differ = |what: &str, found: String, expected: String| {
         Err(Error::input(&dir, format!("the teacher's {what}: found {found}, the student's is {expected}")))
     };
@@ -513,7 +523,7 @@ fn without_data(
 ) -> Result<Value> {
     let fp_bytes = 4 * start.config.params();
     let mut weights = start.weights.clone();
-    lay_quantizers(recipe, &start.config, &mut weights, false, progress)?;
+    lay_quantizers(recipe, &start, &mut weights, false, progress)?;
     let packed = weights.packed()?;
     say_products(&start.config, &packed, progress)?;
     let packed_bytes = write_model(&dir.join("model"), &start.config, &start.preprocess, &packed)?;

@@ -32,7 +32,8 @@ pub fn plan(recipe: &Recipe, device: &Device) -> Result<Plan> {
     let (start, dataset) = prepare(recipe, open_data(recipe)?, device)?;
     let mut chosen = targets(recipe, &start.weights)?;
     let mut weights = start.weights.clone();
-    qkr::reparameterize(recipe, &start.config, &mut weights, &mut chosen)?;
+    let trained = start.quantizers.is_some();
+    qkr::reparameterize(recipe, &start.config, trained, &mut weights, &mut chosen)?;
     let places = start.config.attentions();
     let mut tensors = Vec::new();
     for (name, shape) in with_products(start.config.shapes(), &places, &weights) {

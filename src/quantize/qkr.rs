@@ -47,16 +47,23 @@ pub fn merge(places: &[AttentionPlace], chosen: &mut IndexMap<String, Target>) -
     Ok(())
 }
 
-/// Makes query and key one weight where the recipe says so; what was chosen for both is for it.
+/// Makes query and key one weight where the recipe says so, or everywhere where the model was `trained` so;
+/// what was chosen for both is for it.
 pub fn reparameterize(
     recipe: &Recipe,
     config: &VisionConfig,
+    trained: bool,
     weights: &mut Weights,
     chosen: &mut IndexMap<String, Target>,
 ) -> Result<()> {
-    let places = products(recipe, config)?;
+    let (places, keep) = match trained {
+        true => (config.attentions(), false),
+        false => {
+            let keep = recipe.qkr.as_ref().is_some_and(|qkr| qkr.bias == QkrBias::KeepQ);
+            (products(recipe, config)?, keep)
+        }
+    };
     merge(&places, chosen)?;
-    let keep = recipe.qkr.as_ref().is_some_and(|qkr| qkr.bias == QkrBias::KeepQ);
     for place in &places {
         transform::reparameterize(weights, &place.inner, place.heads, keep)?;
     }
@@ -77,7 +84,7 @@ pub fn say_moved(
     }
     let before = weights.folded()?;
     let mut after = before.clone();
-    reparameterize(recipe, config, &mut after, &mut IndexMap::new())?;
+    reparameterize(recipe, config, false, &mut after, &mut IndexMap::new())?;
     let logits = |weights: &Weights| config.build(weights)?.forward(images)?.logits();
     let (before, after) = (logits(&before)?, logits(&after)?);
     let largest = |t: Tensor| -> Result<f32> { Ok(t.abs()?.flatten_all()?.max(0)?.to_scalar()?) };

@@ -4,13 +4,14 @@ use std::path::Path;
 
 use candle_core::{Device, Tensor};
 
-use super::{targets, teacher};
+use super::{targets, teacher, trained};
 use crate::data::{Dataset, Preprocess};
+use crate::models::import::TrainedQuantizers;
 use crate::models::{self, import_model, Imported, SwinConfig, VisionConfig, VitConfig, Want};
 use crate::random::Random;
 use crate::recipe::{DistillKind, ModelConfig, PhaseConfig, Recipe, SwinSource, VitSource, When};
 use crate::train::phase_steps;
-use crate::weights::Weights;
+use crate::weights::{Pickle, Weights};
 use crate::{hub, Error, Result};
 
 /// The model that a run starts from.
@@ -22,6 +23,8 @@ pub struct Start {
     pub weights: Weights,
     /// How images become tensors.
     pub preprocess: Preprocess,
+    /// The quantizers that it was trained with, where it was.
+    pub quantizers: Option<TrainedQuantizers>,
     /// Whether the model, or its classifier, starts from random numbers.
     pub untrained: bool,
     /// What is worth a line.
@@ -56,12 +59,20 @@ fn pretrained(recipe: &Recipe, path: &Path, dataset: Option<&Dataset>, device: &
         image_size: recipe.model.image_size().map(|size| (size, size)),
         classes: dataset.map(|d| d.classes.clone()),
         seed: recipe.seed,
+        pickle: Pickle::when(recipe.model.allow_pickle()),
     };
-    let Imported { config, tensors, notes, new_head, .. } = import_model(&dir, &want, device)?;
+    let Imported { config, tensors, quantizers, mut notes, new_head } = import_model(&dir, &want, device)?;
+    if quantizers.is_some() {
+        notes.push(
+            "trained with quantizers, which are laid on as they are; full precision here means its latent weights \
+             without them"
+                .into(),
+        );
+    }
     let preprocess = models::preprocess_for(&dir, &config)?;
     let name = path.display().to_string();
     let weights = Weights::from_tensors(tensors);
-    Ok(Start { config, weights, preprocess, untrained: new_head, notes, name })
+    Ok(Start { config, weights, preprocess, quantizers, untrained: new_head, notes, name })
 }
 
 /// What a new model learns from the first training images: the size on a side that it takes where nobody
@@ -156,6 +167,7 @@ fn made(recipe: &Recipe, config: VisionConfig, note: String, device: &Device) ->
         preprocess: Preprocess::default_for(height, width, config.channels()),
         config,
         weights: Weights::from_tensors(tensors),
+        quantizers: None,
         untrained: true,
         notes: vec![note],
         name: format!("new {}", recipe.name),
@@ -218,6 +230,7 @@ pub(super) fn prepare(
         if start.untrained {
             return Err(Error::usage(format!("{}: a new classifier needs images: give --data", start.name)));
         }
+        trained::check(recipe, &start, false)?;
         return Ok((start, None));
     };
     if !start.untrained {
@@ -237,6 +250,7 @@ pub(super) fn prepare(
         let of = runs.iter().filter(|p| p.quantize == quantize);
         of.map(|p| phase_steps(recipe, p, samples)).sum()
     };
+    trained::check(recipe, &start, steps(true) > 0)?;
     if recipe.distill.kind != DistillKind::None && steps(true) > 0 {
         if recipe.distill.teacher.is_some() {
             teacher(recipe, Path::new(""), &start, device)?;

@@ -179,6 +179,37 @@ impl ActQuant {
         })
     }
 
+    /// The same quantizer, trainable, with the steps and shifts that training gave the tap called `name`.
+    pub fn trained(
+        mut self,
+        name: &str,
+        scale: &Tensor,
+        shift_in: Option<&Tensor>,
+        shift_out: Option<&Tensor>,
+    ) -> Result<Self> {
+        let given = |suffix: &str, own: &Tensor, given: &Tensor| -> Result<Tensor> {
+            if given.dims() != own.dims() {
+                let message = format!("found shape {:?}, expected {:?}", given.dims(), own.dims());
+                return Err(Error::tensor(format!("{name}.{suffix}"), message));
+            }
+            Ok(Var::from_tensor(&given.to_device(own.device())?)?.as_tensor().clone())
+        };
+        self.step = given("scale", &self.step, scale)?;
+        for (suffix, own, shift) in
+            [("shift_in", &mut self.shift_in, shift_in), ("shift_out", &mut self.shift_out, shift_out)]
+        {
+            *own = match (own.as_ref(), shift) {
+                (Some(own), Some(shift)) => Some(given(suffix, own, shift)?),
+                (None, None) => None,
+                (own, _) => {
+                    let place = if own.is_some() { "found none, the place has one" } else { "has no place" };
+                    return Err(Error::tensor(format!("{name}.{suffix}"), place));
+                }
+            };
+        }
+        Ok(self)
+    }
+
     /// The axis of the steps in `x`, whose groups are already split.
     fn axis(&self, x: &Tensor) -> Result<Option<usize>> {
         let axis = absolute(self.axis, x.rank())?;

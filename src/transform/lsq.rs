@@ -29,6 +29,12 @@ impl Lsq {
         let step = kernels::lsq_init(&w.detach(), grid.levels(), Some(0), 2.0)?;
         Ok(Lsq { grid, step: Var::from_tensor(&step)?.as_tensor().clone() })
     }
+
+    /// With the steps that training gave, one for each row.
+    pub fn trained(bits: u8, step: &Tensor) -> Result<Self> {
+        let grid = Grid::new(bits, Centering::Signed)?;
+        Ok(Lsq { grid, step: Var::from_tensor(step)?.as_tensor().clone() })
+    }
 }
 
 impl Transform for Lsq {

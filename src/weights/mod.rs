@@ -16,7 +16,7 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor, Var};
 use indexmap::IndexMap;
 
-pub use checkpoint::Checkpoint;
+pub use checkpoint::{Checkpoint, Pickle};
 pub use packed::{Centering, Grid, Packed, Quantized};
 pub use tap::{Activation, Calibration, Granularity, Shifts, Signedness, Site, Tap};
 pub use weight::{Expr, Gate, Role, Transform, Weight};

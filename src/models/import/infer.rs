@@ -42,7 +42,10 @@ impl Table<'_> {
         };
         let model =
             timm.map(|(path, json)| TimmModel::read(path, json, &VIT)).transpose()?.unwrap_or_default();
-        let heads = model.heads(hidden, notes);
+        let heads = match self.trained_heads(tokens) {
+            Some(heads) => heads,
+            None => model.heads(hidden, notes),
+        };
         let labels = model.labels_of(classes, timm.map_or(dir, |(path, _)| path), want)?;
         if timm.is_none() {
             notes.push("no config.json: sizes read off the tensors".to_string());
@@ -58,7 +61,7 @@ impl Table<'_> {
             mlp,
             // timm's ViTs and transformers' differ in their default.
             eps: if timm.is_some() || timm_names { 1e-6 } else { 1e-12 },
-            qkv_bias: self.pieces.contains_key("encoder.layer.0.attention.attention.query.bias"),
+            qkv_bias: self.pieces.contains_key("encoder.layer.0.attention.attention.value.bias"),
             distilled,
             two_heads: false,
             classes: labels,

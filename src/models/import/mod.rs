@@ -1,10 +1,11 @@
 //! Reads a published ViT, DeiT or Swin (Hugging Face of either spelling, timm, torchvision) into canonical names,
 //! fitted to the image size and classes that are wanted.
 //!
-//! `table` knows the checkpoint by canonical names, `infer` reads sizes off the tensors, `timm` what
+//! `table` knows the checkpoint by canonical names, `ofq` those of quantization-aware training, `infer` reads sizes off the tensors, `timm` what
 //! timm's configuration adds, `positions` fits the position embeddings to another grid.
 
 mod infer;
+mod ofq;
 mod positions;
 mod swin;
 mod table;
@@ -17,7 +18,7 @@ use super::vision::{is_swin, VisionConfig};
 use super::vit_config::VitConfig;
 use crate::error::{Error, On, Result};
 use crate::random::Random;
-use crate::weights::checkpoint::Checkpoint;
+use crate::weights::checkpoint::{Checkpoint, Pickle};
 use candle_core::{DType, Device, Tensor};
 use indexmap::IndexMap;
 use positions::resize_positions;
@@ -27,9 +28,10 @@ use swin::{import_swin, looks_like_swin};
 use table::Table;
 use timm::{is_timm, is_timm_swin};
 
+pub use ofq::{TrainedQuantizers, TrainedTap};
 pub use timm::{timm_preprocess, TimmPreprocess};
 
-/// What the model is to become; `None` keeps what the checkpoint says.
+/// What may be read and what it is to become; `None` keeps what the checkpoint says.
 #[derive(Clone, Debug, Default)]
 pub struct Want {
     /// Height and width of the input, in pixels.
@@ -38,6 +40,8 @@ pub struct Want {
     pub classes: Option<Vec<String>>,
     /// Seeds the new classifier, where one is needed.
     pub seed: u64,
+    /// Whether the checkpoint may be one that PyTorch pickled.
+    pub pickle: Pickle,
 }
 
 /// A model read from a checkpoint.
@@ -47,6 +51,8 @@ pub struct Imported<C = VisionConfig> {
     pub config: C,
     /// f32 tensors by canonical name, in the order of the configuration's shapes.
     pub tensors: IndexMap<String, Tensor>,
+    /// The quantizers that the model was trained with, where it was.
+    pub quantizers: Option<TrainedQuantizers>,
     /// One line for each thing that was guessed, fitted or left out.
     pub notes: Vec<String>,
     /// Whether the classifier is new and must be trained before it is of use.
@@ -55,12 +61,12 @@ pub struct Imported<C = VisionConfig> {
 
 impl<C> Imported<C> {
     fn map<D>(self, wrap: impl FnOnce(C) -> D) -> Imported<D> {
-        let Imported { config, tensors, notes, new_head } = self;
-        Imported { config: wrap(config), tensors, notes, new_head }
+        let Imported { config, tensors, quantizers, notes, new_head } = self;
+        Imported { config: wrap(config), tensors, quantizers, notes, new_head }
     }
 }
 
-/// Reads the model in `dir`, a folder or a single `.safetensors` file, onto `device`.
+/// Reads the model in `dir`, a folder or a single file (see [`Checkpoint::open_with`]), onto `device`.
 ///
 /// The sizes come from `config.json` (Hugging Face's or timm's) in the folder or beside the file,
 /// or from the text of that form under `config` in the file's own metadata, which goes first; with
@@ -71,7 +77,7 @@ impl<C> Imported<C> {
 /// Errs, naming file and tensor, on missing, misshapen, unknown or not finite weights, on parts this
 /// model does not compute with, and on a model that is packed already.
 pub fn import_model(dir: &Path, want: &Want, device: &Device) -> Result<Imported> {
-    let checkpoint = Checkpoint::open(dir)?;
+    let checkpoint = Checkpoint::open_with(dir, want.pickle)?;
     let json = config_json(dir, Some(&checkpoint))?;
     if let Some((path, json)) = &json {
         if json.get("quantization_config").is_some_and(|q| !q.is_null()) {
@@ -97,7 +103,7 @@ fn import_vit(
     want: &Want,
     device: &Device,
 ) -> Result<Imported<VitConfig>> {
-    let mut notes = Vec::new();
+    let mut notes = checkpoint.notes().to_vec();
     let mut table = Table::of(checkpoint, &meaning)?;
     let two_heads = table.name_heads();
     let has_head = table.pieces.keys().any(|name| is_head(name));
@@ -119,6 +125,8 @@ fn import_vit(
         }
         stored.two_heads = two_heads;
     }
+    // Only the value's: query and key are one weight without a bias, whatever a configuration says.
+    stored.qkv_bias |= table.quantizers.is_some();
     stored.check().map_err(|e| Error::input(dir, e.to_string()))?;
     table.check_layers(&stored)?;
 
@@ -146,6 +154,18 @@ fn import_vit(
             .push(format!("position embeddings: {h}x{w} patches interpolated to {rows}x{columns} (bicubic)"));
     }
     notes.extend(table.unused_note());
+    let quantizers = table.trained(&stored)?;
+    if quantizers.is_some() && (new_head || config.grid() != stored.grid()) {
+        let ((h, w), classes) = (config.image_size, config.classes.len());
+        return Err(Error::usage(format!(
+            "{}: found a model trained with quantizers, whose steps do not go with {h}x{w} pixels and {classes} \
+             classes; it is for {}x{} and {}",
+            dir.display(),
+            stored.image_size.0,
+            stored.image_size.1,
+            stored.classes.len()
+        )));
+    }
 
     let expected = stored.shapes();
     let mut tensors = IndexMap::with_capacity(expected.len());
@@ -153,6 +173,9 @@ fn import_vit(
         let bare = name.strip_prefix(config.prefix()).and_then(|n| n.strip_prefix('.')).unwrap_or(&name);
         let tensor = if new_head && is_head(bare) {
             fresh(&name, &shape, want.seed).on(&name)?
+        } else if quantizers.is_some() && is_query_or_key_bias(bare) {
+            // Reparameterization has none.
+            Tensor::zeros(shape, DType::F32, &Device::Cpu).on(&name)?
         } else {
             let read = table.read(bare, &name, &stored_shape)?;
             if bare == POSITIONS && config.grid() != stored.grid() {
@@ -172,13 +195,17 @@ fn import_vit(
         let tensor = tensor.to_device(device).on(&name)?;
         tensors.insert(name, tensor);
     }
-    Ok(Imported { config, tensors, notes, new_head })
+    Ok(Imported { config, tensors, quantizers, notes, new_head })
 }
 
 const POSITIONS: &str = "embeddings.position_embeddings";
 
 fn is_head(bare: &str) -> bool {
     ["classifier.", "cls_classifier.", "distillation_classifier."].iter().any(|h| bare.starts_with(h))
+}
+
+fn is_query_or_key_bias(bare: &str) -> bool {
+    [".attention.query.bias", ".attention.key.bias"].iter().any(|end| bare.ends_with(end))
 }
 
 fn has_no_labels(json: &Value) -> bool {

@@ -32,7 +32,7 @@ pub(super) fn import_swin(
     want: &Want,
     device: &Device,
 ) -> Result<Imported<SwinConfig>> {
-    let mut notes = Vec::new();
+    let mut notes = checkpoint.notes().to_vec();
     let mut table = Table::of(checkpoint, &meaning)?;
     earlier_merging(&mut table);
     let has_head = table.pieces.keys().any(|name| is_head(name));
@@ -88,7 +88,7 @@ pub(super) fn import_swin(
         let how = if to < from { "those beyond left out" } else { "interpolated (bicubic)" };
         notes.push(format!("relative positions: {from}x{from} offsets in a table, {to}x{to} wanted: {how}"));
     }
-    Ok(Imported { config, tensors, notes, new_head })
+    Ok(Imported { config, tensors, quantizers: None, notes, new_head })
 }
 
 /// timm's newer names put the merging between two stages into the later one.
@@ -365,7 +365,8 @@ mod tests {
             // 8 patches are padded to three windows of 3.
             assert!(imported.notes[0].contains("8x8 patches in windows of 3"), "{:?}", imported.notes);
         }
-        let want = Want { image_size: Some((16, 16)), classes: Some(config.classes.clone()), seed: 0 };
+        let want =
+            Want { image_size: Some((16, 16)), classes: Some(config.classes.clone()), ..Want::default() };
         let imported = read(folder(&torchvision(&classic), None).path(), &want).unwrap();
         same(&imported, &classic);
         assert_eq!(imported.config, SwinConfig { classes: numbered_labels(3), ..config });

@@ -2,6 +2,7 @@
 
 use super::super::names::{layer_of, Meaning};
 use super::super::vit_config::VitConfig;
+use super::ofq::{is_ofq, role, Role, StoredQuantizers};
 use crate::error::{Error, On, Result};
 use crate::weights::checkpoint::{check_finite, Checkpoint, Dtype};
 use candle_core::{DType, Device, Tensor};
@@ -19,13 +20,19 @@ pub(super) struct Table<'a> {
     checkpoint: &'a Checkpoint,
     pub(super) pieces: IndexMap<String, Piece>,
     unused: Vec<String>,
+    /// Beside the weights of quantization-aware training.
+    pub(super) quantizers: Option<StoredQuantizers>,
 }
 
 impl<'a> Table<'a> {
     /// `meaning` tells what a stored name is.
     pub(super) fn of(checkpoint: &'a Checkpoint, meaning: &dyn Fn(&str) -> Meaning) -> Result<Self> {
-        let mut table = Table { checkpoint, pieces: IndexMap::new(), unused: Vec::new() };
+        let quantizers = is_ofq(checkpoint).then(StoredQuantizers::default);
+        let mut table = Table { checkpoint, pieces: IndexMap::new(), unused: Vec::new(), quantizers };
         for stored in checkpoint.names() {
+            if table.quantizers.is_some() && table.add_trained(stored)? {
+                continue;
+            }
             match meaning(stored) {
                 Meaning::Whole(name) => table.add(name, stored, None)?,
                 Meaning::Fused(names) => {
@@ -43,6 +50,29 @@ impl<'a> Table<'a> {
             }
         }
         Ok(table)
+    }
+
+    /// Takes a tensor of quantization-aware training in; false where it is none of its own.
+    fn add_trained(&mut self, stored: &str) -> Result<bool> {
+        let first = match role(stored) {
+            Role::Plain => return Ok(false),
+            Role::Dead => None,
+            Role::Dense(name) => return self.add(name, stored, None).map(|()| true),
+            Role::Tap(tap, part) => {
+                let taps = self.quantizers.as_mut().map(|q| &mut q.taps);
+                taps.and_then(|taps| taps.insert((tap, part), stored.to_string()))
+            }
+            Role::Step(weight) => {
+                let steps = self.quantizers.as_mut().map(|q| &mut q.steps);
+                steps.and_then(|steps| steps.insert(weight, stored.to_string()))
+            }
+        };
+        match first {
+            Some(first) => {
+                Err(self.error(stored, &format!("found the same as {first}, expected one of them")))
+            }
+            None => Ok(true),
+        }
     }
 
     fn add(&mut self, name: String, stored: &str, third: Option<usize>) -> Result<()> {
@@ -71,6 +101,16 @@ impl<'a> Table<'a> {
                 if let Some(piece) = self.pieces.shift_remove(&format!("classifier.{leaf}")) {
                     self.pieces.insert(format!("cls_classifier.{leaf}"), piece);
                 }
+            }
+            if let Some(stored) = &mut self.quantizers {
+                let named = |name: String| match name.strip_prefix("classifier.") {
+                    Some(rest) => format!("cls_classifier.{rest}"),
+                    None => name,
+                };
+                let taps = std::mem::take(&mut stored.taps).into_iter();
+                stored.taps = taps.map(|((tap, part), name)| ((named(tap), part), name)).collect();
+                let steps = std::mem::take(&mut stored.steps).into_iter();
+                stored.steps = steps.map(|(weight, name)| (named(weight), name)).collect();
             }
         }
         has(self, "distillation_classifier.") || has(self, "cls_classifier.")
@@ -126,6 +166,29 @@ impl<'a> Table<'a> {
             None => Ok(tensor),
         }
         .on(stored)
+    }
+
+    /// The shape of a stored tensor.
+    pub(super) fn shape_of(&self, stored: &str) -> &[usize] {
+        self.checkpoint.shape(stored).unwrap_or_default()
+    }
+
+    /// The rows of a canonical weight.
+    pub(super) fn rows_of(&self, bare: &str) -> Result<usize> {
+        let rows = self.pieces.get(bare).and_then(|piece| self.shape_of(&piece.stored).first().copied());
+        rows.ok_or_else(|| self.error(bare, "found none, expected the weight whose steps are stored"))
+    }
+
+    /// The stored tensor of `count` values in f32, its shape, which only served to broadcast it, gone.
+    pub(super) fn read_flat(&self, stored: &str, count: usize) -> Result<Tensor> {
+        let found = self.shape_of(stored);
+        if found.iter().product::<usize>() != count {
+            return Err(self.error(stored, &format!("found shape {found:?}, expected {count} values")));
+        }
+        let tensor = self.checkpoint.tensor(stored, &Device::Cpu)?;
+        let flat = tensor.flatten_all().and_then(|t| t.to_dtype(DType::F32)).on(stored)?;
+        check_finite(stored, &flat)?;
+        Ok(flat)
     }
 
     /// The shape of a canonical tensor that must have `N` dimensions.

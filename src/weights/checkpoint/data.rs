@@ -1,10 +1,10 @@
 //! The bytes behind a header: read whole where the file is small, mapped where it is large, and a
 //! mapped file asked for its length before each touch.
 
-use super::header::Entry;
 use crate::error::{Error, Result};
 use std::fs::File;
 use std::io::Read as _;
+use std::ops::Range;
 use std::path::Path;
 
 /// Files from this size, in bytes, are mapped; smaller ones are read, which no other process can
@@ -23,12 +23,12 @@ pub(super) enum Data {
 }
 
 impl Data {
-    /// The bytes of one tensor in the file called `path`.
+    /// The bytes of a range within the data section of the file called `path`.
     ///
     /// Errs when a mapped file has changed its length.
-    pub(super) fn slice(&self, path: &Path, entry: &Entry) -> Result<&[u8]> {
+    pub(super) fn slice(&self, path: &Path, range: Range<usize>) -> Result<&[u8]> {
         match self {
-            Data::Read(bytes) => Ok(&bytes[entry.begin..entry.end]),
+            Data::Read(bytes) => Ok(&bytes[range]),
             Data::Mapped { file, map, start } => {
                 // Touching a page beyond the end of a file kills the process: ask first.
                 let now = file.metadata().map_err(|e| Error::io(path, e))?.len();
@@ -37,13 +37,13 @@ impl Data {
                         format!("found {now} bytes, {} when it was opened: it was changed", map.len());
                     return Err(Error::input(path, message));
                 }
-                Ok(&map[start + entry.begin..start + entry.end])
+                Ok(&map[start + range.start..start + range.end])
             }
         }
     }
 }
 
-/// Reads or maps the data section; `file` stands behind the header.
+/// Reads or maps the data section; `file` stands at `start`, its first byte.
 #[allow(unsafe_code)]
 pub(super) fn read_data(path: &Path, mut file: File, start: u64, length: u64, map_from: u64) -> Result<Data> {
     if length < map_from {

@@ -1,6 +1,7 @@
 //! A safetensors header, read and checked against the length of its file: dtype, shape and byte
 //! range of every tensor, such that each byte belongs to exactly one of them.
 
+use super::pickle::{Stored, Strides};
 use super::{shown, Dtype};
 use crate::error::{Error, Result};
 use serde::Deserialize as _;
@@ -9,6 +10,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::io::Read as _;
 use std::path::Path;
+use std::sync::Arc;
 
 /// The largest header that is read, in bytes: the limit of the safetensors crate itself.
 pub(super) const MAX_HEADER: u64 = 100_000_000;
@@ -21,6 +23,20 @@ pub(super) struct Entry {
     /// Byte range within the data section, checked against its length.
     pub(super) begin: usize,
     pub(super) end: usize,
+    /// The storage that it lies in, of a pickled file.
+    pub(super) stored: Option<Arc<Stored>>,
+    /// How its elements lie apart, where they do not follow each other.
+    pub(super) strides: Option<Strides>,
+}
+
+impl Entry {
+    /// The size of the tensor's elements, in bytes.
+    pub(super) fn bytes(&self) -> usize {
+        match &self.strides {
+            None => self.end - self.begin,
+            Some(_) => self.shape.iter().product::<usize>() * (self.dtype.bitsize() / 8),
+        }
+    }
 }
 
 /// A JSON object with its keys in order and repeated ones kept, which a map would silently drop.
@@ -144,7 +160,15 @@ fn read_entry(value: &Value, length: u64) -> Result<Entry, String> {
         return Err(format!("found {found} bytes, expected {} for {known} {shape:?}", bits.div_ceil(8)));
     }
     let shape = shape.into_iter().map(|d| d as usize).collect();
-    Ok(Entry { file: 0, dtype: known, shape, begin: begin as usize, end: end as usize })
+    Ok(Entry {
+        file: 0,
+        dtype: known,
+        shape,
+        begin: begin as usize,
+        end: end as usize,
+        stored: None,
+        strides: None,
+    })
 }
 
 #[cfg(test)]

@@ -1,15 +1,17 @@
-//! Safetensors checkpoints, in and out. A file is an eight-byte little-endian header length, a JSON
+//! Checkpoints: safetensors, in and out, and PyTorch's pickled files, in. A safetensors file is an eight-byte little-endian header length, a JSON
 //! header naming each tensor's dtype, shape and byte range, and the bytes.
 //!
 //! Nothing in a file is trusted: the header is checked against the file's length, every byte must
 //! belong to exactly one tensor, and each lie is an error that names the file and the tensor.
 //!
 //! `header` checks one file's header and `index` the list of a model's shards, `data` holds the bytes
-//! behind a header, `save` writes; here they are one ordered set of named tensors.
+//! behind a header, `save` writes, `pickle` reads PyTorch's own files where that is allowed; here they
+//! are one ordered set of named tensors.
 
 mod data;
 mod header;
 mod index;
+pub(crate) mod pickle;
 mod save;
 
 use crate::error::{Error, On, Result};
@@ -17,21 +19,25 @@ use candle_core::{DType, Device, Tensor};
 use data::{read_data, Data, MAP_FROM};
 use header::{read_header, Entry};
 use indexmap::IndexMap;
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
+use std::io::Seek as _;
 use std::path::{Path, PathBuf};
 
 pub(crate) use index::read_index;
 pub use index::save_model;
+pub use pickle::Pickle;
 pub use safetensors::Dtype;
 pub use save::save;
 
-/// One or several safetensors files seen as one ordered set of named tensors.
+/// One or several files seen as one ordered set of named tensors.
 pub struct Checkpoint {
     entries: IndexMap<String, Entry>,
     data: Vec<Data>,
     files: Vec<PathBuf>,
     metadata: BTreeMap<String, String>,
+    notes: Vec<String>,
 }
 
 impl std::fmt::Debug for Checkpoint {
@@ -47,12 +53,29 @@ impl Checkpoint {
     ///
     /// Errs on any file that is not exactly what its header says, naming file and tensor.
     pub fn open(path: &Path) -> Result<Self> {
+        Self::open_with(path, Pickle::Refused)
+    }
+
+    /// As [`Checkpoint::open`], and, where `pickle` allows it, a file that PyTorch pickled (`.pth`, `.pt`,
+    /// `.bin`), or a folder without safetensors that holds exactly one.
+    ///
+    /// A pickled file that is not allowed is a wrong use ([`Error::Usage`]).
+    pub fn open_with(path: &Path, pickle: Pickle) -> Result<Self> {
         let path = find(path)?;
         if path.extension().is_some_and(|e| e == "json") {
             return Self::open_index(&path);
         }
         let mut checkpoint = Self::empty();
-        checkpoint.add(&path, MAP_FROM)?;
+        if !pickle::is_pickled(&path)? {
+            checkpoint.add(&path, MAP_FROM)?;
+        } else if pickle == Pickle::Refused {
+            return Err(Error::usage(format!(
+                "{}: found a file that PyTorch pickled: --allow-pickle reads it, as data alone",
+                path.display()
+            )));
+        } else {
+            checkpoint.add_pickled(&path, MAP_FROM)?;
+        }
         Ok(checkpoint)
     }
 
@@ -62,6 +85,7 @@ impl Checkpoint {
             data: Vec::new(),
             files: Vec::new(),
             metadata: BTreeMap::new(),
+            notes: Vec::new(),
         }
     }
 
@@ -87,13 +111,20 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
+    fn add_pickled(&mut self, path: &Path, map_from: u64) -> Result<()> {
+        let (mut file, length) = open_file(path)?;
+        let contents = pickle::read(path, &mut file, length)?;
+        file.rewind().map_err(|e| Error::io(path, e))?;
+        self.data.push(read_data(path, file, 0, length, map_from)?);
+        self.files.push(path.to_path_buf());
+        self.entries.extend(contents.entries);
+        self.notes.extend(contents.notes);
+        Ok(())
+    }
+
     fn add(&mut self, path: &Path, map_from: u64) -> Result<()> {
-        let mut file = File::open(path).map_err(|e| Error::io(path, e))?;
-        let meta = file.metadata().map_err(|e| Error::io(path, e))?;
-        if !meta.is_file() {
-            return Err(Error::input(path, "found a folder or device, expected a safetensors file"));
-        }
-        let header = read_header(path, &mut file, meta.len())?;
+        let (mut file, length) = open_file(path)?;
+        let header = read_header(path, &mut file, length)?;
         let number = self.files.len();
         for (name, mut entry) in header.entries {
             entry.file = number;
@@ -104,7 +135,7 @@ impl Checkpoint {
             }
             self.entries.insert(name, entry);
         }
-        self.data.push(read_data(path, file, header.start, meta.len(), map_from)?);
+        self.data.push(read_data(path, file, header.start, length, map_from)?);
         self.files.push(path.to_path_buf());
         for (key, value) in header.metadata {
             self.metadata.entry(key).or_insert(value);
@@ -144,12 +175,17 @@ impl Checkpoint {
 
     /// The size of a tensor's data in the file, in bytes.
     pub fn bytes(&self, name: &str) -> Option<usize> {
-        self.entries.get(name).map(|e| e.end - e.begin)
+        self.entries.get(name).map(Entry::bytes)
     }
 
     /// The text entries of the headers; where shards disagree, the first one's.
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
+    }
+
+    /// One line for each choice that reading took: which of a file's dicts is the model's.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 
     /// The files, shards in order of their names.
@@ -171,8 +207,19 @@ impl Checkpoint {
             let files = self.files.first().map(PathBuf::as_path).unwrap_or(Path::new(""));
             return Err(Error::input(files, format!("tensor {}: found none of this name", shown(name))));
         };
-        let (shape, bytes) =
-            (entry.shape.as_slice(), self.data[entry.file].slice(&self.files[entry.file], entry)?);
+        let (data, path, shape) =
+            (&self.data[entry.file], self.files[entry.file].as_path(), entry.shape.as_slice());
+        if let Some(stored) = &entry.stored {
+            let whole = data.slice(path, stored.range())?;
+            stored
+                .check(whole)
+                .map_err(|message| Error::input(path, format!("tensor {}: {message}", shown(name))))?;
+        }
+        let bytes = data.slice(path, entry.begin..entry.end)?;
+        let bytes = &*match &entry.strides {
+            None => Cow::Borrowed(bytes),
+            Some(strides) => Cow::Owned(strides.gather(bytes, shape, entry.dtype.bitsize() / 8)),
+        };
         let native = |dtype| Tensor::from_raw_buffer(bytes, dtype, shape, device);
         let tensor = match entry.dtype {
             Dtype::F64 => native(DType::F64),
@@ -210,6 +257,16 @@ impl Checkpoint {
     }
 }
 
+/// An open file and its length in bytes.
+fn open_file(path: &Path) -> Result<(File, u64)> {
+    let file = File::open(path).map_err(|e| Error::io(path, e))?;
+    let meta = file.metadata().map_err(|e| Error::io(path, e))?;
+    match meta.is_file() {
+        true => Ok((file, meta.len())),
+        false => Err(Error::input(path, "found a folder or device, expected a file of tensors")),
+    }
+}
+
 /// The file that `path` means: itself, or what a folder holds.
 fn find(path: &Path) -> Result<PathBuf> {
     if !std::fs::metadata(path).map_err(|e| Error::io(path, e))?.is_dir() {
@@ -220,22 +277,33 @@ fn find(path: &Path) -> Result<PathBuf> {
             return Ok(path.join(name));
         }
     }
-    let mut found = Vec::new();
+    let (mut found, mut pickled) = (Vec::new(), Vec::new());
     for entry in std::fs::read_dir(path).map_err(|e| Error::io(path, e))? {
         let name = entry.map_err(|e| Error::io(path, e))?.file_name().to_string_lossy().into_owned();
         // Hidden names are files in the making.
-        if name.ends_with(".safetensors") && !name.starts_with('.') {
-            found.push(name);
+        match name.starts_with('.') {
+            false if name.ends_with(".safetensors") => found.push(name),
+            false if pickle::has_ending(&name) => pickled.push(name),
+            _ => {}
         }
     }
+    // Beside a model of transformers lie its optimizer and its arguments, pickled too.
+    if pickled.iter().any(|name| name == "pytorch_model.bin") {
+        pickled.retain(|name| name == "pytorch_model.bin");
+    }
     found.sort();
-    match found.as_slice() {
-        [one] => Ok(path.join(one)),
-        several => {
+    pickled.sort();
+    match (found.as_slice(), pickled.as_slice()) {
+        ([one], _) | ([], [one]) => Ok(path.join(one)),
+        (several, _) => {
             let found = if several.is_empty() { "none".to_string() } else { several.join(", ") };
+            let beside = match pickled.is_empty() {
+                true => String::new(),
+                false => format!(", pickled files {}", pickled.join(", ")),
+            };
             let expected =
                 "expected model.safetensors, model.safetensors.index.json or a single *.safetensors";
-            Err(Error::input(path, format!("safetensors files found: {found}; {expected}")))
+            Err(Error::input(path, format!("safetensors files found: {found}{beside}; {expected}")))
         }
     }
 }
