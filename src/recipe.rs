@@ -433,11 +433,10 @@ pub enum CalmQk {
     /// Nothing: what the release that gave the published figures does.
     #[default]
     Off,
-    /// The gradient of confident entries is cut. Query and key go on moving along what is left of it, and
-    /// with them whole rows and columns of the product.
+    /// The gradient of confident entries is cut, as the paper's text describes. Query and key go on moving
+    /// along what is left of it, and with them whole rows and columns of the product.
     MaskGrad,
-    /// The product becomes a weight of its own, so that confident entries are held still one by one, as the
-    /// paper's text describes.
+    /// The product becomes a weight of its own, so that confident entries are held still one by one.
     Hold,
 }
 

@@ -238,7 +238,7 @@ mod tests {
         let mut table = table();
         let ablation = split(&mut table).unwrap();
         let cells = ablation.cells(&table, Path::new("out")).unwrap();
-        assert_eq!(cells.len(), 3 * 3 * 6);
+        assert_eq!(cells.len(), 3 * 3 * 7);
         let of = |variant: &str| cells.iter().find(|c| c.variant == variant).unwrap();
         let (lsq, all) = (of("LSQ"), of("OFQ, CGA as in the paper"));
         assert_eq!(lsq.dir, Path::new("out/w2a2-lsq-s0"));

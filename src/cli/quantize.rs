@@ -179,7 +179,7 @@ fn anneal(table: &mut toml::Table, cga: Cga) {
         phase.insert("calm".into(), Value::Float(0.005));
         phases.push(Value::Table(phase));
     }
-    let mask = if cga == Cga::Paper && product { "hold" } else { "off" };
+    let mask = if cga == Cga::Paper && product { "mask_grad" } else { "off" };
     for phase in phases.iter_mut().filter_map(Value::as_table_mut).filter(|p| p.contains_key("calm")) {
         phase.insert("calm_qk".into(), Value::String(mask.into()));
     }
