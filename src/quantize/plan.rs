@@ -93,7 +93,7 @@ fn memory_estimate(
     // The tracks of the codes; while annealed, what is free and what was there before the step.
     let calm = if recipe.phase.iter().any(|p| p.calm.is_some()) { 8 } else { 0 };
     let tracks = codes * (12 + calm);
-    let program = 48 << 20;
+    let program = 72 << 20;
     // Blocks of the allocator that do not fit the next size asked for: seen to be about a seventh.
     program + (state + activations + tracks) * 8 / 7
 }
