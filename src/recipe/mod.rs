@@ -1,0 +1,357 @@
+//! Recipes: the typed TOML in which the slots of a run are filled.
+//!
+//! One direction: the file, then `--set` and flags, then [`Recipe::check`], then work. After the check
+//! nothing is validated again.
+
+mod model;
+mod phase;
+mod set;
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::data::{Augment, DataConfig};
+use crate::optim::OptimizerConfig;
+use crate::select::SelectBits;
+use crate::transform::WeightQuant;
+use crate::weights::nearest;
+use crate::{files, Error, Result};
+
+pub use model::{ModelConfig, SwinSource, VitSource};
+pub use phase::{CalmQk, PhaseConfig, QkrBias, QkrConfig, When};
+pub use set::{put, set};
+
+/// The recipes that are compiled in: name and text.
+pub const EMBEDDED: &[(&str, &str)] = &[
+    ("glyphs", include_str!("../../recipes/glyphs.toml")),
+    ("vit-w2a32", include_str!("../../recipes/vit-w2a32.toml")),
+    ("vit-w2a2", include_str!("../../recipes/vit-w2a2.toml")),
+    ("vit-w4a4", include_str!("../../recipes/vit-w4a4.toml")),
+    ("deit-tiny-w2a2", include_str!("../../recipes/deit-tiny-w2a2.toml")),
+    ("deit-tiny-w3a3", include_str!("../../recipes/deit-tiny-w3a3.toml")),
+    ("deit-tiny-w4a4", include_str!("../../recipes/deit-tiny-w4a4.toml")),
+    ("deit-small-w2a2", include_str!("../../recipes/deit-small-w2a2.toml")),
+    ("deit-small-w3a3", include_str!("../../recipes/deit-small-w3a3.toml")),
+    ("deit-small-w4a4", include_str!("../../recipes/deit-small-w4a4.toml")),
+    ("swin-tiny-w2a2", include_str!("../../recipes/swin-tiny-w2a2.toml")),
+    ("swin-tiny-w3a3", include_str!("../../recipes/swin-tiny-w3a3.toml")),
+    ("swin-tiny-w4a4", include_str!("../../recipes/swin-tiny-w4a4.toml")),
+    ("ablation-ofq", include_str!("../../recipes/ablation-ofq.toml")),
+];
+
+/// A whole run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// Names the run folder.
+    pub name: String,
+    /// What it is for, in one line.
+    #[serde(default)]
+    pub about: String,
+    /// Seed of everything random.
+    #[serde(default)]
+    pub seed: u64,
+    /// `[model]`.
+    pub model: ModelConfig,
+    /// `[data]`.
+    #[serde(default)]
+    pub data: DataConfig,
+    /// `[augment]`: random changes to the training images.
+    #[serde(default)]
+    pub augment: Augment,
+    /// `[activation]`.
+    #[serde(default)]
+    pub activation: ActivationConfig,
+    /// `[qkr]`. None: query and key are quantized each on its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub qkr: Option<QkrConfig>,
+    /// `[select]`: layers that keep more bits. None: all of a transform have its bits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub select: Option<SelectBits>,
+    /// `[distill]`.
+    #[serde(default)]
+    pub distill: DistillConfig,
+    /// `[optimizer]`.
+    pub optimizer: OptimizerConfig,
+    /// `[train]`.
+    #[serde(default)]
+    pub train: TrainConfig,
+    /// `[[transform]]`: the weight quantizers, the blocks' first.
+    pub transform: Vec<TransformConfig>,
+    /// `[[phase]]`: what is trained, one after another.
+    pub phase: Vec<PhaseConfig>,
+}
+
+/// `[[transform]]`: a weight quantizer and what it is for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TransformConfig {
+    /// The quantizer.
+    pub kind: WeightQuant,
+    /// Bits per weight: 2, 3, 4 or 8.
+    pub bits: u8,
+    /// Patterns of weight names, `*` for any run of characters, `{a,b}` for one of several.
+    pub targets: Vec<String>,
+}
+
+/// `[activation]`: learned-step activation quantizers.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ActivationConfig {
+    /// Bits inside the blocks: 2, 3, 4 or 8; 32 leaves every activation float.
+    pub bits: u8,
+    /// Bits of the image and of the classifier's input, where `bits` is not 32.
+    pub edge_bits: u8,
+}
+
+impl Default for ActivationConfig {
+    fn default() -> Self {
+        ActivationConfig { bits: 32, edge_bits: 8 }
+    }
+}
+
+/// What the student learns from a full-precision teacher.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DistillKind {
+    /// Nothing.
+    None,
+    /// Soft cross-entropy against the teacher's class probabilities (ofq.md 6.1).
+    Soft,
+    /// The teacher's ranking of the classes behind the label (Plackett-Luce, Bassam et al. 2025), which
+    /// takes the place of the cross-entropy with the labels too.
+    Pld,
+}
+
+/// `[distill]`: the teacher is the model at the start of quantization unless `teacher` names another.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DistillConfig {
+    /// The loss.
+    pub kind: DistillKind,
+    /// A teacher model of its own: a folder or a hub name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub teacher: Option<PathBuf>,
+}
+
+impl Default for DistillConfig {
+    fn default() -> Self {
+        DistillConfig { kind: DistillKind::Soft, teacher: None }
+    }
+}
+
+/// `[train]`: what all phases share.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrainConfig {
+    /// Samples in one forward pass.
+    pub batch_size: usize,
+    /// Forward passes whose gradients make one step.
+    pub accumulate: usize,
+    /// Largest norm of the gradient of all trainables together; 0: no clipping.
+    pub clip: f64,
+    /// Samples in one forward pass of an evaluation.
+    pub eval_batch_size: usize,
+    /// Steps between lines in metrics.jsonl.
+    pub log_steps: usize,
+    /// Steps between evaluations; 0: at the end of each phase only.
+    pub eval_steps: usize,
+    /// Steps between checkpoints; 0: at the end of each epoch.
+    pub checkpoint_steps: usize,
+    /// Checkpoints kept, the best one beside.
+    pub keep: usize,
+    /// Decay of an exponential average of the weights that evaluations see and that each phase ends with;
+    /// 0: none.
+    pub ema: f64,
+    /// Stochastic depth: the probability with which the deepest block leaves out a branch for a sample; 0:
+    /// never.
+    pub drop_path: f64,
+    /// Factor on the learning rate from each block to the one before it; 1: the same for all.
+    pub layer_decay: f64,
+}
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        TrainConfig {
+            batch_size: 100,
+            accumulate: 1,
+            clip: 1.0,
+            eval_batch_size: 250,
+            log_steps: 10,
+            eval_steps: 0,
+            checkpoint_steps: 0,
+            keep: 2,
+            ema: 0.0,
+            drop_path: 0.0,
+            layer_decay: 1.0,
+        }
+    }
+}
+
+impl Recipe {
+    /// The embedded recipe called `name`, or the file at that path, as a table that flags can still
+    /// change.
+    pub fn table(name: &str) -> Result<toml::Table> {
+        let (origin, text) = match EMBEDDED.iter().find(|(n, _)| *n == name) {
+            Some((n, text)) => (PathBuf::from(format!("recipe {n}")), (*text).to_string()),
+            None => {
+                let path = Path::new(name);
+                if !path.is_file() {
+                    let near = nearest(name, EMBEDDED.iter().map(|(n, _)| *n));
+                    let hint = near.map(|n| format!(" (nearest: {n})")).unwrap_or_default();
+                    let known: Vec<&str> = EMBEDDED.iter().map(|(n, _)| *n).collect();
+                    return Err(Error::usage(format!(
+                        "recipe {name}: no such file and not one of {}{hint}",
+                        known.join(", ")
+                    )));
+                }
+                (path.to_path_buf(), files::read_text(path)?)
+            }
+        };
+        // Once as the type, so that a mistake is reported with its line in this file.
+        let mut plain: toml::Table = toml::from_str(&text)
+            .map_err(|e| Error::usage(format!("{}: {}", origin.display(), toml_message(&e))))?;
+        if plain.remove("ablation").is_some() {
+            // Variants of a recipe: the recipe itself is what stands beside them.
+            Recipe::deserialize(toml::Value::Table(plain))
+                .map_err(|e| Error::usage(format!("{}: {}", origin.display(), toml_message(&e))))?;
+            return toml::from_str(&text)
+                .map_err(|e| Error::usage(format!("{}: {}", origin.display(), toml_message(&e))));
+        }
+        toml::from_str::<Recipe>(&text)
+            .map_err(|e| Error::usage(format!("{}: {}", origin.display(), toml_message(&e))))?;
+        toml::from_str(&text).map_err(|e| Error::usage(format!("{}: {}", origin.display(), toml_message(&e))))
+    }
+
+    /// The recipe that a table describes, checked.
+    pub fn resolve(table: toml::Table) -> Result<Self> {
+        let recipe: Recipe = Recipe::deserialize(toml::Value::Table(table))
+            .map_err(|e| Error::usage(format!("recipe: {}", toml_message(&e))))?;
+        recipe.check()?;
+        Ok(recipe)
+    }
+
+    /// The recipe as a file holds it.
+    pub fn to_toml(&self) -> Result<String> {
+        toml::to_string(self).map_err(|e| Error::Run(format!("recipe: {e}")))
+    }
+
+    /// What only several tables together can tell, and what types cannot hold.
+    pub fn check(&self) -> Result<()> {
+        if self.transform.is_empty() {
+            return Err(Error::usage("transform: found none, expected a weight quantizer"));
+        }
+        for (i, transform) in self.transform.iter().enumerate() {
+            transform.kind.grid(transform.bits).map_err(|e| Error::usage(format!("transform.{i}: {e}")))?;
+            if transform.targets.is_empty() {
+                return Err(Error::usage(format!("transform.{i}.targets: found none, expected patterns")));
+            }
+        }
+        if let Some(select) = &self.select {
+            select.check()?;
+        }
+        let ActivationConfig { bits, edge_bits } = self.activation;
+        if !matches!(bits, 2 | 3 | 4 | 8 | 32) {
+            return Err(Error::usage(format!("activation.bits = {bits}: expected 2, 3, 4, 8 or 32")));
+        }
+        if !(2..=8).contains(&edge_bits) {
+            return Err(Error::usage(format!("activation.edge_bits = {edge_bits}: expected 2 to 8")));
+        }
+        let train = &self.train;
+        let counts = [
+            ("train.batch_size", train.batch_size),
+            ("train.accumulate", train.accumulate),
+            ("train.eval_batch_size", train.eval_batch_size),
+            ("train.log_steps", train.log_steps),
+            ("train.keep", train.keep),
+        ];
+        if let Some((key, n)) = counts.iter().find(|(_, n)| *n == 0 || *n > 1 << 20) {
+            return Err(Error::usage(format!("{key} = {n}: expected 1 to {}", 1 << 20)));
+        }
+        self.augment.check()?;
+        for (key, value) in [("train.ema", train.ema), ("train.drop_path", train.drop_path)] {
+            if !(0.0..1.0).contains(&value) {
+                return Err(Error::usage(format!("{key} = {value}: expected 0 or more and less than 1")));
+            }
+        }
+        if !(train.layer_decay > 0.0 && train.layer_decay <= 1.0) {
+            let found = train.layer_decay;
+            return Err(Error::usage(format!("train.layer_decay = {found}: expected above 0 and at most 1")));
+        }
+        self.optimizer.check()?;
+        if !(train.clip.is_finite() && train.clip >= 0.0) {
+            return Err(Error::usage(format!("train.clip = {}: expected 0 or more", train.clip)));
+        }
+        self.model.check()?;
+        self.check_phases()
+    }
+
+    fn check_phases(&self) -> Result<()> {
+        for (i, phase) in self.phase.iter().enumerate() {
+            let key = |key: &str| format!("phase.{i}.{key}");
+            let finite = [
+                ("epochs", phase.epochs),
+                ("lr", phase.lr),
+                ("min_lr", phase.min_lr),
+                ("warmup_epochs", phase.warmup_epochs),
+                ("warmup_lr", phase.warmup_lr),
+            ];
+            if let Some((name, value)) = finite.iter().find(|(_, v)| !(v.is_finite() && *v >= 0.0)) {
+                return Err(Error::usage(format!("{} = {value}: expected 0 or more", key(name))));
+            }
+            if let Some(span) = phase.cosine_span.filter(|span| !(span.is_finite() && *span > 0.0)) {
+                return Err(Error::usage(format!("{} = {span}: expected more than 0", key("cosine_span"))));
+            }
+            if let Some(band) = phase.calm {
+                if !(band > 0.0 && band < 0.5) {
+                    let found = format!("{} = {band}", key("calm"));
+                    return Err(Error::usage(format!("{found}: expected above 0 and below 0.5 steps")));
+                }
+                if !phase.quantize {
+                    return Err(Error::usage(format!("{}: it needs quantize = true", key("calm"))));
+                }
+                if !self.transform.iter().any(|t| t.kind == WeightQuant::Statsq) {
+                    let expected = "expected a transform of kind statsq, whose thresholds it is about";
+                    return Err(Error::usage(format!("{}: {expected}", key("calm"))));
+                }
+            }
+            if phase.calm_qk != CalmQk::Off && (phase.calm.is_none() || self.qkr.is_none()) {
+                let name = key("calm_qk");
+                return Err(Error::usage(format!("{name}: it needs calm in the phase and a [qkr] table")));
+            }
+            let after = self.phase[..i].iter().any(|earlier| earlier.quantize);
+            if after && !phase.quantize {
+                return Err(Error::usage(format!(
+                    "{}: a float phase cannot follow a quantized one",
+                    key("quantize")
+                )));
+            }
+        }
+        if !self.phase.iter().any(|phase| phase.quantize) {
+            return Err(Error::usage("phase: found none with quantize = true, expected at least one"));
+        }
+        Ok(())
+    }
+}
+
+/// toml's message in one line, with the nearest known key where one is unknown.
+fn toml_message(error: &toml::de::Error) -> String {
+    let mut text = error.message().replace('\n', " ");
+    if let Some((_, rest)) = text.split_once("unknown field `") {
+        if let Some((unknown, expected)) = rest.split_once('`') {
+            let known: Vec<&str> = expected.split('`').skip(1).step_by(2).collect();
+            if let Some(near) = nearest(unknown, known.into_iter()) {
+                text = format!("{text} (nearest: {near})");
+            }
+        }
+    }
+    let shown = error.to_string();
+    let place = shown.lines().next().and_then(|l| l.split_once(" at ")).map(|(_, place)| place.to_string());
+    let key = shown.lines().find_map(|l| l.strip_prefix("in ")).map(str::to_string);
+    match (place, key) {
+        (Some(place), _) => format!("{place}: {text}"),
+        (None, Some(key)) => format!("{key}: {text}"),
+        (None, None) => text,
+    }
+}

@@ -1,0 +1,192 @@
+//! `[model]`: a pretrained model, or the sizes of a new one.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Result};
+
+/// `[model]`: where to start from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum ModelConfig {
+    /// A vision transformer.
+    Vit(VitSource),
+    /// A Swin transformer.
+    Swin(SwinSource),
+}
+
+impl ModelConfig {
+    /// The pretrained model, where there is one.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            ModelConfig::Vit(vit) => vit.path.as_deref(),
+            ModelConfig::Swin(swin) => swin.path.as_deref(),
+        }
+    }
+
+    /// Whether it may be a file that PyTorch pickled.
+    pub fn allow_pickle(&self) -> bool {
+        match self {
+            ModelConfig::Vit(vit) => vit.allow_pickle,
+            ModelConfig::Swin(swin) => swin.allow_pickle,
+        }
+    }
+
+    /// The same path, to be changed.
+    pub fn path_mut(&mut self) -> &mut Option<PathBuf> {
+        match self {
+            ModelConfig::Vit(vit) => &mut vit.path,
+            ModelConfig::Swin(swin) => &mut swin.path,
+        }
+    }
+
+    /// Pixels on a side that images are brought to, where the recipe says so.
+    pub fn image_size(&self) -> Option<usize> {
+        match self {
+            ModelConfig::Vit(vit) => vit.image_size,
+            ModelConfig::Swin(swin) => swin.image_size,
+        }
+    }
+
+    /// What types cannot hold.
+    pub(super) fn check(&self) -> Result<()> {
+        match self {
+            ModelConfig::Vit(vit) => vit.check(),
+            ModelConfig::Swin(swin) => swin.check(),
+        }
+    }
+}
+
+/// A pretrained ViT, or the sizes of a new one.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct VitSource {
+    /// A pretrained model: a folder, or a hub name. None: a new model of the sizes below.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// Whether a pretrained model or teacher may be a file that PyTorch pickled. It is read as data and
+    /// nothing in it is run.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub allow_pickle: bool,
+    /// Pixels on a side that images are brought to. None: the pretrained model's, or, for a new model,
+    /// that of the data where it is one size of at most 64, else 64.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub image_size: Option<usize>,
+    /// Pixels on a side of a patch of a new model. None: an eighth of the image, at least 4.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub patch_size: Option<usize>,
+    /// Channels of the blocks of a new model.
+    pub hidden: usize,
+    /// Blocks of a new model.
+    pub layers: usize,
+    /// Attention heads of a new model.
+    pub heads: usize,
+    /// Channels inside the MLP of a new model.
+    pub mlp: usize,
+}
+
+impl Default for VitSource {
+    fn default() -> Self {
+        VitSource {
+            path: None,
+            allow_pickle: false,
+            image_size: None,
+            patch_size: None,
+            hidden: 96,
+            layers: 6,
+            heads: 4,
+            mlp: 192,
+        }
+    }
+}
+
+impl VitSource {
+    fn check(&self) -> Result<()> {
+        let sizes =
+            [("hidden", self.hidden), ("layers", self.layers), ("heads", self.heads), ("mlp", self.mlp)];
+        if let Some((key, _)) = sizes.iter().find(|(_, n)| *n == 0) {
+            return Err(Error::usage(format!("model.{key} = 0: expected at least 1")));
+        }
+        if !self.hidden.is_multiple_of(self.heads) {
+            return Err(Error::usage(format!(
+                "model.heads = {} does not divide model.hidden = {}",
+                self.heads, self.hidden
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// A pretrained Swin, or the sizes of a new one.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SwinSource {
+    /// A pretrained model: a folder, or a hub name. None: a new model of the sizes below.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// Whether a pretrained model or teacher may be a file that PyTorch pickled, as for a ViT.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub allow_pickle: bool,
+    /// Pixels on a side that images are brought to. None: the pretrained model's, or, for a new model,
+    /// that of the data where it is one size of at most 64, else 64.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub image_size: Option<usize>,
+    /// Pixels on a side of a patch of a new model. None: a sixteenth of the image, at least 2.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub patch_size: Option<usize>,
+    /// Channels of the first stage of a new model; each stage has twice those of the one before.
+    pub embed: usize,
+    /// Blocks of each stage of a new model.
+    pub depths: Vec<usize>,
+    /// Attention heads of each stage of a new model.
+    pub heads: Vec<usize>,
+    /// Patches on a side of an attention window of a new model. None: 4 to 8, whatever divides the map.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub window: Option<usize>,
+    /// Channels inside the MLP of a new model over those of its stage.
+    pub mlp_ratio: f64,
+}
+
+impl Default for SwinSource {
+    fn default() -> Self {
+        SwinSource {
+            path: None,
+            allow_pickle: false,
+            image_size: None,
+            patch_size: None,
+            embed: 48,
+            depths: vec![2, 4],
+            heads: vec![2, 4],
+            window: None,
+            mlp_ratio: 2.0,
+        }
+    }
+}
+
+impl SwinSource {
+    fn check(&self) -> Result<()> {
+        let (stages, heads) = (self.depths.len(), self.heads.len());
+        if !(1..=8).contains(&stages) || heads != stages {
+            return Err(Error::usage(format!(
+                "model.depths has {stages} stages and model.heads {heads}: expected as many, 1 to 8"
+            )));
+        }
+        let all = self.depths.iter().chain(&self.heads).chain([&self.embed]).chain(&self.window);
+        if all.into_iter().any(|n| *n == 0) {
+            return Err(Error::usage("model: found a size of 0, expected at least 1"));
+        }
+        for (stage, heads) in self.heads.iter().enumerate() {
+            let channels = self.embed.saturating_mul(1 << stage);
+            if !channels.is_multiple_of(*heads) {
+                return Err(Error::usage(format!(
+                    "model.heads = {heads} does not divide the {channels} channels of stage {stage}"
+                )));
+            }
+        }
+        if !(self.mlp_ratio.is_finite() && self.mlp_ratio > 0.0) {
+            return Err(Error::usage(format!("model.mlp_ratio = {}: expected more than 0", self.mlp_ratio)));
+        }
+        Ok(())
+    }
+}
