@@ -84,8 +84,8 @@ pub fn split(table: &mut toml::Table) -> Result<Ablation> {
     })?;
     let ablation = Ablation::deserialize(found)
         .map_err(|e| Error::usage(format!("ablation: {}", e.message().replace('\n', " "))))?;
-    if ablation.bits.is_empty() || ablation.seeds == 0 || ablation.variant.is_empty() {
-        return Err(Error::usage("ablation: expected at least one width, one seed and one variant"));
+    if ablation.bits.is_empty() || !(1..=1000).contains(&ablation.seeds) || ablation.variant.is_empty() {
+        return Err(Error::usage("ablation: expected at least one width, 1 to 1000 seeds and one variant"));
     }
     let mut names: Vec<String> = ablation.variant.iter().map(|v| slug(&v.name)).collect();
     names.sort();
@@ -158,17 +158,19 @@ impl Ablation {
 
 /// Runs a cell to its end, from where it stands.
 pub fn run(cell: &Cell, device: &Device, progress: &dyn Progress) -> Result<()> {
-    if quantize::finished(&cell.dir)?.is_some() {
-        return Ok(());
-    }
     let written = cell.dir.join("recipe.toml");
     if written.exists() {
         let text = files::read_text(&written)?;
-        if text != cell.recipe.to_toml()? {
+        let table =
+            text.parse().map_err(|e: toml::de::Error| Error::input(&written, e.message().to_string()))?;
+        if Recipe::resolve(table)? != cell.recipe {
             return Err(Error::usage(format!(
                 "{}: it was begun with another recipe; name another --out",
                 cell.dir.display()
             )));
+        }
+        if quantize::finished(&cell.dir)?.is_some() {
+            return Ok(());
         }
     } else {
         let staging = files::Staging::new(&cell.dir)?;
@@ -176,7 +178,12 @@ pub fn run(cell: &Cell, device: &Device, progress: &dyn Progress) -> Result<()> 
         staging.commit()?;
     }
     progress.note(&format!("{} at {} bits, seed {}", cell.variant, cell.bits, cell.seed));
-    quantize::run(&cell.recipe, &cell.dir, device, progress).map(|_| ())
+    let done = quantize::run(&cell.recipe, &cell.dir, device, progress);
+    if !matches!(done, Ok(_) | Err(Error::Stopped { .. })) && !cell.dir.join("checkpoints").exists() {
+        // It failed before there was anything to keep: what went wrong is the news, not that cleaning up did.
+        let _ = files::discard(&cell.dir);
+    }
+    done.map(|_| ())
 }
 
 /// Mean, lowest and highest.
@@ -265,6 +272,26 @@ mod tests {
             text.contains("| 2 | a\\|b | 81.00 % (80.00 to 82.00) | 0.810 % (0.800 to 0.820) | 0.0 % | 2 |")
         );
         assert!(text.contains("| 2 | c | not run |"));
+    }
+
+    #[test]
+    fn a_finished_run_of_another_recipe_is_not_taken_for_this_one() {
+        let mut table = table();
+        let ablation = split(&mut table).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let cell = ablation.cells(&table, dir.path()).unwrap().remove(0);
+        std::fs::create_dir_all(&cell.dir).unwrap();
+        let write = |recipe: &Recipe| {
+            std::fs::write(cell.dir.join("recipe.toml"), recipe.to_toml().unwrap()).unwrap();
+        };
+        std::fs::write(cell.dir.join("summary.json"), "{}").unwrap();
+        write(&cell.recipe);
+        run(&cell, &Device::Cpu, &crate::train::Quiet).unwrap();
+        let mut other = cell.recipe.clone();
+        other.data.limit_train = Some(7);
+        write(&other);
+        let error = run(&cell, &Device::Cpu, &crate::train::Quiet).unwrap_err();
+        assert!(error.to_string().contains("begun with another recipe"), "{error}");
     }
 
     #[test]

@@ -64,6 +64,7 @@ impl Ablate {
         let count = |n: usize| Value::Integer(i64::try_from(n).unwrap_or(i64::MAX));
         let overrides = [
             ("model.path", self.model.as_ref().map(path)),
+            ("model.allow_pickle", self.common.allow_pickle.then_some(Value::Boolean(true))),
             ("data.path", self.data.as_ref().map(path)),
             ("data.eval_path", self.eval_data.as_ref().map(path)),
             ("data.limit_train", self.limit_train.map(count)),
@@ -78,10 +79,12 @@ impl Ablate {
         let mut ablation = ablation::split(&mut table)?;
         if !self.bits.is_empty() {
             ablation.bits = self.bits.clone();
+            ablation.bits.sort_unstable();
+            ablation.bits.dedup();
         }
         if let Some(seeds) = self.seeds {
-            if seeds == 0 {
-                return Err(Error::usage("--seeds 0: expected at least 1").into());
+            if !(1..=1000).contains(&seeds) {
+                return Err(Error::usage(format!("--seeds {seeds}: expected 1 to 1000")).into());
             }
             ablation.seeds = seeds;
         }

@@ -49,8 +49,8 @@ pub fn images_for(
     eval_data: Option<&Path>,
 ) -> qtune::Result<(DataConfig, u64)> {
     if data.is_some() || eval_data.is_some() {
-        // A second path alone is the data.
-        let (path, eval_path) = if data.is_none() { (eval_data, None) } else { (data, eval_data) };
+        // A second path alone is the data, and all of what it has to evaluate on.
+        let (path, eval_path) = (data.or(eval_data), eval_data);
         let (path, eval_path) = (path.map(Path::to_path_buf), eval_path.map(Path::to_path_buf));
         return Ok((DataConfig { path, eval_path, ..DataConfig::default() }, 0));
     }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use clap::Args;
-use qtune::models::{model_dir, open_model, read_config};
+use qtune::models::{model_dir, open_model_with, read_config};
 use qtune::quantize::sensitivity;
 use qtune::report::layers::{last_line, Layer};
 use qtune::train::{signal, Progress};
@@ -150,17 +150,22 @@ impl Inspect {
             self.bits.parse().map_err(|_| Error::usage(format!("--bits {}: expected 2 to 8", self.bits)))?;
         let start = path.join("checkpoints").join("float");
         let dir = if start.exists() { start } else { model_dir(path) };
-        let opened = open_model(&dir, &device)?;
+        let opened = open_model_with(&dir, self.common.pickle(), &device)?;
         opened.notes.iter().for_each(|note| progress.note(note));
+        if self.limit_eval == 0 {
+            return Err(Error::usage("--limit-eval 0: expected at least 1").into());
+        }
         let (mut data, seed) = images_for(path, self.data.as_deref(), self.eval_data.as_deref())?;
-        (data.limit_eval, data.limit_train) = (Some(self.limit_eval.max(1)), Some(1));
+        (data.limit_eval, data.limit_train) = (Some(self.limit_eval), Some(1));
         let dataset = data.open(seed)?.under_labels(opened.config.classes())?;
         dataset.notes.iter().for_each(|note| progress.note(note));
         let ranked = sensitivity::rank(&opened, &dataset, bits, 250, &device, &progress)?;
         if path.join("recipe.toml").exists() {
             let text = serde_json::to_vec_pretty(&ranked)?;
             files::write_bytes(&path.join("sensitivity.json"), &text)?;
-            qtune::report::write(path)?;
+            if let Err(error) = qtune::report::write(path) {
+                progress.note(&format!("report.html: {error}"));
+            }
         }
         if self.common.json {
             return print_json(&ranked);

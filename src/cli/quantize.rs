@@ -152,7 +152,7 @@ pub struct Quantize {
 }
 
 /// What `--cga` makes of a recipe's phases: those that anneal follow it; where there is none, one is
-/// added after the last, half as long, at a hundredth of its rate.
+/// added after the last, half as long, at its final rate, or a hundredth of its peak where that is 0.
 fn anneal(table: &mut toml::Table, cga: Cga) {
     let product = table.contains_key("qkr");
     let Some(Value::Array(phases)) = table.get_mut("phase") else { return };
@@ -296,13 +296,25 @@ impl Quantize {
         if self.qkr && !table.contains_key("qkr") {
             table.insert("qkr".into(), Value::Table(toml::Table::new()));
         }
+        // Annealing depends on whether there are products.
+        for assignment in self.set.iter().filter(|s| s.starts_with("qkr")) {
+            set(&mut table, assignment)?;
+        }
         if let Some(cga) = self.cga {
             anneal(&mut table, cga);
         }
         for assignment in &self.set {
             set(&mut table, assignment)?;
         }
+        if table.contains_key("ablation") {
+            return Err(
+                Error::usage(format!("recipe {name}: it is an ablation, run it with qtune ablate")).into()
+            );
+        }
         let mut recipe = Recipe::resolve(table)?;
+        if let Some(select) = &mut recipe.select {
+            select.pin()?;
+        }
         let model = recipe.model.path_mut();
         let paths = [&mut recipe.data.path, &mut recipe.data.eval_path, &mut recipe.distill.teacher, model];
         for path in paths.into_iter().flatten() {

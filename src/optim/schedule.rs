@@ -60,7 +60,7 @@ impl Rate {
     }
 
     fn at_epoch(&self, epoch: usize) -> f64 {
-        let warmup = self.warmup_steps / self.epoch_steps.max(1);
+        let warmup = self.warmup_steps.div_ceil(self.epoch_steps.max(1));
         let t = epoch as f64;
         if epoch < warmup {
             return self.warmup_lr + t * (self.lr - self.warmup_lr) / warmup as f64;

@@ -18,7 +18,7 @@ use serde_json::{json, Map, Value};
 
 use crate::data::Preprocess;
 use crate::models::{open_model, VisionConfig};
-use crate::recipe::Recipe;
+use crate::recipe::{PhaseConfig, Recipe, When};
 use crate::select::select;
 use crate::train::{peak_rss_bytes, phase_steps, resume, signal, Accuracy, Metrics, Progress, Trainer};
 use crate::transform::{ActQuant, WeightQuant};
@@ -84,11 +84,12 @@ fn lay_quantizers(
     let trained = start.quantizers.as_ref();
     let (mut zero_rows, mut rows) = (0usize, 0usize);
     for (index, transform) in recipe.transform.iter().enumerate() {
-        if transform.kind == WeightQuant::Statsq && transform.bits > 4 && training {
+        let selected = recipe.select.as_ref().filter(|_| index == 0).map_or(0, |select| select.bits);
+        let bits = transform.bits.max(selected);
+        if transform.kind == WeightQuant::Statsq && bits > 4 && training {
             progress.note(&format!(
-                "transform.{index}: StatsQ at {} bits clips at twice the mean magnitude, as at 2 bits; lsq has \
-                 no such bound",
-                transform.bits
+                "transform.{index}: StatsQ at {bits} bits clips at twice the mean magnitude, as at 2 bits; lsq has \
+                 no such bound"
             ));
         }
     }
@@ -188,8 +189,9 @@ pub fn write_model(
 }
 
 /// Whether the recipe quantizes without any training.
-fn untrained_quantization(recipe: &Recipe, samples: usize) -> bool {
-    recipe.phase.iter().filter(|p| p.quantize).all(|p| phase_steps(recipe, p, samples) == 0)
+fn untrained_quantization(recipe: &Recipe, start: &Start, samples: usize) -> bool {
+    let runs = |p: &&PhaseConfig| p.quantize && (p.when == When::Always || start.untrained);
+    recipe.phase.iter().filter(runs).all(|p| phase_steps(recipe, p, samples) == 0)
 }
 
 /// Runs a recipe in the folder `dir`, which exists and holds the resolved recipe; from its latest

@@ -14,7 +14,7 @@ use crate::train::{
     phase_steps, resume, signal, Average, Classify, Phase, Progress, Quiet, Tracker, Trainer,
 };
 use crate::transform::ActQuant;
-use crate::weights::{Pickle, Weights};
+use crate::weights::{Param, Pickle, Weights};
 use crate::{hub, Error, Result};
 
 /// The trained, still trainable student and the tracks of its weights.
@@ -37,7 +37,7 @@ pub(super) fn train_phases(
     let recipe = trainer.recipe;
     let samples = trainer.dataset.train.len();
     // What was trained is not fitted again.
-    let untrained = untrained_quantization(recipe, samples) && start.quantizers.is_none();
+    let untrained = untrained_quantization(recipe, start, samples) && start.quantizers.is_none();
     let mut weights = start.weights.trainable()?;
     let mut tracker = Tracker::default();
     let mut quantized = false;
@@ -46,10 +46,11 @@ pub(super) fn train_phases(
     let mut carried: Option<Box<dyn Optimizer>> = None;
     for (index, phase) in recipe.phase.iter().enumerate() {
         let skip = phase.when == When::Untrained && !start.untrained;
+        let steps = if skip { 0 } else { phase_steps(recipe, phase, samples) };
         // A product that an earlier phase made a weight of its own stays one, on a resumed run too.
         let unfactor = |weights: Weights| match phase.calm_qk {
-            CalmQk::Hold => weights.unfactored(),
-            CalmQk::Off | CalmQk::MaskGrad => Ok(weights),
+            CalmQk::Hold if steps > 0 => weights.unfactored(),
+            _ => Ok(weights),
         };
         if index < first && (quantized || !phase.quantize) {
             weights = unfactor(weights)?;
@@ -78,6 +79,10 @@ pub(super) fn train_phases(
         if index < first {
             continue;
         }
+        if skip && !(index == first && resumed.is_some()) {
+            trainer.progress.note(&format!("phase {}: skipped, the model is trained", phase.name));
+            continue;
+        }
         // Annealing, for one, goes on from the optimizer's state of the phase before it.
         let mut optimizer = match carried.take().filter(|_| phase.calm.is_some() || phase.continue_optimizer)
         {
@@ -90,8 +95,11 @@ pub(super) fn train_phases(
                 let params = weights.params();
                 saved.restore(&params, device)?;
                 if saved.has_optimizer() {
-                    optimizer.restore(&params, &|name| saved.optimizer(name, device))?;
-                    let (decay, steps) = (recipe.train.ema, phase_steps(recipe, phase, samples));
+                    // Before a phase's first step a parameter that the phase brought with it has no state.
+                    let new = |p: &Param| trainer.state.phase_step == 0 && !saved.has_state_of(&p.name);
+                    let known: Vec<Param> = params.iter().filter(|p| !new(p)).cloned().collect();
+                    optimizer.restore(&known, &|name| saved.optimizer(name, device))?;
+                    let decay = if phase.calm.is_some() { 0.0 } else { recipe.train.ema };
                     let midway = trainer.state.phase_step > 0 && trainer.state.phase_step < steps;
                     if decay > 0.0 && midway {
                         let read = |name: &str| saved.optimizer(name, device);
@@ -179,7 +187,8 @@ fn run_phase(
             Some(teacher(recipe, trainer.dir, start, trainer.device)?)
         }
     };
-    let calm = annealed(config, weights, trainer.progress)?;
+    let runs = phase_steps(recipe, config, trainer.dataset.train.len()) > 0;
+    let calm = if runs { annealed(config, weights, trainer.progress)? } else { None };
     let weights = calm.as_ref().unwrap_or(weights);
     let model = start.config.build(weights)?;
     let drop_path = Some((recipe.train.drop_path, recipe.seed)).filter(|(rate, _)| *rate > 0.0);

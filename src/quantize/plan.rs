@@ -56,11 +56,15 @@ pub fn plan(recipe: &Recipe, device: &Device) -> Result<Plan> {
     let samples = dataset.as_ref().map(|d| d.train.len()).unwrap_or(0);
     let runs = recipe.phase.iter().filter(|p| p.when == When::Always || start.untrained);
     let phases = runs.map(|p| (p.name.clone(), phase_steps(recipe, p, samples))).collect();
-    let params = tensors.iter().map(|t| t.1.iter().product::<usize>()).sum();
+    let params = start.config.params();
     let codes = tensors.iter().filter(|t| chosen.contains_key(&t.0));
     let codes = codes.map(|t| t.1.iter().product::<usize>()).sum();
-    let products = qkr::held(&start.config, &weights).len();
-    let memory = memory_estimate(recipe, &start.config, params, codes, products)
+    let held = qkr::held(&start.config, &weights);
+    let products: Vec<bool> = places.iter().map(|place| held.contains(place)).collect();
+    // The product of each, what it is quantized to, and its gradient.
+    let made: usize = held.iter().map(|place| 3 * 4 * place.heads * place.width * place.width).sum();
+    let memory = memory_estimate(recipe, &start.config, params, codes, &products)
+        + made
         + data_estimate(recipe, &start.config, dataset.as_ref())?;
     let mut notes: Vec<String> = dataset.iter().flat_map(|d| d.notes.clone()).collect();
     notes.extend(start.notes);
@@ -79,10 +83,10 @@ fn memory_estimate(
     config: &VisionConfig,
     params: usize,
     codes: usize,
-    products: usize,
+    products: &[bool],
 ) -> usize {
     let quantized = recipe.activation.bits != 32;
-    let of = |block: usize| Kept { quantized, product: block < products };
+    let of = |block: usize| Kept { quantized, product: products.get(block).copied().unwrap_or(false) };
     let values = match config {
         VisionConfig::Vit(vit) => vit_activations(vit, of),
         VisionConfig::Swin(swin) => swin_activations(swin, of),

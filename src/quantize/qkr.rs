@@ -161,7 +161,7 @@ pub fn notes(places: &[AttentionPlace], bits: impl Fn(&str) -> Option<u8>) -> Re
     Ok(notes)
 }
 
-/// The products that a packed or trainable store holds, with the bits of each that is on a grid.
+/// The attentions whose query and key a store holds as one weight.
 pub fn held(config: &VisionConfig, weights: &Weights) -> Vec<AttentionPlace> {
     config.attentions().into_iter().filter(|place| weights.contains(&place.product())).collect()
 }

@@ -161,8 +161,8 @@ pub struct TrainConfig {
     pub checkpoint_steps: usize,
     /// Checkpoints kept, the best one beside.
     pub keep: usize,
-    /// Decay of an exponential average of the weights that evaluations see and that each phase ends with;
-    /// 0: none.
+    /// Decay of an exponential average of the weights that evaluations see and that each phase ends with,
+    /// but one that anneals: what it holds still is not to move at its end either. 0: none.
     pub ema: f64,
     /// Stochastic depth: the probability with which the deepest block leaves out a branch for a sample; 0:
     /// never.
@@ -319,6 +319,12 @@ impl Recipe {
             if phase.calm_qk != CalmQk::Off && (phase.calm.is_none() || self.qkr.is_none()) {
                 let name = key("calm_qk");
                 return Err(Error::usage(format!("{name}: it needs calm in the phase and a [qkr] table")));
+            }
+            if phase.continue_optimizer && !self.phase[..i].iter().any(|earlier| earlier.quantize) {
+                let name = key("continue_optimizer");
+                return Err(Error::usage(format!(
+                    "{name}: no quantized phase comes before, whose state it could take"
+                )));
             }
             let after = self.phase[..i].iter().any(|earlier| earlier.quantize);
             if after && !phase.quantize {

@@ -8,25 +8,29 @@ use serde_json::Value;
 use crate::weights::nearest;
 use crate::{files, Error, Result};
 
-/// `[select]` in a recipe: of the weights of the first `[[transform]]`, those that get `bits` bits in
+/// `[select]` in a recipe: of the matrices of the first `[[transform]]`, those that get `bits` bits in
 /// place of its own.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SelectBits {
     /// Bits of the layers that are picked: 2, 3, 4 or 8.
     pub bits: u8,
-    /// So many layers from the input's side.
+    /// So many matrices from the input's side.
     #[serde(default)]
     pub first: usize,
-    /// So many layers from the output's side.
+    /// So many matrices from the output's side.
     #[serde(default)]
     pub last: usize,
-    /// So many of the layers that lose most accuracy when quantized alone, by `sensitivity`.
+    /// So many of those that lose most accuracy when quantized alone, by `sensitivity`.
     #[serde(default)]
     pub most_sensitive: usize,
     /// What `qtune inspect --sensitivity --json` printed, or a run folder that holds it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sensitivity: Option<PathBuf>,
+    /// The ranking itself, names in falling order of what they lose: what a run keeps of `sensitivity`, so
+    /// that nothing that happens to the file changes it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ranking: Vec<String>,
 }
 
 impl SelectBits {
@@ -35,12 +39,12 @@ impl SelectBits {
         if !matches!(self.bits, 2 | 3 | 4 | 8) {
             return Err(Error::usage(format!("select.bits = {}: expected 2, 3, 4 or 8", self.bits)));
         }
-        if self.most_sensitive > 0 && self.sensitivity.is_none() {
+        if self.most_sensitive > 0 && self.sensitivity.is_none() && self.ranking.is_empty() {
             let message =
                 "select.most_sensitive: it needs select.sensitivity, a file of qtune inspect --sensitivity";
             return Err(Error::usage(message));
         }
-        if self.first + self.last + self.most_sensitive == 0 {
+        if self.first.max(self.last).max(self.most_sensitive) == 0 {
             return Err(Error::usage(
                 "select: picks no layer, expected first, last or most_sensitive above 0",
             ));
@@ -48,28 +52,38 @@ impl SelectBits {
         Ok(())
     }
 
+    /// Takes the ranking out of its file.
+    pub fn pin(&mut self) -> Result<()> {
+        if let Some(path) = self.sensitivity.take() {
+            self.ranking = ranking(&path)?;
+        }
+        Ok(())
+    }
+
     /// The picked ones of `names`, which stand in order from input to output.
     pub fn pick(&self, names: &[&str]) -> Result<Vec<String>> {
         let n = names.len();
-        let at_an_end = |i: usize| i < self.first || i + self.last >= n;
+        let at_an_end = |i: usize| i < self.first || i.saturating_add(self.last) >= n;
         let mut picked: Vec<String> = names
             .iter()
             .enumerate()
             .filter(|(i, _)| at_an_end(*i))
             .map(|(_, name)| name.to_string())
             .collect();
-        if let (Some(path), 1..) = (&self.sensitivity, self.most_sensitive) {
-            let ranked = ranking(path)?;
+        if self.most_sensitive > 0 {
+            let ranked = match &self.sensitivity {
+                Some(path) => ranking(path)?,
+                None => self.ranking.clone(),
+            };
             let known: Vec<&String> = ranked.iter().filter(|name| names.contains(&name.as_str())).collect();
             if known.len() < self.most_sensitive {
                 let stranger = ranked.iter().find(|name| !names.contains(&name.as_str()));
                 let near = stranger.and_then(|s| nearest(s, names.iter().copied()));
                 let hint = near.map(|n| format!(" (a layer here is {n})")).unwrap_or_default();
                 let (found, wanted) = (known.len(), self.most_sensitive);
-                return Err(Error::input(
-                    path,
-                    format!("found {found} layers of this model, expected {wanted}{hint}"),
-                ));
+                return Err(Error::usage(format!(
+                    "select.sensitivity: found {found} layers of this model, expected {wanted}{hint}"
+                )));
             }
             picked.extend(known.into_iter().take(self.most_sensitive).cloned());
         }
@@ -104,7 +118,7 @@ mod tests {
     use super::*;
 
     fn rule(first: usize, last: usize, most_sensitive: usize, path: Option<PathBuf>) -> SelectBits {
-        SelectBits { bits: 4, first, last, most_sensitive, sensitivity: path }
+        SelectBits { bits: 4, first, last, most_sensitive, sensitivity: path, ranking: Vec::new() }
     }
 
     #[test]
@@ -117,9 +131,16 @@ mod tests {
         let text = r#"{"layers":[{"name":"d","drop":0.1},{"name":"b","drop":3},{"name":"c","drop":3.0}]}"#;
         std::fs::write(&path, text).unwrap();
         assert_eq!(rule(0, 0, 2, Some(path.clone())).pick(&names).unwrap(), ["b", "c"]);
-        assert_eq!(rule(1, 0, 1, Some(dir.path().into())).pick(&names).unwrap(), ["a", "b"]);
+        let mut pinned = rule(1, 0, 1, Some(dir.path().into()));
+        assert_eq!(pinned.pick(&names).unwrap(), ["a", "b"]);
+        // What a run keeps of the file picks the same.
+        pinned.pin().unwrap();
+        assert_eq!(
+            (pinned.sensitivity.is_none(), pinned.pick(&names).unwrap()),
+            (true, vec!["a".into(), "b".into()])
+        );
         let error = rule(0, 0, 4, Some(path)).pick(&names).unwrap_err();
-        assert!(error.to_string().contains("found 3 layers") && error.exit_code() == 4, "{error}");
+        assert!(error.to_string().contains("found 3 layers") && error.exit_code() == 2, "{error}");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! itself as its average, to the bit.
 //!
 //! While it runs, evaluations see the averages; at the end of the phase they take the place of the
-//! trainables.
+//! trainables. A phase that anneals is not averaged.
 
 use candle_core::Tensor;
 

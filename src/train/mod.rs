@@ -137,7 +137,7 @@ pub fn codes(weights: &Weights) -> Result<Vec<(String, Tensor)>> {
 
 /// The names of the weights whose oscillation is what a run reports: those of fewer than 8 bits, or all
 /// where there are none. The steps of 8-bit weights, of the first and the last layer, are as fine as the
-/// noise of training; annealing leaves them alone too.
+/// noise of training; annealing leaves learned steps alone too.
 pub fn coarse(weights: &Weights) -> std::collections::HashSet<String> {
     let on_grid = |few: bool| {
         let below = move |weight: &Weight| weight.grid().is_some_and(|g| !few || g.bits < 8);
@@ -223,7 +223,8 @@ impl Trainer<'_> {
         line.insert("samples_per_s".into(), json!(got.samples_per_s));
         line.insert("peak_rss_bytes".into(), json!(peak_rss_bytes()));
         self.metrics.write(line)?;
-        self.state.measured = Some((self.state.step, got));
+        // JSON has no numbers that are not finite: such an evaluation is made again.
+        self.state.measured = Some((self.state.step, got)).filter(|(_, got)| got.loss.is_finite());
         report::write(self.dir).unwrap_or_else(|e| self.progress.note(&format!("report: {e}")));
         Ok(got)
     }
@@ -253,7 +254,11 @@ impl Trainer<'_> {
         let params = weights.params();
         let group = recipe.train.batch_size * recipe.train.accumulate;
         let factors = self.rate_factors(model, &params);
-        if recipe.train.ema > 0.0 && self.average.is_none() && self.state.phase_step < rate.steps {
+        if recipe.train.ema > 0.0
+            && config.calm.is_none()
+            && self.average.is_none()
+            && self.state.phase_step < rate.steps
+        {
             self.average = Some(Average::new(&params, recipe.train.ema)?);
         }
         let mut loader: Option<Loader> = None;
@@ -420,7 +425,8 @@ impl Trainer<'_> {
             put("oscillation", json!(figures.percent));
             put("osc_ema_mean", json!(figures.ema_mean));
             put("flip_rate", json!(figures.flip_rate));
-            let (frozen, masked) = closed(&gates, tracker.codes(counts))?;
+            let (frozen, masked) =
+                closed(gates.iter().filter(|(name, _)| counts(name)), tracker.codes(counts))?;
             self.state.frozen = frozen;
             put("frozen", json!(frozen));
             if phase.calm_qk == CalmQk::MaskGrad {
@@ -450,7 +456,7 @@ impl Trainer<'_> {
 }
 
 /// The percent of `codes` that annealing holds still, and of those whose gradient alone it cuts.
-fn closed(gates: &[(String, Gate)], codes: usize) -> Result<(f64, f64)> {
+fn closed<'a>(gates: impl Iterator<Item = &'a (String, Gate)>, codes: usize) -> Result<(f64, f64)> {
     let (mut held, mut masked) = (0f64, 0f64);
     for (_, gate) in gates {
         let closed = (1.0 - layers::mean(&gate.free)?) * gate.free.elem_count() as f64;

@@ -209,6 +209,13 @@ impl Saved {
         !self.optimizer.is_empty()
     }
 
+    /// Whether the optimizer's state of the parameter called `name` was saved.
+    pub fn has_state_of(&self, name: &str) -> bool {
+        self.optimizer
+            .names()
+            .any(|stored| stored.strip_prefix(name).is_some_and(|rest| rest.starts_with('#')))
+    }
+
     /// A tensor of the oscillation tracks.
     pub fn oscillation(&self, name: &str) -> Result<Option<Tensor>> {
         match self.oscillation.contains(name) {
