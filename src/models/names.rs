@@ -119,7 +119,8 @@ enum Spelling {
 /// `7.rest` as (7, rest). Not `07.rest`: two spellings of one number could hide a repeated tensor.
 pub(super) fn numbered(text: &str) -> Option<(usize, &str)> {
     let (layer, rest) = text.split_once('.').unwrap_or((text, ""));
-    let number: usize = layer.parse().ok()?;
+    // Far above any model, and far below where one more would overflow.
+    let number: usize = layer.parse().ok().filter(|n| *n < 1 << 20)?;
     (number.to_string() == layer).then_some((number, rest))
 }
 

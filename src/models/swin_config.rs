@@ -23,6 +23,8 @@ const MOST_STAGES: usize = 8;
 const MOST_BLOCKS: usize = 1 << 10;
 const MOST_CHANNELS: usize = 1 << 16;
 const MOST_MLP: usize = 1 << 18;
+/// Numbers of the mask of a stage's shifted windows: far above any published Swin at any published size.
+const MOST_MASK: usize = 1 << 28;
 
 /// Swin sizes and labels.
 #[derive(Clone, Debug, PartialEq)]
@@ -197,6 +199,19 @@ impl SwinConfig {
                 return Err(Error::usage(format!(
                     "mlp_ratio: found {}, expected 1 to {MOST_MLP} channels inside the MLP",
                     self.mlp_ratio
+                )));
+            }
+        }
+        for (stage, sizes) in self.stages().iter().enumerate() {
+            // What a mask of shifted windows takes: the padded map times the window's patches.
+            let window = sizes.window.max(1);
+            let padded = sizes.grid.0.next_multiple_of(window) * sizes.grid.1.next_multiple_of(window);
+            let mask = padded.saturating_mul(window * window);
+            if mask > MOST_MASK {
+                let (rows, columns) = sizes.grid;
+                return Err(Error::usage(format!(
+                    "window_size: found {window} in a map of {rows} x {columns} patches in stage {stage}, a mask of \
+                     {mask} numbers, expected at most {MOST_MASK}"
                 )));
             }
         }

@@ -194,7 +194,8 @@ impl Run {
                     row.name = weight;
                     row.shape = entry.shape.clone();
                     row.bits = Some(f64::from(entry.grid.bits));
-                    row.codes = Some(entry.shape.iter().product::<usize>() as f64);
+                    // In floats: the sizes are a file's word.
+                    row.codes = Some(entry.shape.iter().map(|&n| n as f64).product());
                     row.bytes = Some((size + scale) as f64);
                 } else if part(".scale").is_none() {
                     self.rest = (self.rest.0 + 1, self.rest.1 + size);

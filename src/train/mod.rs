@@ -124,6 +124,9 @@ fn rate(recipe: &Recipe, phase: &PhaseConfig, samples: usize) -> Rate {
     }
 }
 
+/// Lines of all layers that a phase writes to metrics.jsonl at most, its last step's beside.
+const LAYER_LINES: usize = 300;
+
 /// The integer codes of every weight that a rule puts on a grid.
 pub fn codes(weights: &Weights) -> Result<Vec<(String, Tensor)>> {
     let mut codes = Vec::new();
@@ -322,7 +325,10 @@ impl Trainer<'_> {
             let last = done == rate.steps;
             if done.is_multiple_of(recipe.train.log_steps) || last {
                 let epoch = epoch as f64 + (within + 1) as f64 / rate.epoch_steps as f64;
-                self.log(config, &step, lr, epoch, weights, tracker)?;
+                // A line of all layers is long: a few hundred of them show a phase of any length.
+                let sparse =
+                    recipe.train.log_steps * rate.steps.div_ceil(LAYER_LINES * recipe.train.log_steps).max(1);
+                self.log(config, &step, lr, epoch, weights, tracker, last || done.is_multiple_of(sparse))?;
             }
             let due = recipe.train.eval_steps;
             if last || (due > 0 && done.is_multiple_of(due)) {
@@ -398,6 +404,7 @@ impl Trainer<'_> {
         }
     }
 
+    #[allow(clippy::too_many_arguments)] // one call site, where every one is at hand
     fn log(
         &mut self,
         phase: &PhaseConfig,
@@ -406,6 +413,7 @@ impl Trainer<'_> {
         epoch: f64,
         weights: &Weights,
         tracker: &Tracker,
+        layers_due: bool,
     ) -> Result<()> {
         let mut line = Map::new();
         let mut put = |key: &str, value: Value| line.insert(key.to_string(), value);
@@ -436,7 +444,7 @@ impl Trainer<'_> {
         put("samples_per_s", json!(self.state.samples_per_s));
         put("peak_rss_bytes", json!(peak_rss_bytes()));
         self.metrics.write(line)?;
-        if !phase.quantize {
+        if !phase.quantize || !layers_due {
             return Ok(());
         }
         let mut layers = Vec::new();

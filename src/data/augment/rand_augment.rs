@@ -185,7 +185,7 @@ impl Op {
             Op::Invert => tone::invert(&mut image),
             Op::Posterize => tone::posterize(&mut image, 4u32.saturating_sub((share * 4.0) as u32)),
             Op::Solarize => tone::solarize(&mut image, 256u32.saturating_sub((share * 256.0) as u32)),
-            Op::SolarizeAdd => tone::solarize_add(&mut image, (share * 110.0) as u8),
+            Op::SolarizeAdd => tone::solarize_add(&mut image, (share * 110.0).min(128.0) as u8),
             Op::Color => tone::color(&mut image, factor),
             Op::Contrast => tone::contrast(&mut image, factor),
             Op::Brightness => tone::brightness(&mut image, factor),

@@ -33,6 +33,10 @@ pub(super) fn import_swin(
     device: &Device,
 ) -> Result<Imported<SwinConfig>> {
     let mut notes = checkpoint.notes().to_vec();
+    if checkpoint.names().any(|name| name.ends_with("quan_a_softmax_fn.s")) {
+        let message = "found a Swin trained with quantizers, such checkpoints are read of DeiT alone";
+        return Err(Error::input(dir, message));
+    }
     let mut table = Table::of(checkpoint, &meaning)?;
     earlier_merging(&mut table);
     let has_head = table.pieces.keys().any(|name| is_head(name));
@@ -65,6 +69,7 @@ pub(super) fn import_swin(
         notes.push(format!("classifier: {found} classes in the checkpoint, {wanted} wanted: drawn anew"));
     }
     check_places(&table, &config)?;
+    check_tables(&table, &stored)?;
     notes.extend(table.unused_note());
     notes.extend(padding_note(&table, &config));
     // Of another image size, only the tables of relative positions have other shapes.
@@ -134,6 +139,27 @@ fn check_places(table: &Table<'_>, config: &SwinConfig) -> Result<()> {
         if beyond {
             let message = format!("found a part beyond the stages of {:?} blocks", config.depths);
             return Err(table.error(&piece.stored, &message));
+        }
+    }
+    Ok(())
+}
+
+/// A table of relative positions is made for one window: that of its stage, or the whole window where the
+/// map of the stage is smaller. Another one would be fitted to a window that the model was not trained with.
+fn check_tables(table: &Table<'_>, stored: &SwinConfig) -> Result<()> {
+    for (stage, sizes) in stored.stages().into_iter().enumerate() {
+        for block in 0..sizes.blocks {
+            let bare = format!("encoder.layers.{stage}.blocks.{block}.attention.self.{TABLE}");
+            let Some(piece) = table.pieces.get(&bare) else { continue };
+            let [rows, _] = table.dims::<2>(&bare)?;
+            let expected = [sizes.window, stored.window].map(|window| (2 * window - 1).pow(2));
+            if !expected.contains(&rows) {
+                let message = format!(
+                    "found {rows} offsets, expected {} of windows of {} (windows that differ by stage are not read)",
+                    expected[1], stored.window
+                );
+                return Err(table.error(&piece.stored, &message));
+            }
         }
     }
     Ok(())
@@ -214,6 +240,9 @@ fn infer(
     if timm.is_none() {
         notes.push("no config.json: sizes read off the tensors".to_string());
     }
+    // The ratio that gives the width back where the product is cut to a whole number.
+    let ratio = mlp as f64 / embed.max(1) as f64;
+    let ratio = if ((embed as f64 * ratio) as usize) < mlp { ratio.next_up() } else { ratio };
     let config = SwinConfig {
         image_size,
         patch_size,
@@ -222,7 +251,7 @@ fn infer(
         depths,
         heads,
         window,
-        mlp_ratio: mlp as f64 / embed.max(1) as f64,
+        mlp_ratio: ratio,
         eps: 1e-5,
         qkv_bias: table.pieces.contains_key("encoder.layers.0.blocks.0.attention.self.query.bias"),
         classes,

@@ -80,10 +80,13 @@ pub(super) fn find<'h, 'a>(heap: &'h Heap<'a>, whole: Value<'a>) -> Result<State
     if !left.is_empty() {
         notes.push(format!("not tensors, left unread: {}", listed(left.into_iter())));
     }
-    for prefix in PREFIXES {
-        if tensors.iter().all(|(name, _)| name.len() > prefix.len() && name.starts_with(prefix)) {
-            tensors.iter_mut().for_each(|(name, _)| *name = &name[prefix.len()..]);
-        }
+    // Wrappers come one in another, in any order.
+    let on_all = |tensors: &[(&str, _)], prefix: &str| {
+        let fits = |name: &str| name.len() > prefix.len() && name.starts_with(prefix);
+        !tensors.is_empty() && tensors.iter().all(|(name, _)| fits(name))
+    };
+    while let Some(prefix) = PREFIXES.iter().find(|prefix| on_all(&tensors, prefix)) {
+        tensors.iter_mut().for_each(|(name, _)| *name = &name[prefix.len()..]);
     }
     let tensors = tensors.into_iter().map(|(name, view)| (name.to_string(), view)).collect();
     Ok(State { tensors, notes })
