@@ -36,6 +36,13 @@ fn losses(run: &Path, phase: &str) -> (f64, f64) {
     (mean(&of[..10]), mean(&of[of.len() - 10..]))
 }
 
+/// Top-1 of the packed model and of the fake-quantized one, on 60 images: at most one falls on the other
+/// side.
+fn same_accuracy(summary: &Value) {
+    let number = |key: &str| summary[key].as_f64().unwrap_or_else(|| panic!("{key}: {summary}"));
+    assert!((number("q_top1") - number("fake_quant_top1")).abs() <= 1.7, "{summary}");
+}
+
 /// The packed model in `run` against the same weights as the dense values they stand for, behind the same
 /// activation quantizers: the share of images whose logits agree.
 fn agreement(run: &Path) -> f64 {
@@ -79,7 +86,9 @@ fn a_new_swin_is_trained_quantized_packed_and_read_back() {
     // That a gradient reaches every trainable is what the trainer's first step checks.
     let (first, last) = losses(dir.path(), "float");
     assert!(last < first - 0.15, "{first} {last}");
+    // The f32 steps and shifts of the activations weigh more than a model this small.
     assert!(summary["compression"].as_f64().unwrap() > 1.0, "{summary}");
+    same_accuracy(&summary);
     let packed = open_model(&dir.path().join("model"), &Device::Cpu).unwrap();
     let VisionConfig::Swin(config) = &packed.config else { panic!("found a {:?}", packed.config) };
     assert_eq!((config.image_size, config.patch_size, config.window), ((28, 28), 2, 7));
@@ -92,7 +101,7 @@ fn a_new_swin_is_trained_quantized_packed_and_read_back() {
     assert_eq!(packed.weights.taps().count(), 4 * 8 + 1 + 2);
     // Sums in another order can put a value on the other side of a threshold, rarely.
     let same = agreement(dir.path());
-    assert!(same >= 0.9, "{same}");
+    assert!(same >= 0.95, "{same}");
 
     // The float start is a Swin in a folder: a recipe for ViTs takes it as it is.
     let path = format!("model.path={:?}", dir.path().join("checkpoints/float").display());
@@ -114,13 +123,15 @@ fn products_of_query_and_key_train_in_windows() {
         &["qkr.bias=keep_q", "qkr.targets=[\"*.layers.0.*\"]"],
     ]
     .concat();
-    quantize::run(&recipe("vit-w2a2", &changes), dir.path(), &Device::Cpu, &Quiet).unwrap();
+    let summary = quantize::run(&recipe("vit-w2a2", &changes), dir.path(), &Device::Cpu, &Quiet).unwrap();
+    same_accuracy(&summary);
     let packed = open_model(&dir.path().join("model"), &Device::Cpu).unwrap();
     let has = |name: &str| packed.weights.contains(&format!("swin.encoder.layers.{name}.weight"));
     assert!(has("0.blocks.1.attention.self.qk") && !has("0.blocks.1.attention.self.query"));
     assert!(has("1.blocks.1.attention.self.query"));
+    // As above; more thresholds at 4 bits and behind the sums over the whole width.
     let same = agreement(dir.path());
-    assert!(same >= 0.8, "{same}");
+    assert!(same >= 0.9, "{same}");
 }
 
 #[test]
