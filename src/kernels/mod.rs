@@ -22,12 +22,15 @@ mod norm;
 mod packed_matmul;
 mod patchify;
 mod plackett_luce;
+mod rms_norm;
+mod rope;
 mod softmax;
+mod swiglu;
 #[cfg(test)]
 mod testing;
 
 pub use adamw::{adamw_step, AdamWParams, Moments};
-pub use attention::{attention_mix, attention_probs};
+pub use attention::{attention_mix, attention_probs, causal_attention};
 pub use cross_entropy::{cross_entropy, soft_cross_entropy};
 pub use fake_quant::{
     dequantize, lsq, lsq_codes, lsq_init, quantize, statsq, statsq_annealed, statsq_codes, statsq_free,
@@ -39,12 +42,18 @@ pub use norm::layer_norm;
 pub use packed_matmul::{packed_codes_matmul, packed_matmul, PackedRows};
 pub use patchify::patchify;
 pub use plackett_luce::plackett_luce;
+pub use rms_norm::rms_norm;
+pub use rope::{rope, Rotations};
 pub use softmax::softmax;
+pub use swiglu::swiglu;
 
 /// The plain candle forms of the ops, as oracles for tests and benches.
 pub mod reference {
     pub use super::adamw::reference as adamw_step;
-    pub use super::attention::{reference_mix as attention_mix, reference_probs as attention_probs};
+    pub use super::attention::{
+        reference_causal as causal_attention, reference_mix as attention_mix,
+        reference_probs as attention_probs,
+    };
     pub use super::cross_entropy::{reference as cross_entropy, reference_soft as soft_cross_entropy};
     pub use super::fake_quant::{
         reference_lsq as lsq, reference_statsq as statsq, reference_statsq_free as statsq_free,
@@ -54,5 +63,8 @@ pub mod reference {
     pub use super::norm::reference as layer_norm;
     pub use super::packed_matmul::reference as packed_matmul;
     pub use super::plackett_luce::reference as plackett_luce;
+    pub use super::rms_norm::reference as rms_norm;
+    pub use super::rope::reference as rope;
     pub use super::softmax::reference as softmax;
+    pub use super::swiglu::reference as swiglu;
 }

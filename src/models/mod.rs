@@ -4,6 +4,8 @@ pub mod attention;
 pub mod drop_path;
 pub mod import;
 mod keys;
+pub mod llama;
+pub mod llama_config;
 pub mod names;
 pub mod nn;
 pub mod patches;
@@ -23,6 +25,8 @@ use serde_json::Value;
 
 pub use drop_path::DropPath;
 pub use import::{import_model, Imported, Want};
+pub use llama::{open_llama, Cache, Llama, OpenedLlama, Places};
+pub use llama_config::LlamaConfig;
 pub use swin::Swin;
 pub use swin_config::SwinConfig;
 pub use vision::{VisionConfig, VisionModel, VisionOutput};

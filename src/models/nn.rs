@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use candle_core::{DType, Tensor};
 
 use crate::weights::{Activation, Expr, Packed, Weight, Weights};
-use crate::{kernels, On, Result};
+use crate::{kernels, Error, On, Result};
 
 /// `y = x Wᵀ + b`, `x [.., in]`, `W [out, in]` (or any shape with `in` elements a row), `y [.., out]`.
 #[derive(Debug)]
@@ -27,6 +27,11 @@ impl Linear {
         Ok(Linear { name: name.to_string(), weight, bias, folded_bias: OnceLock::new() })
     }
 
+    /// A layer without a bias over a weight that is another layer's too.
+    pub fn of(name: &str, weight: Weight) -> Self {
+        Linear { name: name.to_string(), weight, bias: None, folded_bias: OnceLock::new() }
+    }
+
     /// Runs the layer. Codes on a packed weight are multiplied as integers, anything else as floats.
     pub fn forward(&self, x: &Activation) -> Result<Tensor> {
         if let Expr::Packed(packed) = self.weight.expr() {
@@ -40,11 +45,20 @@ impl Linear {
     /// Runs the layer on plain floats.
     pub fn forward_float(&self, x: &Tensor) -> Result<Tensor> {
         let bias = self.bias.as_ref().map(Weight::tensor).transpose()?;
-        if let Expr::Latent(_) | Expr::Node { .. } = self.weight.expr() {
+        let whole = match self.weight.expr() {
+            Expr::Latent(_) => true,
+            // An adapter has a product of its own; a quantizer builds its weight.
+            Expr::Node { .. } => self.weight.grid().is_some() || self.weight.shape()?.len() != 2,
+            _ => false,
+        };
+        if whole {
             // A weight of more than two axes (a convolution over patches) is a matrix row by row.
             let w = self.weight.tensor()?;
             let w = if w.rank() == 2 { w } else { w.flatten_from(1)? };
-            return kernels::linear(x, &w, bias.as_ref()).on(&self.name);
+            // What is trained is held in f32, whatever the activations are.
+            let bias = bias.map(|bias| bias.to_dtype(w.dtype())).transpose()?;
+            let y = kernels::linear(&x.to_dtype(w.dtype())?, &w, bias.as_ref()).on(&self.name)?;
+            return Ok(y.to_dtype(x.dtype())?);
         }
         let y = match self.weight.expr() {
             Expr::Dense(w) if w.rank() != 2 => {
@@ -53,7 +67,7 @@ impl Linear {
             _ => self.weight.matmul(x)?,
         };
         match bias {
-            Some(bias) => kernels::add_bias(&y, &bias).on(&self.name),
+            Some(bias) => kernels::add_bias(&y, &bias.to_dtype(y.dtype())?).on(&self.name),
             None => Ok(y),
         }
     }
@@ -113,6 +127,55 @@ impl LayerNorm {
     /// Runs the layer.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         kernels::layer_norm(x, &self.weight.tensor()?, &self.bias.tensor()?, self.eps).on(&self.name)
+    }
+}
+
+/// `y = x / sqrt(mean x^2 + eps) w` over the last axis.
+#[derive(Debug)]
+pub struct RmsNorm {
+    name: String,
+    weight: Weight,
+    eps: f64,
+}
+
+impl RmsNorm {
+    /// The layer called `name`: `name.weight`, `[channels]`.
+    pub fn new(weights: &Weights, name: &str, eps: f64) -> Result<Self> {
+        let weight = weights.get(&format!("{name}.weight"))?.clone();
+        Ok(RmsNorm { name: name.to_string(), weight, eps })
+    }
+
+    /// Runs the layer: in the wider of the two number formats, the result in that of `x`.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let w = self.weight.tensor()?;
+        if w.dtype() == x.dtype() {
+            return kernels::rms_norm(x, &w, self.eps).on(&self.name);
+        }
+        let y = kernels::rms_norm(&x.to_dtype(DType::F32)?, &w.to_dtype(DType::F32)?, self.eps);
+        Ok(y.on(&self.name)?.to_dtype(x.dtype())?)
+    }
+}
+
+/// Rows of a table by token.
+#[derive(Debug)]
+pub struct Embedding {
+    name: String,
+    weight: Weight,
+}
+
+impl Embedding {
+    /// The table called `name`: `name.weight`, `[tokens, channels]`.
+    pub fn new(weights: &Weights, name: &str) -> Result<Self> {
+        let weight = weights.get(&format!("{name}.weight"))?.clone();
+        Ok(Embedding { name: name.to_string(), weight })
+    }
+
+    /// The rows of `ids` (u32, any shape), `[.., channels]`.
+    pub fn forward(&self, ids: &Tensor) -> Result<Tensor> {
+        self.weight.rows(ids).map_err(|e| match e {
+            Error::Candle(source) => Error::On { name: self.name.clone(), source },
+            other => other,
+        })
     }
 }
 

@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 
 use super::checkpoint::Checkpoint;
 use super::packed::{Grid, Packed, Quantized};
@@ -35,6 +35,12 @@ pub trait Transform: Send + Sync + Debug {
     fn matmul(&self, x: &Tensor, inputs: &[Weight]) -> Result<Tensor> {
         let inputs = inputs.iter().map(Weight::tensor).collect::<Result<Vec<_>>>()?;
         Ok(kernels::linear(x, &self.apply(&inputs)?, None)?)
+    }
+
+    /// Rows `ids` (u32, any shape) of the result, `[.., columns]`.
+    fn rows(&self, ids: &Tensor, inputs: &[Weight]) -> Result<Tensor> {
+        let inputs = inputs.iter().map(Weight::tensor).collect::<Result<Vec<_>>>()?;
+        picked(&self.apply(&inputs)?, ids)
     }
 
     /// Its trainables: what to append to the weight's name, the `Var`, its role.
@@ -174,11 +180,19 @@ impl Weight {
     /// matrix where a kernel avoids it and without a gradient for a frozen one.
     pub fn matmul(&self, x: &Tensor) -> Result<Tensor> {
         match self.expr() {
-            Expr::Dense(w) => Ok(kernels::frozen_matmul(x, w)?),
-            Expr::Stored { .. } => Ok(kernels::frozen_matmul(x, &self.tensor()?)?),
+            Expr::Dense(w) => frozen(x, w),
+            Expr::Stored { .. } => frozen(x, &self.tensor()?),
             Expr::Latent(w) => Ok(kernels::linear(x, w.as_tensor(), None)?),
             Expr::Packed(packed) => Ok(kernels::packed_matmul(x, packed.rows())?),
             Expr::Node { transform, inputs } => transform.matmul(x, inputs),
+        }
+    }
+
+    /// Third reading, of a table: rows `ids` (u32, any shape), `[.., columns]`.
+    pub fn rows(&self, ids: &Tensor) -> Result<Tensor> {
+        match self.expr() {
+            Expr::Node { transform, inputs } => transform.rows(ids, inputs),
+            _ => picked(&self.tensor()?, ids),
         }
     }
 
@@ -189,6 +203,8 @@ impl Weight {
             Expr::Stored { checkpoint, name, .. } if checkpoint.shape(name).is_some() => {
                 Ok(checkpoint.shape(name).unwrap_or_default().to_vec())
             }
+            // A rule over one weight, a quantizer or an adapter, keeps its shape.
+            Expr::Node { inputs, .. } if inputs.len() == 1 => inputs[0].shape(),
             _ => Ok(self.tensor()?.dims().to_vec()),
         }
     }
@@ -265,4 +281,20 @@ impl Weight {
             _ => Ok(Weight::dense(self.tensor()?.detach())),
         }
     }
+}
+
+/// Rows `ids` of `table [rows, columns]`.
+fn picked(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
+    let mut shape = ids.dims().to_vec();
+    shape.extend(&table.dims()[1..]);
+    Ok(table.index_select(&ids.flatten_all()?, 0)?.reshape(shape)?)
+}
+
+/// `x w^T` with a frozen weight: where their number formats differ, in f32, the result in that of `x`.
+fn frozen(x: &Tensor, w: &Tensor) -> Result<Tensor> {
+    if x.dtype() == w.dtype() {
+        return Ok(kernels::frozen_matmul(x, w)?);
+    }
+    let y = kernels::frozen_matmul(&x.to_dtype(DType::F32)?, &w.to_dtype(DType::F32)?)?;
+    Ok(y.to_dtype(x.dtype())?)
 }

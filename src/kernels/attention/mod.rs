@@ -16,11 +16,13 @@
 //! f32 and f64 here, f16 and bf16 through f32. Source: Vaswani et al. 2017, eq. 1; the bias is that of
 //! Liu et al. 2021 (Swin), eq. 4.
 
+mod causal;
 mod mix;
 mod probs;
 
 use candle_core::{bail, Result, Tensor};
 
+pub use causal::{causal_attention, reference_causal};
 pub use mix::{attention_mix, reference_mix};
 pub use probs::{attention_probs, reference_probs};
 

@@ -1,0 +1,170 @@
+//! Rotary position embedding, in the order of halves that Hugging Face checkpoints are stored for.
+//!
+//! ```text
+//! y_i       = x_i c_i - x_(i + d/2) s_i          i < d/2, c = cos(p f_i), s = sin(p f_i)
+//! y_(i+d/2) = x_(i + d/2) c_i + x_i s_i          dx: the same with -s
+//! ```
+//!
+//! x is `[B, T, H*d]`, head h its columns `h*d .. (h+1)*d`; token t of the flattened `[B*T]` stands at
+//! position `p = positions[t]`. f32 and f64 here, f16 and bf16 through f32. Source: Su et al. 2021, eq. 34.
+
+use std::sync::Arc;
+
+use super::cpu::{self, real, simd, Real, Road};
+use candle_core::{bail, CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+/// Cosines and sines of every position and frequency: `[positions, d/2]` each, row by row.
+#[derive(Clone, Debug)]
+pub struct Rotations {
+    half: usize,
+    cos: Arc<[f32]>,
+    sin: Arc<[f32]>,
+}
+
+impl Rotations {
+    /// For positions `0..count` at `frequencies` radians a position (d/2 of them); cosine and sine are
+    /// multiplied by `scale`. Angles are taken in f64: in f32 those of far positions lose their digits.
+    pub fn new(frequencies: &[f64], count: usize, scale: f64) -> Self {
+        let angles = (0..count).flat_map(|p| frequencies.iter().map(move |f| p as f64 * f));
+        let (sin, cos): (Vec<f32>, Vec<f32>) =
+            angles.map(|a| ((a.sin() * scale) as f32, (a.cos() * scale) as f32)).unzip();
+        Rotations { half: frequencies.len(), cos: cos.into(), sin: sin.into() }
+    }
+
+    /// Positions that there are rows for.
+    pub fn positions(&self) -> usize {
+        self.cos.len() / self.half.max(1)
+    }
+}
+
+/// `rope` in plain candle ops.
+pub fn reference(x: &Tensor, heads: usize, positions: &[u32], rotations: &Rotations) -> Result<Tensor> {
+    let (b, t, c) = x.dims3()?;
+    let half = rotations.half;
+    let table = |values: &Arc<[f32]>| {
+        let all = Tensor::from_slice(values, (rotations.positions(), half), &Device::Cpu)?;
+        let ids = Tensor::from_slice(positions, positions.len(), &Device::Cpu)?;
+        let rows = all.index_select(&ids, 0)?.reshape((b, t, 1, half))?;
+        rows.to_dtype(x.dtype())?.to_device(x.device())
+    };
+    let (cos, sin) = (table(&rotations.cos)?, table(&rotations.sin)?);
+    let x = x.reshape((b, t, heads, c / heads))?;
+    let (low, high) = (x.narrow(3, 0, half)?, x.narrow(3, half, half)?);
+    let first = (low.broadcast_mul(&cos)? - high.broadcast_mul(&sin)?)?;
+    let second = (high.broadcast_mul(&cos)? + low.broadcast_mul(&sin)?)?;
+    Tensor::cat(&[first, second], 3)?.reshape((b, t, c))
+}
+
+simd! {
+    /// The heads of one token.
+    fn rotate<T>(x: &[T], cos: &[f32], sin: &[f32], sign: T, y: &mut [T]) {
+        let half = cos.len();
+        let sin = &sin[..half];
+        for (x, y) in x.chunks_exact(2 * half).zip(y.chunks_exact_mut(2 * half)) {
+            let ((low, high), (first, second)) = (x.split_at(half), y.split_at_mut(half));
+            for i in 0..half {
+                let (c, s) = (T::from_f64(f64::from(cos[i])), sign * T::from_f64(f64::from(sin[i])));
+                first[i] = low[i] * c - high[i] * s;
+                second[i] = high[i] * c + low[i] * s;
+            }
+        }
+    }
+}
+
+#[derive(Clone)]
+struct Rope {
+    positions: Arc<[u32]>,
+    rotations: Rotations,
+    /// Whether it turns back, as gradients do.
+    back: bool,
+}
+
+impl CustomOp1 for Rope {
+    fn name(&self) -> &'static str {
+        "rope"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout) -> Result<(CpuStorage, Shape)> {
+        let width = xl.dims().last().copied().unwrap_or(1);
+        let half = self.rotations.half;
+        real!(self.name(), x, T => {
+            let x = <T as Real>::slice(self.name(), x, xl)?;
+            let sign = if self.back { T::ZERO - T::ONE } else { T::ONE };
+            let rows = cpu::chunk_rows(width);
+            let mut y = vec![T::ZERO; x.len()];
+            y.par_chunks_mut(rows * width).zip(x.par_chunks(rows * width)).enumerate().for_each(|(i, (y, x))| {
+                let positions = self.positions[i * rows..].iter();
+                for ((y, x), &p) in y.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(positions) {
+                    let at = p as usize * half..(p as usize + 1) * half;
+                    rotate(x, &self.rotations.cos[at.clone()], &self.rotations.sin[at], sign, y);
+                }
+            });
+            Ok((<T as Real>::store(y), xl.shape().clone()))
+        })
+    }
+
+    fn bwd(&self, _x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(grad.contiguous()?.apply_op1_no_bwd(&Rope { back: true, ..self.clone() })?))
+    }
+}
+
+/// Rotates the heads of `x: [B, T, heads * d]` to `positions` (`B * T` of them, each below
+/// [`Rotations::positions`]).
+pub fn rope(x: &Tensor, heads: usize, positions: &Arc<[u32]>, rotations: &Rotations) -> Result<Tensor> {
+    let op = "rope";
+    let (b, t, c) = x.dims3()?;
+    if heads == 0 || rotations.half == 0 || c != heads * 2 * rotations.half {
+        bail!("{op}: expected x [B, T, {}] for {heads} heads, got {:?}", heads * 2 * rotations.half, x.dims())
+    }
+    if positions.len() != b * t {
+        bail!("{op}: expected {} positions, got {}", b * t, positions.len())
+    }
+    if let Some(p) = positions.iter().find(|p| **p as usize >= rotations.positions()) {
+        bail!("{op}: expected positions below {}, got {p}", rotations.positions())
+    }
+    match cpu::road(op, &[("x", x)])? {
+        Road::Kernel => {
+            let op = Rope { positions: positions.clone(), rotations: rotations.clone(), back: false };
+            x.contiguous()?.apply_op1(op)
+        }
+        Road::ThroughF32 => rope(&cpu::wide(x)?, heads, positions, rotations)?.to_dtype(x.dtype()),
+        Road::Reference => reference(x, heads, positions, rotations),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::*;
+    use super::*;
+
+    #[test]
+    fn agrees_and_differentiates() {
+        for (b, t, heads, d) in [(1, 1, 1, 2), (2, 3, 2, 4), (1, 7, 3, 6), (3, 5, 1, 10)] {
+            let frequencies: Vec<f64> = (0..d / 2).map(|i| 0.9f64.powi(i)).collect();
+            let rotations = Rotations::new(&frequencies, 20, 1.25);
+            let positions: Arc<[u32]> = (0..b * t).map(|i| (i * 7 % 20) as u32).collect();
+            let x = [values(&[b, t, heads * d as usize], 1)];
+            let op = |x: &[Tensor]| rope(&x[0], heads, &positions, &rotations);
+            agrees(&x, &op, &|x| reference(&x[0], heads, &positions, &rotations));
+            differentiates(&x, &op);
+        }
+        let rotations = Rotations::new(&[1.0, 0.3, 0.1], 3000, 1.0);
+        let positions: Arc<[u32]> = (0..3000).collect();
+        ignores_threads(&[values(&[1, 3000, 12], 1)], &|x| rope(&x[0], 2, &positions, &rotations));
+    }
+
+    #[test]
+    fn by_hand() {
+        // A quarter turn takes (x, y) to (-y, x).
+        let rotations = Rotations::new(&[std::f64::consts::FRAC_PI_2], 2, 1.0);
+        let x = Tensor::new(&[[[3f32, 4.0], [3.0, 4.0]]], &Device::Cpu).unwrap();
+        let y = rope(&x, 1, &[0, 1].into(), &rotations).unwrap().to_vec3::<f32>().unwrap();
+        assert_eq!(y[0][0], [3.0, 4.0]);
+        assert!((y[0][1][0] + 4.0).abs() < 1e-6 && (y[0][1][1] - 3.0).abs() < 1e-6, "{y:?}");
+        let text = refusal(rope(&x, 1, &[0, 2].into(), &rotations));
+        assert!(text.contains("below 2") && text.contains("got 2"), "{text}");
+        let text = refusal(rope(&x, 1, &[0].into(), &rotations));
+        assert!(text.contains("2 positions"), "{text}");
+    }
+}
