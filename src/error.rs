@@ -44,6 +44,9 @@ pub enum Error {
     /// The run itself failed: a loss that is not finite, a gradient that never arrived.
     #[error("{0}")]
     Run(String),
+    /// A loss or a gradient that is not a finite number.
+    #[error("{0}")]
+    NotFinite(String),
     /// Stopped by a signal, after a checkpoint was written.
     #[error("stopped by signal {signal}{}", resume.as_ref().map(|p| format!("; continue with --resume {}", p.display())).unwrap_or_default())]
     Stopped {
@@ -106,7 +109,7 @@ impl Error {
                 _ => 1,
             },
             Error::Stopped { signal, .. } => 128u8.saturating_add(*signal as u8),
-            Error::Run(_) | Error::On { .. } | Error::Candle(_) => 1,
+            Error::Run(_) | Error::NotFinite(_) | Error::On { .. } | Error::Candle(_) => 1,
         }
     }
 }

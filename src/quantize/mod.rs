@@ -20,7 +20,9 @@ use crate::data::Preprocess;
 use crate::models::{open_model, VisionConfig};
 use crate::recipe::{PhaseConfig, Recipe, When};
 use crate::select::select;
-use crate::train::{peak_rss_bytes, phase_steps, resume, signal, Accuracy, Metrics, Progress, Trainer};
+use crate::train::{
+    peak_rss_bytes, phase_steps, resume, signal, Accuracy, Images, Metrics, Progress, Trainer,
+};
 use crate::transform::{ActQuant, WeightQuant};
 use crate::weights::format::{stored_tensors, QuantizationConfig};
 use crate::weights::{checkpoint, Calibration, Expr, Weights};
@@ -215,11 +217,11 @@ pub fn run(recipe: &Recipe, dir: &Path, device: &Device, progress: &dyn Progress
         progress.note(&format!("continuing from step {} ({})", state.step, saved.dir.display()));
     }
     let preprocess = Arc::new(start.preprocess.clone());
+    let images = Images { recipe, dataset: &dataset, preprocess, model: &start.config, device };
     let mut trainer = Trainer {
         recipe,
         dir,
-        dataset: &dataset,
-        preprocess,
+        supply: &images,
         device,
         progress,
         metrics,
@@ -233,16 +235,16 @@ pub fn run(recipe: &Recipe, dir: &Path, device: &Device, progress: &dyn Progress
 }
 
 /// Packs, writes, reads back, measures, sums up.
-fn finish(trainer: &mut Trainer<'_>, start: &Start, trained: Trained) -> Result<Value> {
+fn finish(trainer: &mut Trainer<'_, Images<'_>>, start: &Start, trained: Trained) -> Result<Value> {
     let Trained { weights, tracker } = trained;
     let recipe = trainer.recipe;
-    let fake = trainer.measure(&start.config, &weights.folded()?, "fake-quantized")?;
+    let fake = trainer.measure(&weights.folded()?, "fake-quantized")?;
     let packed = weights.packed()?;
     say_products(&start.config, &packed, trainer.progress)?;
     let dir = trainer.dir.join("model");
     let packed_bytes = write_model(&dir, &start.config, &start.preprocess, &packed)?;
     let read_back = open_model(&dir, trainer.device)?;
-    let got = trainer.evaluate(&read_back.config, &read_back.weights, "packed", true)?;
+    let got = trainer.evaluate(&read_back.weights, "packed", true)?;
     let fp = trainer.state.full_precision.unwrap_or_default();
     let params = weights.params();
     let trainable: usize = params.iter().map(|p| p.var.elem_count()).sum();

@@ -10,8 +10,9 @@ use crate::data::Preprocess;
 use crate::models::{self, open_model_with, VisionConfig, VisionModel};
 use crate::optim::Optimizer;
 use crate::recipe::{CalmQk, DistillKind, PhaseConfig, Recipe, When};
+use crate::train::supply::Supply;
 use crate::train::{
-    phase_steps, resume, signal, Average, Classify, Phase, Progress, Quiet, Tracker, Trainer,
+    phase_steps, resume, signal, Average, Classify, Images, Phase, Progress, Quiet, Tracker, Trainer,
 };
 use crate::transform::ActQuant;
 use crate::weights::{Param, Pickle, Weights};
@@ -29,13 +30,13 @@ fn float_dir(dir: &Path) -> PathBuf {
 
 /// Runs the recipe's phases from where the run stands.
 pub(super) fn train_phases(
-    trainer: &mut Trainer<'_>,
+    trainer: &mut Trainer<'_, Images<'_>>,
     start: &Start,
     saved: Option<resume::Saved>,
     device: &Device,
 ) -> Result<Trained> {
     let recipe = trainer.recipe;
-    let samples = trainer.dataset.train.len();
+    let samples = trainer.supply.samples();
     // What was trained is not fitted again.
     let untrained = untrained_quantization(recipe, start, samples) && start.quantizers.is_none();
     let mut weights = start.weights.trainable()?;
@@ -119,6 +120,7 @@ pub(super) fn train_phases(
             trainer.state.phase = index;
             trainer.state.phase_step = 0;
             trainer.state.best = None;
+            trainer.state.stale = 0;
             trainer.save(&weights, optimizer.as_ref(), &tracker)?;
         }
         run_phase(trainer, start, index, &weights, &mut tracker, optimizer.as_mut())?;
@@ -130,7 +132,7 @@ pub(super) fn train_phases(
 /// Ends the full-precision part: evaluates and writes the model that quantization starts from, then
 /// lays the quantizers over it.
 fn begin_quantization(
-    trainer: &mut Trainer<'_>,
+    trainer: &mut Trainer<'_, Images<'_>>,
     start: &Start,
     weights: &mut Weights,
     untrained: bool,
@@ -141,7 +143,7 @@ fn begin_quantization(
         std::fs::create_dir_all(parent).map_err(|e| Error::io(parent, e))?;
     }
     trainer.state.fp_bytes = write_model(&path, &start.config, &start.preprocess, &folded)?;
-    let accuracy = trainer.measure(&start.config, &folded, "full precision")?;
+    let accuracy = trainer.measure(&folded, "full precision")?;
     trainer.progress.note(&format!("full precision: top-1 {:.2} %", accuracy.top1));
     trainer.state.full_precision = Some(accuracy);
     if trainer.recipe.qkr.is_some() && start.quantizers.is_none() {
@@ -171,7 +173,7 @@ fn hang_saved(weights: &mut Weights, saved: &resume::Saved, device: &Device) -> 
 }
 
 fn run_phase(
-    trainer: &mut Trainer<'_>,
+    trainer: &mut Trainer<'_, Images<'_>>,
     start: &Start,
     index: usize,
     weights: &Weights,
@@ -182,18 +184,18 @@ fn run_phase(
     let config = &recipe.phase[index];
     let teacher = match (config.quantize, recipe.distill.kind) {
         (false, _) | (_, DistillKind::None) => None,
-        (true, _) if phase_steps(recipe, config, trainer.dataset.train.len()) == 0 => None,
+        (true, _) if phase_steps(recipe, config, trainer.supply.samples()) == 0 => None,
         (true, DistillKind::Soft | DistillKind::Pld) => {
             Some(teacher(recipe, trainer.dir, start, trainer.device)?)
         }
     };
-    let runs = phase_steps(recipe, config, trainer.dataset.train.len()) > 0;
+    let runs = phase_steps(recipe, config, trainer.supply.samples()) > 0;
     let calm = if runs { annealed(config, weights, trainer.progress)? } else { None };
     let weights = calm.as_ref().unwrap_or(weights);
     let model = start.config.build(weights)?;
     let drop_path = Some((recipe.train.drop_path, recipe.seed)).filter(|(rate, _)| *rate > 0.0);
     let task = Classify { model, teacher, distill: recipe.distill.kind, drop_path };
-    let phase = Phase { config, model: &start.config, weights, task: &task, optimizer, tracker };
+    let phase = Phase { config, weights, task: &task, optimizer, tracker };
     let before = trainer.state.phase_step;
     trainer.run(phase)?;
     if trainer.state.phase_step != before {

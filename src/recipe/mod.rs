@@ -141,6 +141,18 @@ impl Default for DistillConfig {
     }
 }
 
+/// What becomes of a step whose loss or gradient is not finite.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnNan {
+    /// The run ends with an error that names the step, its samples and the first layer.
+    Stop,
+    /// The step is left out.
+    Skip,
+    /// The step is left out, and what is trained goes back to the last checkpoint.
+    Rollback,
+}
+
 /// `[train]`: what all phases share.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -169,6 +181,16 @@ pub struct TrainConfig {
     pub drop_path: f64,
     /// Factor on the learning rate from each block to the one before it; 1: the same for all.
     pub layer_decay: f64,
+    /// LoRA+ (Hayou et al. 2024): factor on the learning rate of LoRA's B; 1: the same for both.
+    pub lora_plus: f64,
+    /// Evaluations without a better one after which a phase ends; 0: never.
+    pub patience: usize,
+    /// Whether a phase ends with the weights of its best evaluation rather than of its last step.
+    pub restore_best: bool,
+    /// What becomes of a step whose loss or gradient is not finite.
+    pub on_nan: OnNan,
+    /// Whether only the inputs of blocks are kept for the backward pass and the rest is computed again.
+    pub checkpointing: bool,
 }
 
 impl Default for TrainConfig {
@@ -185,6 +207,11 @@ impl Default for TrainConfig {
             ema: 0.0,
             drop_path: 0.0,
             layer_decay: 1.0,
+            lora_plus: 1.0,
+            patience: 0,
+            restore_best: false,
+            on_nan: OnNan::Stop,
+            checkpointing: false,
         }
     }
 }
@@ -278,6 +305,9 @@ impl Recipe {
         if !(train.layer_decay > 0.0 && train.layer_decay <= 1.0) {
             let found = train.layer_decay;
             return Err(Error::usage(format!("train.layer_decay = {found}: expected above 0 and at most 1")));
+        }
+        if !(train.lora_plus.is_finite() && train.lora_plus > 0.0) {
+            return Err(Error::usage(format!("train.lora_plus = {}: expected above 0", train.lora_plus)));
         }
         self.optimizer.check()?;
         if !(train.clip.is_finite() && train.clip >= 0.0) {

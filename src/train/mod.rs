@@ -7,10 +7,10 @@ pub mod oscillation;
 pub mod resume;
 pub mod signal;
 pub mod step;
+pub mod supply;
 pub mod task;
 
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::{Device, Tensor};
@@ -20,12 +20,11 @@ pub use average::Average;
 pub use metrics::{peak_rss_bytes, Metrics};
 pub use oscillation::Tracker;
 pub use resume::State;
-pub use task::{evaluate, Accuracy, Classify};
+pub use supply::{Batches, Images, Supply};
+pub use task::{evaluate, Accuracy, Classify, Pass, Task};
 
-use crate::data::{epoch_order, Batch, Dataset, Loader, Preprocess, Training};
-use crate::models::VisionConfig;
 use crate::optim::{Optimizer, Rate};
-use crate::recipe::{CalmQk, PhaseConfig, Recipe};
+use crate::recipe::{CalmQk, OnNan, PhaseConfig, Recipe};
 use crate::weights::{Expr, Gate, Param, Weight, Weights};
 use crate::{report, Error, Result};
 
@@ -53,15 +52,13 @@ impl Progress for Quiet {
 }
 
 /// A run in the middle of its work: what all phases share.
-pub struct Trainer<'a> {
+pub struct Trainer<'a, S: Supply> {
     /// The resolved recipe.
     pub recipe: &'a Recipe,
     /// The run's folder.
     pub dir: &'a Path,
-    /// The images.
-    pub dataset: &'a Dataset,
-    /// How images become tensors.
-    pub preprocess: Arc<Preprocess>,
+    /// What it trains on and is measured by.
+    pub supply: &'a S,
     /// Where tensors live.
     pub device: &'a Device,
     /// Who hears of it.
@@ -79,15 +76,13 @@ pub struct Trainer<'a> {
 }
 
 /// What a phase trains, and with what.
-pub struct Phase<'a> {
+pub struct Phase<'a, T: Task> {
     /// Its settings.
     pub config: &'a PhaseConfig,
-    /// The model's sizes.
-    pub model: &'a VisionConfig,
     /// The trainable store that the task's model reads.
     pub weights: &'a Weights,
     /// Loss and model.
-    pub task: &'a Classify,
+    pub task: &'a T,
     /// The update rule.
     pub optimizer: &'a mut dyn Optimizer,
     /// The tracks of the quantized weights.
@@ -154,32 +149,16 @@ pub fn coarse(weights: &Weights) -> std::collections::HashSet<String> {
     }
 }
 
-impl Trainer<'_> {
+impl<S: Supply> Trainer<'_, S> {
     /// The number of an epoch of a phase, distinct over the run: it addresses the random streams.
     fn stream(&self, epoch: usize) -> u64 {
         ((self.state.phase as u64) << 32) | epoch as u64
     }
 
-    fn loader(&self, epoch: usize, skip: usize) -> Loader {
-        let augment = self.recipe.augment.clone();
-        let (seed, number) = (self.recipe.seed, self.stream(epoch));
-        let order = epoch_order(self.dataset.train.len(), augment.repeats, seed, number);
-        let done = skip.min(order.len());
-        let classes = self.dataset.classes.len();
-        Loader::new(
-            self.dataset.train.clone(),
-            self.preprocess.clone(),
-            order[done..].to_vec(),
-            self.recipe.train.batch_size,
-            Some(Training { augment, classes, seed, epoch: number, done }),
-            rayon::current_num_threads().clamp(1, 4),
-            self.device,
-        )
-    }
-
-    /// A batch of augmented training images for calibration, in the order of the phase that has ended.
-    pub fn first_batch(&self) -> Result<Batch> {
-        self.loader(0, 0).next().unwrap_or_else(|| Err(Error::Run("training data: found no samples".into())))
+    /// The first training batch, in the order of the phase that has ended.
+    pub fn first_batch(&self) -> Result<<S::Task as Task>::Batch> {
+        let first = self.supply.batches(self.stream(0), 0)?.next();
+        first.unwrap_or_else(|| Err(Error::Run("training data: found no samples".into())))
     }
 
     /// Seconds that the run took up to now.
@@ -202,28 +181,13 @@ impl Trainer<'_> {
 
     /// Evaluates a frozen store and writes the line that says so. Where `stoppable`, a signal ends it:
     /// not in the middle of a phase, whose steps would be lost with it.
-    pub fn evaluate(
-        &mut self,
-        config: &VisionConfig,
-        weights: &Weights,
-        what: &str,
-        stoppable: bool,
-    ) -> Result<Accuracy> {
-        let model = config.build(weights)?;
-        let batch = self.recipe.train.eval_batch_size;
-        let eval = self.dataset.eval.clone();
-        let device = self.device;
-        let got = evaluate(&model, eval, self.preprocess.clone(), batch, device, self.progress, stoppable)
-            .map_err(|e| self.stopped(e))?;
+    pub fn evaluate(&mut self, weights: &Weights, what: &str, stoppable: bool) -> Result<Accuracy> {
+        let got = self.supply.evaluate(weights, self.progress, stoppable).map_err(|e| self.stopped(e))?;
         let mut line = Map::new();
         line.insert("step".into(), json!(self.state.step));
         line.insert("split".into(), json!("eval"));
         line.insert("what".into(), json!(what));
-        line.insert("loss".into(), json!(got.loss));
-        line.insert("top1".into(), json!(got.top1));
-        line.insert("top5".into(), json!(got.top5));
-        line.insert("samples".into(), json!(got.samples));
-        line.insert("samples_per_s".into(), json!(got.samples_per_s));
+        line.extend(self.supply.figures(&got));
         line.insert("peak_rss_bytes".into(), json!(peak_rss_bytes()));
         self.metrics.write(line)?;
         // JSON has no numbers that are not finite: such an evaluation is made again.
@@ -233,10 +197,10 @@ impl Trainer<'_> {
     }
 
     /// The figures of the model as it stands: those at the end of the phase that just ended, or new ones.
-    pub fn measure(&mut self, config: &VisionConfig, weights: &Weights, what: &str) -> Result<Accuracy> {
+    pub fn measure(&mut self, weights: &Weights, what: &str) -> Result<Accuracy> {
         match self.state.measured {
             Some((step, known)) if step == self.state.step && step > 0 => Ok(known),
-            _ => self.evaluate(config, weights, what, true),
+            _ => self.evaluate(weights, what, true),
         }
     }
 
@@ -249,14 +213,14 @@ impl Trainer<'_> {
     }
 
     /// Trains one phase from where the state stands to its end.
-    pub fn run(&mut self, phase: Phase<'_>) -> Result<()> {
-        let Phase { config, model, weights, task, optimizer, tracker } = phase;
+    pub fn run(&mut self, phase: Phase<'_, S::Task>) -> Result<()> {
+        let Phase { config, weights, task, optimizer, tracker } = phase;
         let recipe = self.recipe;
-        let samples = self.dataset.train.len();
+        let (supply, samples) = (self.supply, self.supply.samples());
         let rate = rate(recipe, config, samples);
         let params = weights.params();
         let group = recipe.train.batch_size * recipe.train.accumulate;
-        let factors = self.rate_factors(model, &params);
+        let factors = self.rate_factors(&params);
         if recipe.train.ema > 0.0
             && config.calm.is_none()
             && self.average.is_none()
@@ -264,14 +228,15 @@ impl Trainer<'_> {
         {
             self.average = Some(Average::new(&params, recipe.train.ema)?);
         }
-        let mut loader: Option<Loader> = None;
+        let mut loader: Option<Batches<'_, <S::Task as Task>::Batch>> = None;
         let (mut seen, mut seconds) = (0usize, 0f64);
         self.progress.start(&config.name, rate.steps);
-        while self.state.phase_step < rate.steps {
+        let tired = |state: &State| recipe.train.patience > 0 && state.stale >= recipe.train.patience;
+        while self.state.phase_step < rate.steps && !tired(&self.state) {
             let at = self.state.phase_step;
             let (epoch, within) = (at / rate.epoch_steps, at % rate.epoch_steps);
             if within == 0 || loader.is_none() {
-                loader = Some(self.loader(epoch, within * group));
+                loader = Some(supply.batches(self.stream(epoch), within * group)?);
             }
             let begun = Instant::now();
             let mut batches = Vec::new();
@@ -297,10 +262,19 @@ impl Trainer<'_> {
                 free: &free,
                 first,
             };
-            let step = step::take(task, &batches, &params, &mut rule, self.device).map_err(|e| match e {
-                Error::Run(message) => Error::Run(format!("phase {}, step {at}: {message}", config.name)),
-                other => other,
-            })?;
+            let step = match step::take(task, &batches, &params, &mut rule, self.device) {
+                Err(Error::NotFinite(message)) => {
+                    let samples: Vec<u32> = batches.iter().flat_map(<S::Task as Task>::samples).collect();
+                    let message =
+                        format!("phase {}, step {at}: {message}; samples {}", config.name, few(&samples));
+                    self.not_finite(message, &params, optimizer)?;
+                    continue;
+                }
+                Err(Error::Run(message)) => {
+                    return Err(Error::Run(format!("phase {}, step {at}: {message}", config.name)))
+                }
+                other => other?,
+            };
             if config.quantize {
                 tracker.observe(codes(weights)?)?;
                 let named = params.iter().zip(&step.grads);
@@ -312,14 +286,17 @@ impl Trainer<'_> {
             }
             self.say_still(lr, &params, &step.still);
             seconds += begun.elapsed().as_secs_f64();
-            seen += step.samples;
+            seen += step.counted;
             self.state.samples_per_s = seen as f64 / seconds.max(1e-9);
             self.state.phase_step += 1;
             self.state.step += 1;
             let done = self.state.phase_step;
             let message = format!(
-                "loss {:.4}  top-1 {:.1} %  lr {lr:.1e}  {:.0} images/s",
-                step.loss, step.top1, self.state.samples_per_s
+                "loss {:.4}  top-1 {:.1} %  lr {lr:.1e}  {:.0} {}",
+                step.loss,
+                step.top1,
+                self.state.samples_per_s,
+                supply.unit().1
             );
             self.progress.tick(done, &message);
             let last = done == rate.steps;
@@ -335,14 +312,18 @@ impl Trainer<'_> {
                 if let Some(average) = &mut self.average {
                     average.swap(&params)?;
                 }
-                let got = self.evaluate(model, &weights.folded()?, &config.name, false)?;
+                let got = self.evaluate(&weights.folded()?, &config.name, false)?;
                 match &mut self.average {
                     // At the end of the phase the averages stay.
                     Some(average) if !last => average.swap(&params)?,
                     _ => self.average = None,
                 }
-                if self.state.best.is_none_or(|(best, _)| got.top1 > best) {
-                    self.state.best = Some((got.top1, self.state.step));
+                let score = supply.score(&got);
+                if self.state.best.is_none_or(|(best, _)| score > best) {
+                    self.state.best = Some((score, self.state.step));
+                    self.state.stale = 0;
+                } else {
+                    self.state.stale += 1;
                 }
                 if !last {
                     self.progress.start(&config.name, rate.steps);
@@ -361,35 +342,80 @@ impl Trainer<'_> {
                 self.progress.finish();
                 return Err(Error::Stopped { signal, resume: Some(self.dir.to_path_buf()) });
             }
+            if tired(&self.state) && !last {
+                self.progress.note(&format!(
+                    "phase {}: ends at step {done} of {}, {} evaluations brought nothing better",
+                    config.name, rate.steps, self.state.stale
+                ));
+            }
         }
         self.progress.finish();
+        if recipe.train.restore_best {
+            self.restore_best(&params)?;
+        }
         self.say_left_out();
         Ok(())
     }
 
+    /// What becomes of a step whose loss or gradient is not finite: an error, or the step is left out, from
+    /// where the run stands or from its last checkpoint.
+    fn not_finite(&mut self, message: String, params: &[Param], optimizer: &mut dyn Optimizer) -> Result<()> {
+        let policy = self.recipe.train.on_nan;
+        self.state.skipped += 1;
+        if policy == OnNan::Stop || self.state.skipped > MOST_SKIPPED {
+            return Err(Error::NotFinite(message));
+        }
+        if policy == OnNan::Rollback {
+            if let Some(saved) = resume::latest(self.dir)? {
+                saved.restore(params, self.device)?;
+                if saved.has_optimizer() {
+                    optimizer.restore(params, &|name| saved.optimizer(name, self.device))?;
+                }
+            }
+        }
+        self.progress.note(&format!("{message}: step left out"));
+        self.state.phase_step += 1;
+        self.state.step += 1;
+        Ok(())
+    }
+
+    /// Puts the trainables back to where the best evaluation of the phase saw them.
+    fn restore_best(&mut self, params: &[Param]) -> Result<()> {
+        let Some((_, step)) = self.state.best.filter(|(_, step)| *step != self.state.step) else {
+            return Ok(());
+        };
+        let Some(saved) = resume::at_step(self.dir, step, self.state.phase)? else { return Ok(()) };
+        saved.restore(params, self.device)?;
+        self.state.measured = saved.state.measured;
+        if let Some((measured, _)) = &mut self.state.measured {
+            *measured = self.state.step;
+        }
+        self.progress.note(&format!("the best evaluation was that of step {step}, whose weights stay"));
+        Ok(())
+    }
+
     /// The factor on each parameter's learning rate: `layer_decay` once for each block between it and the
-    /// classifier. Empty where it is 1.
-    fn rate_factors(&self, model: &VisionConfig, params: &[Param]) -> Vec<f64> {
-        let decay = self.recipe.train.layer_decay;
-        if decay == 1.0 {
+    /// output, and `lora_plus` on LoRA's B. Empty where both are 1.
+    fn rate_factors(&self, params: &[Param]) -> Vec<f64> {
+        let (decay, plus) = (self.recipe.train.layer_decay, self.recipe.train.lora_plus);
+        if decay == 1.0 && plus == 1.0 {
             return Vec::new();
         }
         let factor = |param: &Param| {
-            let (depth, last) = model.depth(&param.name);
-            decay.powi(i32::try_from(last - depth).unwrap_or(i32::MAX))
+            let (depth, last) = self.supply.depth(&param.name);
+            let deep = decay.powi(i32::try_from(last - depth).unwrap_or(i32::MAX));
+            deep * if param.name.ends_with(".lora_B") { plus } else { 1.0 }
         };
         params.iter().map(factor).collect()
     }
 
-    /// Names the images that could not be read.
+    /// Names the samples that could not be read.
     fn say_left_out(&self) {
-        for source in [&self.dataset.train, &self.dataset.eval] {
-            let left_out = source.left_out();
-            if let Some(first) = left_out.first() {
-                let more = if left_out.len() > 1 { ", ..." } else { "" };
-                let count = left_out.len();
-                self.progress.note(&format!("{count} unreadable images replaced so far: {first}{more}"));
-            }
+        let left_out = self.supply.left_out();
+        if let Some(first) = left_out.first() {
+            let more = if left_out.len() > 1 { ", ..." } else { "" };
+            let count = left_out.len();
+            self.progress.note(&format!("{count} unreadable samples replaced so far: {first}{more}"));
         }
     }
 
@@ -441,7 +467,7 @@ impl Trainer<'_> {
                 put("masked", json!(masked));
             }
         }
-        put("samples_per_s", json!(self.state.samples_per_s));
+        put(self.supply.unit().0, json!(self.state.samples_per_s));
         put("peak_rss_bytes", json!(peak_rss_bytes()));
         self.metrics.write(line)?;
         if !phase.quantize || !layers_due {
@@ -461,6 +487,16 @@ impl Trainer<'_> {
         });
         self.metrics.write(line.as_object().cloned().unwrap_or_default())
     }
+}
+
+/// Steps that a run may leave out.
+const MOST_SKIPPED: usize = 100;
+
+/// The first few of `samples`.
+fn few(samples: &[u32]) -> String {
+    let shown: Vec<String> = samples.iter().take(16).map(u32::to_string).collect();
+    let more = if samples.len() > shown.len() { ", ..." } else { "" };
+    format!("{}{more}", shown.join(", "))
 }
 
 /// The percent of `codes` that annealing holds still, and of those whose gradient alone it cuts.

@@ -45,8 +45,14 @@ pub struct State {
     pub frozen: f64,
     /// The last evaluation, and the step after which it was made.
     pub measured: Option<(usize, Accuracy)>,
-    /// Best top-1 of the phase, and the step that reached it.
+    /// Best score of the phase (top-1, or minus the loss of text), and the step that reached it.
     pub best: Option<(f64, usize)>,
+    /// Evaluations of the phase since the best one.
+    #[serde(default)]
+    pub stale: usize,
+    /// Steps left out because something was not finite.
+    #[serde(default)]
+    pub skipped: usize,
     /// The rules on taps as they describe themselves, in the order in which the model came by them:
     /// sums over all trainables follow it.
     pub taps: Vec<(String, Value)>,
@@ -69,6 +75,8 @@ impl Default for State {
             frozen: 0.0,
             measured: None,
             best: None,
+            stale: 0,
+            skipped: 0,
             taps: Vec::new(),
             tracked: Vec::new(),
         }
@@ -155,7 +163,21 @@ pub fn latest(run: &Path) -> Result<Option<Saved>> {
     if folder(run).is_dir() {
         files::sweep(&folder(run))?;
     }
-    let Some((_, dir)) = steps(run)?.pop() else { return Ok(None) };
+    match steps(run)?.pop() {
+        Some((_, dir)) => read(dir).map(Some),
+        None => Ok(None),
+    }
+}
+
+/// The checkpoint after step `step` of phase `phase`, where it is kept.
+pub fn at_step(run: &Path, step: usize, phase: usize) -> Result<Option<Saved>> {
+    match steps(run)?.into_iter().find(|(at, _)| *at == (step, phase)) {
+        Some((_, dir)) => read(dir).map(Some),
+        None => Ok(None),
+    }
+}
+
+fn read(dir: PathBuf) -> Result<Saved> {
     let path = dir.join("state.json");
     let text = files::read_text(&path)?;
     let state: State = serde_json::from_str(&text).map_err(|e| Error::input(&path, e.to_string()))?;
@@ -163,13 +185,13 @@ pub fn latest(run: &Path) -> Result<Option<Saved>> {
         let message = format!("version: found {}, expected {STATE_VERSION}", state.version);
         return Err(Error::input(&path, message));
     }
-    Ok(Some(Saved {
+    Ok(Saved {
         model: Checkpoint::open(&dir.join("model.safetensors"))?,
         optimizer: Checkpoint::open(&dir.join("optimizer.safetensors"))?,
         oscillation: Checkpoint::open(&dir.join("oscillation.safetensors"))?,
         dir,
         state,
-    }))
+    })
 }
 
 impl Saved {

@@ -2,8 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use super::task::Classify;
-use crate::data::Batch;
+use super::task::Task;
 use crate::optim::{Optimizer, OptimizerConfig};
 use crate::weights::{Param, Role, Weights};
 use crate::{Error, Result};
@@ -13,10 +12,10 @@ use crate::{Error, Result};
 pub struct Step {
     /// Mean loss over the samples of the step.
     pub loss: f64,
-    /// Percent of samples answered right, before the update.
+    /// Percent of predictions that were right, before the update.
     pub top1: f64,
-    /// Samples.
-    pub samples: usize,
+    /// Samples, or tokens of text.
+    pub counted: usize,
     /// Norm of the gradient of all trainables together, before clipping.
     pub grad_norm: f64,
     /// The gradient of each parameter, before clipping.
@@ -56,36 +55,35 @@ pub fn free(weights: &Weights, params: &[Param]) -> Result<Vec<Option<Tensor>>> 
     Ok(free)
 }
 
-/// The mean gradient over all samples of `batches`, one tensor for each parameter; `None` where no
+/// The mean gradient over all predictions of `batches`, one tensor for each parameter; `None` where no
 /// gradient arrived. Splitting a batch into several gives the same gradient up to rounding.
-fn gradients(task: &Classify, batches: &[Batch], params: &[Param], device: &Device) -> Result<Step> {
-    let total: usize = batches.iter().map(|b| b.labels.len()).sum();
+fn gradients<T: Task>(task: &T, batches: &[T::Batch], params: &[Param], device: &Device) -> Result<Step> {
+    let total: usize = batches.iter().map(T::predictions).sum();
     let mut sums: Vec<Option<Tensor>> = vec![None; params.len()];
     let (mut loss, mut right) = (0f64, 0usize);
     for batch in batches {
-        let share = batch.labels.len() as f64 / total as f64;
-        let out = task.loss(batch, device)?;
-        let value = f64::from(out.loss.to_scalar::<f32>()?);
-        loss += value * share;
-        right += out.right;
-        let grads = out.loss.backward()?;
-        for (sum, param) in sums.iter_mut().zip(params) {
-            let Some(grad) = grads.get(param.var.as_tensor()) else { continue };
+        let share = T::predictions(batch) as f64 / total.max(1) as f64;
+        let pass = task.learn(batch, params, device)?;
+        loss += pass.loss * share;
+        right += pass.right;
+        for ((sum, param), grad) in sums.iter_mut().zip(params).zip(pass.grads) {
+            let Some(grad) = grad else { continue };
             // LSQ divides by the root of the samples of the pass: over a share of the step's samples
             // the division comes out too small by the root of the share.
             let weight = match param.role {
                 Role::Plain => share,
                 Role::ActivationStep => share * share.sqrt(),
             };
-            let grad = if batches.len() == 1 { grad.clone() } else { (grad * weight)? };
+            let grad = if batches.len() == 1 { grad } else { (grad * weight)? };
             *sum = Some(match sum.take() {
                 Some(sum) => (sum + grad)?,
                 None => grad,
             });
         }
     }
-    let top1 = 100.0 * right as f64 / total as f64;
-    Ok(Step { loss, top1, samples: total, grad_norm: 0.0, grads: sums, still: Vec::new() })
+    let top1 = 100.0 * right as f64 / total.max(1) as f64;
+    let counted = batches.iter().map(T::counted).sum();
+    Ok(Step { loss, top1, counted, grad_norm: 0.0, grads: sums, still: Vec::new() })
 }
 
 fn squared_norm(grad: &Tensor) -> Result<f64> {
@@ -113,7 +111,7 @@ pub fn update(params: &[Param], grads: &[Option<Tensor>], rule: &mut Rule<'_>) -
     for (param, grad) in params.iter().zip(grads) {
         let norm = grad.as_ref().map(squared_norm).transpose()?.unwrap_or(0.0);
         if !norm.is_finite() {
-            return Err(Error::Run(format!("the gradient of {} is not finite", param.name)));
+            return Err(Error::NotFinite(format!("the gradient of {} is not finite", param.name)));
         }
         norms.push(norm);
     }
@@ -148,9 +146,9 @@ pub fn update(params: &[Param], grads: &[Option<Tensor>], rule: &mut Rule<'_>) -
 }
 
 /// Takes one step over `batches`. A phase's first step errs where a trainable receives no gradient.
-pub fn take(
-    task: &Classify,
-    batches: &[Batch],
+pub fn take<T: Task>(
+    task: &T,
+    batches: &[T::Batch],
     params: &[Param],
     rule: &mut Rule<'_>,
     device: &Device,

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::data::{Batch, Loader, Preprocess, Source};
 use crate::models::{DropPath, VisionModel, VisionOutput};
 use crate::recipe::DistillKind;
+use crate::weights::Param;
 use crate::{kernels, Error, Result};
 
 use super::{signal, Progress};
@@ -25,6 +26,36 @@ pub struct Accuracy {
     pub samples: usize,
     /// Samples a second, data included.
     pub samples_per_s: f64,
+}
+
+/// What one forward and backward pass gave.
+#[derive(Debug)]
+pub struct Pass {
+    /// Mean loss over what was predicted.
+    pub loss: f64,
+    /// How many of the predictions were right.
+    pub right: usize,
+    /// The gradient of the mean loss for each parameter; `None` where none arrived.
+    pub grads: Vec<Option<Tensor>>,
+}
+
+/// What is learned of a batch.
+pub trait Task {
+    /// Several samples.
+    type Batch;
+
+    /// One forward and backward pass. Errs with [`Error::NotFinite`] where the loss is not finite, naming
+    /// the first layer where it shows.
+    fn learn(&self, batch: &Self::Batch, params: &[Param], device: &Device) -> Result<Pass>;
+
+    /// Predictions in a batch: the weight of its mean among others.
+    fn predictions(batch: &Self::Batch) -> usize;
+
+    /// Samples or tokens in a batch, for figures of speed.
+    fn counted(batch: &Self::Batch) -> usize;
+
+    /// The samples of a batch, for messages.
+    fn samples(batch: &Self::Batch) -> Vec<u32>;
 }
 
 /// Image classification, with or without a teacher.
@@ -107,7 +138,7 @@ impl Classify {
         if !value.is_finite() {
             let place = self.model.not_finite(&batch.images)?;
             let place = place.map(|layer| format!("; first seen behind {layer}")).unwrap_or_default();
-            return Err(Error::Run(format!("the loss is {value}, expected a finite number{place}")));
+            return Err(Error::NotFinite(format!("the loss is {value}, expected a finite number{place}")));
         }
         let logits = output.logits()?.detach().to_vec2::<f32>()?;
         let right = logits.iter().zip(&batch.labels).filter(|(row, label)| rank(row, **label) == 0).count();
@@ -115,9 +146,33 @@ impl Classify {
     }
 }
 
+impl Task for Classify {
+    type Batch = Batch;
+
+    fn learn(&self, batch: &Batch, params: &[Param], device: &Device) -> Result<Pass> {
+        let out = self.loss(batch, device)?;
+        let loss = f64::from(out.loss.to_scalar::<f32>()?);
+        let grads = out.loss.backward()?;
+        let grads = params.iter().map(|p| grads.get(p.var.as_tensor()).cloned()).collect();
+        Ok(Pass { loss, right: out.right, grads })
+    }
+
+    fn predictions(batch: &Batch) -> usize {
+        batch.labels.len()
+    }
+
+    fn counted(batch: &Batch) -> usize {
+        batch.labels.len()
+    }
+
+    fn samples(batch: &Batch) -> Vec<u32> {
+        batch.indices.clone()
+    }
+}
+
 /// How many classes come before `label`: larger logits, and equal ones of smaller index. A row with
 /// NaN in it puts the label last.
-fn rank(logits: &[f32], label: u32) -> usize {
+pub(crate) fn rank(logits: &[f32], label: u32) -> usize {
     let label = label as usize;
     let Some(&own) = logits.get(label).filter(|_| logits.iter().all(|l| !l.is_nan())) else {
         return usize::MAX;
