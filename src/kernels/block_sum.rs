@@ -88,9 +88,7 @@ pub(super) fn sums<T: Real>(x: &[T], width: usize, r: usize) -> Vec<T> {
     let tokens = x.len() / width;
     let mut s = vec![T::ZERO; tokens * r];
     let step = cpu::chunk_rows(width);
-    s.par_chunks_mut(step * r)
-        .zip(x.par_chunks(step * width))
-        .for_each(|(s, x)| sum_rows(x, width, r, s));
+    s.par_chunks_mut(step * r).zip(x.par_chunks(step * width)).for_each(|(s, x)| sum_rows(x, width, r, s));
     s
 }
 

@@ -10,7 +10,7 @@
 
 use super::cpu::{self, real, Real};
 use crate::random::Random;
-use candle_core::{bail, CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor};
+use candle_core::{bail, CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, WithDType};
 use rayon::prelude::*;
 
 /// What decides a mask.

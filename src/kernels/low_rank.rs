@@ -394,7 +394,11 @@ mod tests {
     }
 
     /// Against the reference, relative to the largest element: long sums in f32.
-    fn same(t: &[Tensor], op: &dyn Fn(&[Tensor]) -> Result<Tensor>, like: &dyn Fn(&[Tensor]) -> Result<Tensor>) {
+    fn same(
+        t: &[Tensor],
+        op: &dyn Fn(&[Tensor]) -> Result<Tensor>,
+        like: &dyn Fn(&[Tensor]) -> Result<Tensor>,
+    ) {
         for (i, (got, want)) in run(t, op).iter().zip(run(t, like)).enumerate() {
             let scale = flat(&want).iter().fold(1f64, |m, v| m.max(v.abs()));
             let of = |t: &Tensor| (t / scale).unwrap();
@@ -411,7 +415,8 @@ mod tests {
         let block = Tensor::new(&[[1f32, 2.0], [3.0, 4.0]], cpu).unwrap();
         let y = shared_block(&x, &rows, &block).unwrap().to_vec2::<f32>().unwrap();
         assert_eq!(y, [[101.0 + 30.0, 202.0 + 40.0]]);
-        let (a, b) = (Tensor::new(&[[1f32, 0.0, 1.0]], cpu).unwrap(), Tensor::new(&[[1f32], [-2.0]], cpu).unwrap());
+        let (a, b) =
+            (Tensor::new(&[[1f32, 0.0, 1.0]], cpu).unwrap(), Tensor::new(&[[1f32], [-2.0]], cpu).unwrap());
         let y = low_rank(&x, &rows, &a, &b, 0.5).unwrap().to_vec2::<f32>().unwrap();
         assert_eq!(y, [[50.5, -101.0]]);
     }
@@ -419,9 +424,13 @@ mod tests {
     #[test]
     fn agree_and_differentiate() {
         // The first shapes take the branch, the others W'.
-        for (x, o, r) in
-            [(vec![1, 33], 17, 4), (vec![2, 7], 5, 7), (vec![2, 3, 5], 7, 2), (vec![9, 6], 4, 3), (vec![1, 1], 1, 1)]
-        {
+        for (x, o, r) in [
+            (vec![1, 33], 17, 4),
+            (vec![2, 7], 5, 7),
+            (vec![2, 3, 5], 7, 2),
+            (vec![9, 6], 4, 3),
+            (vec![1, 1], 1, 1),
+        ] {
             let i = x[x.len() - 1];
             for dtype in [DType::F32, DType::BF16, DType::F16] {
                 let rows = dense(o, i, dtype);

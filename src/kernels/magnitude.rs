@@ -229,7 +229,9 @@ mod tests {
             let n = (case(&[width], 3).abs().unwrap() + 0.5).unwrap();
             let t = [case(&z, 1), case(&[width], 2)];
             let op = |t: &[Tensor]| scale_columns(&t[0], &t[1], &n);
-            for (got, want) in run(&t, &op).iter().zip(run(&t, &|t| reference_scale_columns(&t[0], &t[1], &n))) {
+            for (got, want) in
+                run(&t, &op).iter().zip(run(&t, &|t| reference_scale_columns(&t[0], &t[1], &n)))
+            {
                 close("result or gradient", got, &want, F32);
             }
             linear_in_each(&t, &op);

@@ -67,9 +67,7 @@ pub mod reference {
     pub use super::gelu::reference as gelu;
     pub use super::linear::{reference as linear, reference_add_bias as add_bias};
     pub use super::low_rank::{reference as low_rank, reference_shared_block as shared_block};
-    pub use super::magnitude::{
-        reference_row_norms as row_norms, reference_scale_columns as scale_columns,
-    };
+    pub use super::magnitude::{reference_row_norms as row_norms, reference_scale_columns as scale_columns};
     pub use super::norm::reference as layer_norm;
     pub use super::packed_matmul::reference as packed_matmul;
     pub use super::plackett_luce::reference as plackett_luce;
