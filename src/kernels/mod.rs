@@ -13,6 +13,7 @@
 
 mod adamw;
 mod attention;
+mod best_step;
 mod cpu;
 mod cross_entropy;
 mod fake_quant;
@@ -20,6 +21,7 @@ mod gelu;
 mod linear;
 mod norm;
 mod packed_matmul;
+mod packed_rows;
 mod patchify;
 mod plackett_luce;
 mod softmax;
@@ -28,6 +30,7 @@ mod testing;
 
 pub use adamw::{adamw_step, AdamWParams, Moments};
 pub use attention::{attention_mix, attention_probs};
+pub use best_step::{absmax_step, best_step, round_to};
 pub use cross_entropy::{cross_entropy, soft_cross_entropy};
 pub use fake_quant::{
     dequantize, lsq, lsq_codes, lsq_init, quantize, statsq, statsq_annealed, statsq_codes, statsq_free,
@@ -36,7 +39,8 @@ pub use fake_quant::{
 pub use gelu::gelu;
 pub use linear::{add_bias, frozen_matmul, linear};
 pub use norm::layer_norm;
-pub use packed_matmul::{packed_codes_matmul, packed_matmul, PackedRows};
+pub use packed_matmul::{packed_codes_matmul, packed_matmul};
+pub use packed_rows::{Groups, PackedRows};
 pub use patchify::patchify;
 pub use plackett_luce::plackett_luce;
 pub use softmax::softmax;
