@@ -39,8 +39,8 @@ fn every_rule(mut law: impl FnMut(&str, &Tensor, Arc<dyn Transform>)) {
             for shape in SHAPES {
                 let w = random("weight", shape);
                 let what = |form: &str| format!("{kind:?} {form} {bits} bits {shape:?}");
-                law(&what("trained"), &w, kind.training(bits, &w).unwrap());
-                law(&what("untrained"), &w, kind.untrained(bits, &w).unwrap());
+                law(&what("trained"), &w, kind.training(bits, None, &w).unwrap());
+                law(&what("untrained"), &w, kind.untrained(bits, None, &w).unwrap());
             }
         }
     }
@@ -97,7 +97,7 @@ fn statsq_hands_the_whole_gradient_through_and_lsq_masks_it() {
     for kind in KINDS {
         for shape in SHAPES {
             let w = Var::from_tensor(&random("weight", shape)).unwrap();
-            let rule = kind.training(2, &w).unwrap();
+            let rule = kind.training(2, None, &w).unwrap();
             let upstream = random("upstream", shape);
             let y = rule.apply(&[w.as_tensor().clone()]).unwrap();
             let grads = (y * &upstream).unwrap().sum_all().unwrap().backward().unwrap();
@@ -120,7 +120,7 @@ fn statsq_hands_the_whole_gradient_through_and_lsq_masks_it() {
 fn statsq_levels_of_a_gaussian() {
     // ofq.md 10: shares of the four levels at 2 bits.
     let w = random("gaussian", (1, 1_000_000));
-    let rule = WeightQuant::Statsq.training(2, &w).unwrap();
+    let rule = WeightQuant::Statsq.training(2, None, &w).unwrap();
     let codes = values(&rule.quantize(&[w]).unwrap().unwrap().codes);
     for (code, share) in [(-2.0, 21.2), (-1.0, 28.8), (0.0, 28.8), (1.0, 21.2)] {
         let got = 100.0 * codes.iter().filter(|c| **c == code).count() as f64 / codes.len() as f64;
@@ -133,7 +133,7 @@ fn folding_changes_nothing_and_leaves_nothing_to_train() {
     let mut store =
         Weights::from_tensors([("a.weight".to_string(), random("a", (5, 9)))]).trainable().unwrap();
     let w = store.get("a.weight").unwrap().tensor().unwrap();
-    store.wrap("a.weight", WeightQuant::Lsq.training(3, &w).unwrap()).unwrap();
+    store.wrap("a.weight", WeightQuant::Lsq.training(3, None, &w).unwrap()).unwrap();
     assert_eq!(
         store.params().iter().map(|p| p.name.as_str()).collect::<Vec<_>>(),
         ["a.weight", "a.weight.scale"]
@@ -243,7 +243,7 @@ fn zero_rows_stay_zero_without_nan() {
     for kind in KINDS {
         let w = Var::from_tensor(&Tensor::new(&[[0f32, 0.0, 0.0], [0.3, -0.2, 0.1]], &Device::Cpu).unwrap())
             .unwrap();
-        let rule = kind.training(2, &w).unwrap();
+        let rule = kind.training(2, None, &w).unwrap();
         let y = rule.apply(&[w.as_tensor().clone()]).unwrap();
         assert!(values(&y).iter().all(|v| v.is_finite()));
         assert_eq!(values(&y)[..3], [0.0, 0.0, 0.0], "{kind:?}");

@@ -82,7 +82,7 @@ fn layers_on_codes_are_exact_in_integers() {
                         let x = random("x", &[batch, tokens, inputs]);
                         let w = random("w", &[outputs, inputs]);
                         let mut store = Weights::default();
-                        let rule = kind.training(bits, &w).unwrap();
+                        let rule = kind.training(bits, None, &w).unwrap();
                         store.insert("l.weight", Weight::latent(&w).unwrap().wrap(rule));
                         let (quant, _) = ActQuant::start(act_bits, site, &x).unwrap();
                         store.hang("l.in", Arc::new(quant));

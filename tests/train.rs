@@ -338,7 +338,7 @@ fn task(act_bits: u8, kind: WeightQuant) -> (Classify, Weights, Vec<Batch>, Opti
     let mut weights = start.weights.trainable().unwrap();
     for (name, _) in quantize::targets(&recipe, &weights).unwrap() {
         let w = weights.get(&name).unwrap().tensor().unwrap().detach();
-        weights.wrap(&name, kind.training(4, &w).unwrap()).unwrap();
+        weights.wrap(&name, kind.training(4, None, &w).unwrap()).unwrap();
     }
     let preprocess = std::sync::Arc::new(Preprocess::default_for(28, 28, 1));
     let load = |order: Vec<u32>, size: usize| -> Vec<Batch> {

@@ -256,7 +256,10 @@ fn rows(checkpoint: &Checkpoint, quantization: Option<&QuantizationConfig>) -> V
         if let Some((weight, entry)) = packed {
             let scale = checkpoint.bytes(&format!("{weight}.scale")).unwrap_or(0);
             let kind = serde_json::to_value(entry.grid.centering).unwrap_or_default();
-            let kind = format!("{} bits {}", entry.grid.bits, kind.as_str().unwrap_or_default());
+            let mut kind = format!("{} bits {}", entry.grid.bits, kind.as_str().unwrap_or_default());
+            if let Some(group) = entry.group_size {
+                kind += &format!(", groups of {group}");
+            }
             rows.push(Row { name: weight.into(), shape: entry.shape.clone(), kind, bytes: size + scale });
             continue;
         }

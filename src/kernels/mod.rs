@@ -13,6 +13,7 @@
 
 mod adamw;
 mod attention;
+mod best_step;
 mod block_affine;
 mod block_sum;
 mod cpu;
@@ -25,6 +26,7 @@ mod low_rank;
 mod magnitude;
 mod norm;
 mod packed_matmul;
+mod packed_rows;
 mod patchify;
 mod plackett_luce;
 mod rms_norm;
@@ -37,6 +39,7 @@ mod testing;
 
 pub use adamw::{adamw_step, AdamWParams, Moments};
 pub use attention::{attention_mix, attention_probs, causal_attention};
+pub use best_step::{absmax_step, best_step, round_to};
 pub use block_affine::{block_affine, merged as block_affine_merged};
 pub use block_sum::block_sum;
 pub use cross_entropy::{cross_entropy, soft_cross_entropy};
@@ -50,7 +53,8 @@ pub use linear::{add_bias, frozen_matmul, linear};
 pub use low_rank::{low_rank, shared_block};
 pub use magnitude::{row_norms, scale_columns};
 pub use norm::layer_norm;
-pub use packed_matmul::{packed_codes_matmul, packed_matmul, PackedRows};
+pub use packed_matmul::{packed_codes_matmul, packed_matmul};
+pub use packed_rows::{Groups, PackedRows};
 pub use patchify::patchify;
 pub use plackett_luce::plackett_luce;
 pub use rms_norm::rms_norm;

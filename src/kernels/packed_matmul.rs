@@ -1,150 +1,53 @@
 //! Products with packed weights.
 //!
-//! `y[t, o] = Σ_k x[t, k] step[o] (code[o, k] + offset)` for float activations, and the bare integer sum
-//! `Σ_k q[t, k] (2 code[o, k] + 1)` (or `Σ q code` on a grid with a zero) for activations that are
-//! codes themselves. `x: [.., in]`, codes `[out, in]` packed, `y: [.., out]`, f32.
+//! `y[t, o] = Σ_k x[t, k] step[o, k / group] (code[o, k] + offset)` for float activations, and the bare
+//! integer sum `Σ_k q[t, k] (2 code[o, k] + 1)` (or `Σ q code` on a grid with a zero) for activations that
+//! are codes themselves, where a row has one step. `x: [.., in]`, codes `[out, in]` packed,
+//! `y: [.., out]`, f32.
 //!
 //! The weight is unpacked by blocks of rows into a buffer that stays in cache, never as a whole; so
-//! too in the backward pass, which gives `dx = dy · W` and nothing for the frozen weight.
-
-use std::sync::Arc;
+//! too in the backward pass, which gives `dx = dy · W` and nothing for the frozen weight. Many tokens
+//! are shared out among the threads; of few, the weight is: its rows forward, its columns backward.
 
 use candle_core::{bail, CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::linear::{add_product, product, View};
-use super::Levels;
+use super::packed_rows::PackedRows;
 
 /// Rows of activations that one task takes through all the weight.
 const TOKENS: usize = 256;
 /// Rows of the weight that are unpacked at a time.
 const ROWS: usize = 64;
+/// Columns of the weight that one task takes backward where there are few tokens: whole bytes at any width.
+const COLUMNS: usize = 256;
 /// Whole numbers below this are exact in f32, whatever the order of a sum of them.
 const EXACT: i64 = 1 << 24;
-
-/// Packed rows of codes with a step for each row.
-#[derive(Clone, Debug)]
-pub struct PackedRows {
-    /// The range of the codes.
-    pub levels: Levels,
-    /// Bits per code, 1 to 8.
-    pub bits: u8,
-    /// Codes in a row.
-    pub cols: usize,
-    /// The fields `code - lo`, least significant bit first, every row from a byte on.
-    pub codes: Arc<[u8]>,
-    /// The step of each row.
-    pub step: Arc<[f32]>,
-}
-
-impl PackedRows {
-    /// Bytes of a row of `cols` codes of `bits` bits.
-    pub fn row_bytes(cols: usize, bits: u8) -> usize {
-        (cols * usize::from(bits)).div_ceil(8)
-    }
-
-    /// Packs whole numbers within the levels, `cols` a row.
-    pub fn pack(levels: Levels, bits: u8, cols: usize, codes: &[f32], step: &[f32]) -> Self {
-        let bytes = Self::row_bytes(cols, bits);
-        let mut packed = vec![0u8; step.len() * bytes];
-        for (row, codes) in packed.chunks_exact_mut(bytes.max(1)).zip(codes.chunks_exact(cols.max(1))) {
-            let (mut buffer, mut filled, mut at) = (0u32, 0u32, 0usize);
-            for &k in codes {
-                buffer |= ((k as i32 - levels.lo) as u32 & ((1 << bits) - 1)) << filled;
-                filled += u32::from(bits);
-                while filled >= 8 {
-                    row[at] = buffer as u8;
-                    (buffer, filled, at) = (buffer >> 8, filled - 8, at + 1);
-                }
-            }
-            if filled > 0 {
-                row[at] = buffer as u8;
-            }
-        }
-        PackedRows { levels, bits, cols, codes: packed.into(), step: step.into() }
-    }
-
-    /// Rows: output features.
-    pub fn rows(&self) -> usize {
-        self.step.len()
-    }
-
-    /// Writes `of(code)` for every code of one row.
-    #[inline]
-    pub fn unpack_row(&self, row: usize, out: &mut [f32], of: impl Fn(i32) -> f32) {
-        let bytes = Self::row_bytes(self.cols, self.bits);
-        let (bits, lo) = (u32::from(self.bits), self.levels.lo);
-        // Every value that a field can take, once: unpacking is then a look-up.
-        let mut table = [0f32; 256];
-        let mask = (1u32 << bits) - 1;
-        for (u, value) in table.iter_mut().enumerate().take(mask as usize + 1) {
-            *value = of(u as i32 + lo);
-        }
-        let source = &self.codes[row * bytes..(row + 1) * bytes];
-        if 8 % bits == 0 {
-            let fields = (8 / bits) as usize;
-            for (out, &byte) in out.chunks_mut(fields).zip(source) {
-                for (i, out) in out.iter_mut().enumerate() {
-                    *out = table[((u32::from(byte) >> (i as u32 * bits)) & mask) as usize];
-                }
-            }
-            return;
-        }
-        let mut source = source.iter();
-        let (mut buffer, mut filled) = (0u32, 0u32);
-        for out in out.iter_mut() {
-            if filled < bits {
-                buffer |= u32::from(source.next().copied().unwrap_or(0)) << filled;
-                filled += 8;
-            }
-            *out = table[(buffer & mask) as usize];
-            (buffer, filled) = (buffer >> bits, filled - bits);
-        }
-    }
-
-    /// Writes the values `step (code + offset)` of one row.
-    pub fn values(&self, row: usize, out: &mut [f32]) {
-        let (step, offset) = (self.step[row], if self.levels.half { 0.5 } else { 0.0 });
-        self.unpack_row(row, out, |k| step * (k as f32 + offset));
-    }
-
-    /// Writes the whole numbers `2 code + 1`, or `code` on a grid with a zero.
-    fn whole(&self, row: usize, out: &mut [f32]) {
-        let half = self.levels.half;
-        self.unpack_row(row, out, |k| if half { (2 * k + 1) as f32 } else { k as f32 });
-    }
-
-    /// What one of the whole numbers of [`PackedRows::whole`] is worth, in steps.
-    fn unit(&self) -> f32 {
-        if self.levels.half {
-            0.5
-        } else {
-            1.0
-        }
-    }
-
-    fn largest_whole(&self) -> i64 {
-        let (lo, hi) = (i64::from(self.levels.lo), i64::from(self.levels.hi));
-        let of = |k: i64| if self.levels.half { 2 * k + 1 } else { k };
-        of(lo).abs().max(of(hi).abs())
-    }
-}
 
 /// `x [tokens, in] · W^T` with the rows of `W` given by `unpack`.
 fn forward(x: &[f32], rows: &PackedRows, unpack: impl Fn(usize, &mut [f32]) + Sync) -> Vec<f32> {
     let (n, k) = (rows.rows(), rows.cols);
     let tokens = x.len() / k;
-    let mut y = vec![0f32; tokens * n];
-    y.par_chunks_mut(TOKENS * n).zip(x.par_chunks(TOKENS * k)).for_each(|(y, x)| {
-        let m = x.len() / k;
-        let mut block = vec![0f32; ROWS * k];
-        for start in (0..n).step_by(ROWS) {
-            let count = ROWS.min(n - start);
+    // `x` times `count` rows of the weight from `start` on, unpacked into `block`.
+    let turn =
+        |(start, count): (usize, usize), x: &[f32], block: &mut [f32], y: &mut [f32], stride: usize| {
             for (row, out) in block.chunks_exact_mut(k).take(count).enumerate() {
                 unpack(start + row, out);
             }
-            let (x, block) = (View::rows(x, k), View::rows(&block, k));
-            product((m, count, k), &mut y[start..], n, x, block.t(), 1.0);
+            product((x.len() / k, count, k), y, stride, View::rows(x, k), View::rows(block, k).t(), 1.0);
+        };
+    let mut y = vec![0f32; tokens * n];
+    if tokens <= TOKENS {
+        y.par_chunks_mut(ROWS * tokens).enumerate().for_each(|(i, y)| {
+            let count = y.len() / tokens;
+            turn((i * ROWS, count), x, &mut vec![0f32; count * k], y, count);
+        });
+        return gather(y, tokens, n, ROWS);
+    }
+    y.par_chunks_mut(TOKENS * n).zip(x.par_chunks(TOKENS * k)).for_each(|(y, x)| {
+        let mut block = vec![0f32; ROWS * k];
+        for start in (0..n).step_by(ROWS) {
+            turn((start, ROWS.min(n - start)), x, &mut block, &mut y[start..], n);
         }
     });
     y
@@ -154,21 +57,43 @@ fn forward(x: &[f32], rows: &PackedRows, unpack: impl Fn(usize, &mut [f32]) + Sy
 fn backward(g: &[f32], rows: &PackedRows) -> Vec<f32> {
     let (n, k) = (rows.rows(), rows.cols);
     let tokens = g.len() / n;
-    let mut dx = vec![0f32; tokens * k];
-    dx.par_chunks_mut(TOKENS * k).zip(g.par_chunks(TOKENS * n)).for_each(|(dx, g)| {
-        let m = g.len() / n;
-        let mut block = vec![0f32; ROWS * k];
+    // Adds `g` times `width` columns of the weight from `first` on.
+    let turn = |(first, width): (usize, usize), g: &[f32], dx: &mut [f32]| {
+        let mut block = vec![0f32; ROWS.min(n) * width];
         for start in (0..n).step_by(ROWS) {
             let count = ROWS.min(n - start);
-            for (row, out) in block.chunks_exact_mut(k).take(count).enumerate() {
-                rows.values(start + row, out);
+            for (row, out) in block.chunks_exact_mut(width).take(count).enumerate() {
+                rows.values_of(start + row, first..first + width, out);
             }
             // dx starts from zeros.
-            let (g, block) = (View { data: &g[start..], rs: n, cs: 1 }, View::rows(&block, k));
-            add_product((m, k, count), dx, k, g, block);
+            let (a, b) = (View { data: &g[start..], rs: n, cs: 1 }, View::rows(&block, width));
+            add_product((g.len() / n, width, count), dx, width, a, b);
         }
-    });
+    };
+    let mut dx = vec![0f32; tokens * k];
+    if tokens <= TOKENS {
+        dx.par_chunks_mut(COLUMNS * tokens).enumerate().for_each(|(i, dx)| {
+            turn((i * COLUMNS, dx.len() / tokens), g, dx);
+        });
+        return gather(dx, tokens, k, COLUMNS);
+    }
+    dx.par_chunks_mut(TOKENS * k).zip(g.par_chunks(TOKENS * n)).for_each(|(dx, g)| turn((0, k), g, dx));
     dx
+}
+
+/// Blocks of up to `block` columns, each row-major, one after another: as one row-major matrix.
+fn gather(blocks: Vec<f32>, rows: usize, cols: usize, block: usize) -> Vec<f32> {
+    if rows <= 1 || cols <= block {
+        return blocks;
+    }
+    let mut whole = vec![0f32; blocks.len()];
+    for (i, part) in blocks.chunks(block * rows).enumerate() {
+        let width = part.len() / rows;
+        for (whole, part) in whole.chunks_exact_mut(cols).zip(part.chunks_exact(width)) {
+            whole[i * block..i * block + width].copy_from_slice(part);
+        }
+    }
+    whole
 }
 
 /// The exact integer sums where f32 could round them: i32 holds `in` products of 8 bits each.
@@ -194,6 +119,9 @@ struct PackedMatmul(PackedRows);
 struct PackedMatmulBwd(PackedRows);
 struct PackedSums {
     rows: PackedRows,
+    /// Of whole numbers, the steps outside: where a row has one step. Else of values.
+    bare: bool,
+    /// Whether f32 holds every sum of whole numbers.
     exact: bool,
     /// Steps of the activation, token `t` taking entry `t mod len`; empty: the bare sums.
     step: Vec<f32>,
@@ -248,11 +176,15 @@ impl CustomOp1 for PackedSums {
     fn cpu_fwd(&self, q: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (q, rows) = (slice(q, layout)?, &self.rows);
         let mut y = match self.exact {
+            _ if !self.bare => forward(q, rows, |row, out| rows.values(row, out)),
             true => forward(q, rows, |row, out| rows.whole(row, out)),
             false => whole_sums(q, rows),
         };
         if !self.step.is_empty() {
-            let unit: Vec<f32> = rows.step.iter().map(|s| s * rows.unit()).collect();
+            let unit: Vec<f32> = match self.bare {
+                true => rows.step.iter().map(|s| s * rows.unit()).collect(),
+                false => vec![1.0; rows.rows()],
+            };
             y.par_chunks_mut(unit.len()).enumerate().for_each(|(t, y)| {
                 let step = self.step[t % self.step.len()];
                 y.iter_mut().zip(&unit).for_each(|(y, unit)| *y *= step * unit);
@@ -300,7 +232,8 @@ pub fn packed_matmul(x: &Tensor, rows: &PackedRows) -> Result<Tensor> {
 /// `q [.., in]` holds codes as whole f32 numbers of magnitude at most `bound`; token `t` of the
 /// flattened leading axes has the step `x_step[t mod len]`. Gives
 /// `x_step[t] step[o] Σ_k q[t, k] (code[o, k] + offset)`, `[.., out]`, f32: the sum exact, each factor
-/// rounded once. Not differentiable.
+/// rounded once. Where a row has several steps they stand inside the sum, which is then one of floats.
+/// Not differentiable.
 pub fn packed_codes_matmul(q: &Tensor, bound: u32, x_step: &Tensor, rows: &PackedRows) -> Result<Tensor> {
     let q = check("packed codes matmul", q, rows)?.detach();
     let tokens = q.elem_count() / rows.cols;
@@ -308,12 +241,22 @@ pub fn packed_codes_matmul(q: &Tensor, bound: u32, x_step: &Tensor, rows: &Packe
     if step.is_empty() || !tokens.is_multiple_of(step.len()) {
         bail!("packed codes matmul: found {} steps for {tokens} tokens", step.len());
     }
+    let bare = rows.groups().group().is_none();
     let exact = i64::from(bound) * rows.largest_whole() * (rows.cols as i64) < EXACT;
     if q.device().is_cpu() {
-        return q.apply_op1_no_bwd(&PackedSums { rows: rows.clone(), exact, step });
+        return q.apply_op1_no_bwd(&PackedSums { rows: rows.clone(), bare, exact, step });
     }
-    let sums = q.broadcast_matmul(&dense(&q, rows, |row, out| rows.whole(row, out))?.t()?)?;
-    let unit = Tensor::new(&rows.step[..], q.device())?.affine(f64::from(rows.unit()), 0.0)?;
+    let (w, unit) = match bare {
+        true => {
+            let unit = Tensor::new(&rows.step[..], q.device())?.affine(f64::from(rows.unit()), 0.0)?;
+            (dense(&q, rows, |row, out| rows.whole(row, out))?, unit)
+        }
+        false => {
+            let unit = Tensor::ones(rows.rows(), DType::F32, q.device())?;
+            (dense(&q, rows, |row, out| rows.values(row, out))?, unit)
+        }
+    };
+    let sums = q.broadcast_matmul(&w.t()?)?;
     let n = step.len();
     let step = Tensor::from_vec(step, (n, 1), q.device())?;
     let scaled = sums.reshape((tokens / n, n, rows.rows()))?.broadcast_mul(&step)?.broadcast_mul(&unit)?;
@@ -324,46 +267,35 @@ pub fn packed_codes_matmul(q: &Tensor, bound: u32, x_step: &Tensor, rows: &Packe
 mod tests {
     use candle_core::{Device, Var};
 
+    use super::super::packed_rows::tests::{grids, random_rows};
+    use super::super::Levels;
     use super::*;
     use crate::random::Random;
 
-    fn random_rows(levels: Levels, bits: u8, rows: usize, cols: usize) -> (PackedRows, Vec<i64>) {
-        let mut random = Random::new(u64::from(bits), "packed", &[rows as u64, cols as u64]);
-        let span = (levels.hi - levels.lo + 1) as u32;
-        let codes: Vec<i64> =
-            (0..rows * cols).map(|_| i64::from(levels.lo) + i64::from(random.below(span))).collect();
-        let step: Vec<f32> = (0..rows).map(|_| random.range(0.01, 0.1)).collect();
-        let floats: Vec<f32> = codes.iter().map(|&c| c as f32).collect();
-        (PackedRows::pack(levels, bits, cols, &floats, &step), codes)
-    }
-
-    fn all() -> impl Iterator<Item = (Levels, u8, usize, usize)> {
-        let grids = (2..=8).flat_map(|b| [(Levels::mid_rise(b), b), (Levels::signed(b), b)]);
-        grids.flat_map(|(l, b)| [(1, 1), (3, 5), (65, 7), (10, 130)].map(|(r, c)| (l, b, r, c)))
-    }
-
-    #[test]
-    fn codes_survive_packing() {
-        for (levels, bits, rows, cols) in all() {
-            let (packed, codes) = random_rows(levels, bits, rows, cols);
-            assert_eq!(packed.codes.len(), rows * (cols * usize::from(bits)).div_ceil(8));
-            let mut out = vec![0f32; cols];
-            for (row, codes) in codes.chunks_exact(cols).enumerate() {
-                packed.unpack_row(row, &mut out, |k| k as f32);
-                assert!(out.iter().zip(codes).all(|(&o, &c)| o as i64 == c), "{bits} bits, row {row}");
-            }
-        }
+    /// Shapes, with and without groups, some with a rest; the larger ones are split both ways.
+    fn all() -> impl Iterator<Item = (Levels, u8, usize, usize, Option<usize>)> {
+        let shapes = [
+            (1, 1, None),
+            (3, 5, None),
+            (65, 7, None),
+            (10, 130, None),
+            (3, 5, Some(2)),
+            (65, 7, Some(1)),
+            (10, 130, Some(64)),
+            (70, 300, Some(32)),
+        ];
+        grids().flat_map(move |(l, b)| shapes.map(|(r, c, g)| (l, b, r, c, g)))
     }
 
     #[test]
     fn integer_sums_are_exact() {
-        for (levels, bits, rows, cols) in all() {
-            let (packed, codes) = random_rows(levels, bits, rows, cols);
+        for (levels, bits, rows, cols, group) in all().filter(|shape| shape.4.is_none()) {
+            let (packed, codes) = random_rows((levels, bits), rows, cols, group);
             for exact in [true, false] {
                 let mut random = Random::new(9, "q", &[]);
                 let q: Vec<i64> = (0..3 * cols).map(|_| i64::from(random.below(256))).collect();
                 let input = Tensor::from_vec(q.iter().map(|&v| v as f32).collect(), (3, cols), &Device::Cpu);
-                let op = PackedSums { rows: packed.clone(), exact, step: Vec::new() };
+                let op = PackedSums { rows: packed.clone(), bare: true, exact, step: Vec::new() };
                 let y = input.unwrap().apply_op1_no_bwd(&op).unwrap().to_vec2::<f32>().unwrap();
                 for (t, y) in y.iter().enumerate() {
                     for (o, &y) in y.iter().enumerate() {
@@ -378,11 +310,14 @@ mod tests {
 
     #[test]
     fn forward_and_gradient_agree_with_the_dense_product() {
-        for (levels, bits, rows, cols) in all() {
-            let (packed, _) = random_rows(levels, bits, rows, cols);
+        // Few tokens, and more than one task takes.
+        let tokens = |bits: u8| if bits == 3 { TOKENS + 2 } else { 6 };
+        for (levels, bits, rows, cols, group) in all() {
+            let (packed, _) = random_rows((levels, bits), rows, cols, group);
             let mut random = Random::new(4, "x", &[cols as u64]);
-            let x: Vec<f32> = (0..2 * 3 * cols).map(|_| random.normal()).collect();
-            let x = Var::from_vec(x, (2, 3, cols), &Device::Cpu).unwrap();
+            let tokens = tokens(bits);
+            let x: Vec<f32> = (0..tokens * cols).map(|_| random.normal()).collect();
+            let x = Var::from_vec(x, (2, tokens / 2, cols), &Device::Cpu).unwrap();
             let run = |y: Tensor| {
                 let weights = Tensor::arange(0f32, y.elem_count() as f32, &Device::Cpu).unwrap();
                 let loss = (y.flatten_all().unwrap() * weights.cos().unwrap()).unwrap().sum_all().unwrap();
@@ -395,15 +330,64 @@ mod tests {
             let fast = run(packed_matmul(&x, &packed).unwrap());
             let plain = run(reference(&x, &packed).unwrap());
             for (a, b) in fast.0.iter().zip(&plain.0).chain(fast.1.iter().zip(&plain.1)) {
-                // f32 sums of up to 130 terms in another order.
-                assert!((a - b).abs() <= 1e-5 * (1.0 + b.abs()), "{bits} bits {rows}x{cols}: {a} {b}");
+                // f32 sums of up to 300 terms in another order; 8-bit codes reach 255 steps of a tenth.
+                let size = packed.largest_whole() as f32 * 0.1;
+                assert!(
+                    (a - b).abs() <= 1e-5 * (1.0 + b.abs() + size),
+                    "{bits} bits {rows}x{cols} in groups of {group:?}: {a} {b}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn threads_change_nothing() {
+        for (tokens, group) in [(5, Some(64)), (5, None), (TOKENS + 9, Some(64))] {
+            let (packed, _) = random_rows((Levels::mid_rise(3), 3), 150, 600, group);
+            let x = crate::kernels::testing::values(&[tokens, 600], 5);
+            crate::kernels::testing::ignores_threads(&[x], &|t| packed_matmul(&t[0], &packed));
+        }
+    }
+
+    #[test]
+    fn half_precision_activations_keep_their_dtype() {
+        let (packed, _) = random_rows((Levels::signed(4), 4), 7, 13, Some(5));
+        let x = crate::kernels::testing::values(&[3, 13], 2);
+        for dtype in [DType::BF16, DType::F16] {
+            let x = x.to_dtype(dtype).unwrap();
+            let y = packed_matmul(&x, &packed).unwrap();
+            assert_eq!(y.dtype(), dtype);
+            let wide = packed_matmul(&x.to_dtype(DType::F32).unwrap(), &packed).unwrap();
+            crate::kernels::testing::close("half", &y, &wide, crate::kernels::testing::BF16);
+        }
+    }
+
+    #[test]
+    fn codes_meet_steps_by_groups_as_floats() {
+        let (packed, codes) = random_rows((Levels::mid_rise(2), 2), 5, 10, Some(4));
+        let mut random = Random::new(9, "q", &[]);
+        let q: Vec<f32> = (0..4 * 10).map(|_| random.below(4) as f32).collect();
+        let x_step = [0.5f32, 0.25];
+        let input = Tensor::from_slice(&q, (2, 2, 10), &Device::Cpu).unwrap();
+        let step = Tensor::new(&x_step, &Device::Cpu).unwrap();
+        let y = packed_codes_matmul(&input, 3, &step, &packed).unwrap();
+        assert_eq!(y.dims(), [2, 2, 5]);
+        let y = y.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        for (t, y) in y.chunks_exact(5).enumerate() {
+            for (o, y) in y.iter().enumerate() {
+                let term = |k: usize| {
+                    let step = packed.step[packed.groups().step_of(o * 10 + k)];
+                    f64::from(q[t * 10 + k]) * f64::from(step) * (codes[o * 10 + k] as f64 + 0.5)
+                };
+                let want = f64::from(x_step[t % 2]) * (0..10).map(term).sum::<f64>();
+                assert!((f64::from(*y) - want).abs() < 1e-6, "token {t}, row {o}: {y} {want}");
             }
         }
     }
 
     #[test]
     fn wrong_width_is_named() {
-        let (packed, _) = random_rows(Levels::signed(4), 4, 2, 3);
+        let (packed, _) = random_rows((Levels::signed(4), 4), 2, 3, None);
         let x = Tensor::zeros((2, 4), DType::F32, &Device::Cpu).unwrap();
         let error = packed_matmul(&x, &packed).unwrap_err().to_string();
         assert!(error.contains("found 4 input features, expected 3"), "{error}");

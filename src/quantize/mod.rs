@@ -106,8 +106,8 @@ fn lay_quantizers(
         rows += sums.len();
         let rule = match (trained, training) {
             (Some(trained), _) => trained::weight_rule(config.kind, bits, &name, &w, trained)?,
-            (None, true) => config.kind.training(bits, &w)?,
-            (None, false) => config.kind.untrained(bits, &w)?,
+            (None, true) => config.kind.training(bits, config.group, &w)?,
+            (None, false) => config.kind.untrained(bits, config.group, &w)?,
         };
         weights.wrap(&name, rule)?;
     }

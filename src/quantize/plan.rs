@@ -5,6 +5,7 @@ use candle_core::Device;
 use super::start::{open_data, prepare};
 use super::{qkr, targets};
 use crate::data::Dataset;
+use crate::kernels::Groups;
 use crate::models::attention::with_products;
 use crate::models::{SwinConfig, VisionConfig, VitConfig};
 use crate::recipe::{Recipe, When};
@@ -47,7 +48,12 @@ pub fn plan(recipe: &Recipe, device: &Device) -> Result<Plan> {
                     WeightQuant::Statsq => "statsq",
                     WeightQuant::Lsq => "lsq",
                 };
-                (format!("{kind}, {} bits", target.bits), shape[0] * (grid.row_bytes(cols) + 4))
+                let groups = Groups::new(cols, transform.group);
+                let mut what = format!("{kind}, {} bits", target.bits);
+                if let Some(group) = groups.group() {
+                    what += &format!(", groups of {group}");
+                }
+                (what, shape[0] * (grid.row_bytes(cols) + 4 * groups.count()))
             }
             None => ("f32".to_string(), 4 * count),
         };

@@ -63,7 +63,7 @@ pub fn rank(
         }
         let mut weights = opened.weights.clone();
         let w = weights.get(name)?.tensor()?.detach();
-        weights.wrap(name, WeightQuant::Statsq.untrained(bits, &w)?)?;
+        weights.wrap(name, WeightQuant::Statsq.untrained(bits, None, &w)?)?;
         let got = measure(&weights.folded()?)?;
         let (drop, loss_rise) = (base.top1 - got.top1, got.loss - base.loss);
         layers.push(Sensitivity { name: name.clone(), bits, top1: got.top1, drop, loss_rise });

@@ -29,7 +29,14 @@ pub(super) fn check(recipe: &Recipe, start: &Start, trains: bool) -> Result<()> 
         return Err(Error::usage(format!("{name}: {message}")));
     }
     for (weight, target) in targets(recipe, &start.weights)? {
-        agree(recipe.transform[target.transform].kind, &weight, trained)?;
+        let transform = &recipe.transform[target.transform];
+        agree(transform.kind, &weight, trained)?;
+        if let Some(group) = transform.group {
+            return Err(Error::usage(format!(
+                "transform.{}.group = {group}: {weight} was trained with one step a row, expected no group",
+                target.transform
+            )));
+        }
     }
     if trains && recipe.distill.kind != DistillKind::None && recipe.distill.teacher.is_none() {
         return Err(Error::usage(format!(
@@ -62,7 +69,7 @@ pub(super) fn weight_rule(
     agree(kind, name, trained)?;
     match trained.steps.get(name) {
         Some(step) => Ok(Arc::new(Lsq::trained(bits, &step.to_device(w.device())?)?)),
-        None => kind.training(bits, w),
+        None => kind.training(bits, None, w),
     }
 }
 

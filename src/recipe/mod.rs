@@ -91,6 +91,9 @@ pub struct TransformConfig {
     pub kind: WeightQuant,
     /// Bits per weight: 2, 3, 4 or 8.
     pub bits: u8,
+    /// Columns that share a step within a row, the last group of a row excepted; none: the whole row.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<usize>,
     /// Patterns of weight names, `*` for any run of characters, `{a,b}` for one of several.
     pub targets: Vec<String>,
 }
@@ -271,6 +274,9 @@ impl Recipe {
         }
         for (i, transform) in self.transform.iter().enumerate() {
             transform.kind.grid(transform.bits).map_err(|e| Error::usage(format!("transform.{i}: {e}")))?;
+            if transform.group == Some(0) {
+                return Err(Error::usage(format!("transform.{i}.group = 0: expected 1 column or more")));
+            }
             if transform.targets.is_empty() {
                 return Err(Error::usage(format!("transform.{i}.targets: found none, expected patterns")));
             }

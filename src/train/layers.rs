@@ -38,15 +38,17 @@ fn entropy(shares: &[f64]) -> f64 {
 }
 
 /// The figures of one quantized weight, as a line of metrics.jsonl holds them; `None` where it is not on
-/// a grid with a step for each row.
+/// a grid with a step for each row, or for each group of a row's columns.
 pub fn figures(name: &str, weight: &Weight, track: &Track, gate: Option<&Gate>) -> Result<Option<Value>> {
     let (Some(before), Some(quantized)) = (weight.before(), weight.quantize()?) else { return Ok(None) };
     let w = flat(&before.tensor()?)?;
     let (codes, steps) = (flat(&quantized.codes)?, flat(&quantized.step)?);
-    if steps.is_empty() || w.len() % steps.len() != 0 || w.len() != codes.len() {
+    let groups = quantized.groups();
+    let rows = codes.len() / groups.cols().max(1);
+    if steps.is_empty() || steps.len() != rows * groups.count() || w.len() != codes.len() {
         return Ok(None);
     }
-    let (count, cols) = (w.len(), w.len() / steps.len());
+    let count = w.len();
     let levels = quantized.grid.levels();
     let offset = if levels.half { 0.5 } else { 0.0 };
     let mut near = [0usize; NEAR.len()];
@@ -56,7 +58,7 @@ pub fn figures(name: &str, weight: &Weight, track: &Track, gate: Option<&Gate>) 
     for (i, (&w, &code)) in w.iter().zip(&codes).enumerate() {
         let level = (code as i32 - levels.lo).clamp(0, levels.hi - levels.lo);
         at_level[level as usize] += 1;
-        let step = steps[i / cols];
+        let step = steps[groups.step_of(i)];
         if step < f32::MIN_POSITIVE {
             // A row of zeros has no thresholds: as far away as can be.
             bins[BINS - 1] += 1;

@@ -319,7 +319,8 @@ impl Transform for ActQuant {
         let (x, shift) = self.seen(&inputs[0])?;
         let axis = self.axis(&x)?;
         let codes = kernels::lsq_codes(&x, &self.step, shift, self.grid.levels(), axis)?;
-        Ok(Some(Quantized { codes, step: self.step.detach().maximum(STEP_FLOOR)?, axis, grid: self.grid }))
+        let step = self.step.detach().maximum(STEP_FLOOR)?;
+        Ok(Some(Quantized { codes, step, axis, group: None, grid: self.grid }))
     }
 
     fn shift_out(&self) -> Option<Tensor> {

@@ -1,5 +1,5 @@
-//! LSQ weights: one learned step for each row on a signed grid; the baseline that StatsQ is measured
-//! against.
+//! LSQ weights: one learned step for each row, or each group of its columns, on a signed grid; the
+//! baseline that StatsQ is measured against.
 //!
 //! `q = rne(clamp(W/s, -n, n - 1))`, `Ŵ = q s`; the gradient of `W` is masked outside the range, that
 //! of `s` is `g Σ dŴ (q - v)` inside, the clipped code outside, `g = 1 / sqrt((n - 1) m)`.
@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use candle_core::{Tensor, Var};
 
+use super::groups::Split;
 use crate::weights::{Centering, Grid, Quantized, Role, Transform};
 use crate::{kernels, Result};
 
@@ -19,21 +20,29 @@ pub(super) const STEP_FLOOR: f64 = 1e-5;
 #[derive(Clone, Debug)]
 pub struct Lsq {
     grid: Grid,
+    /// Columns that share a step; none: the whole row.
+    group: Option<usize>,
+    /// `[rows]`, or `[rows, groups]` where there are several.
     step: Tensor,
 }
 
 impl Lsq {
-    /// Starts the step of each row of `w` at `2 mean|w| / sqrt(n - 1)`.
-    pub fn start(bits: u8, w: &Tensor) -> Result<Self> {
+    /// Starts the step of each row of `w`, or of each `group` of its columns, at `2 mean|w| / sqrt(n - 1)`.
+    pub fn start(bits: u8, group: Option<usize>, w: &Tensor) -> Result<Self> {
         let grid = Grid::new(bits, Centering::Signed)?;
-        let step = kernels::lsq_init(&w.detach(), grid.levels(), Some(0), 2.0)?;
-        Ok(Lsq { grid, step: Var::from_tensor(&step)?.as_tensor().clone() })
+        let w = w.detach();
+        let first = |rows: &Tensor| Ok(kernels::lsq_init(rows, grid.levels(), Some(0), 2.0)?);
+        let step = match group {
+            None => first(&w)?,
+            Some(_) => Split::of(&w, group)?.find_steps(&w, first)?,
+        };
+        Ok(Lsq { grid, group, step: Var::from_tensor(&step)?.as_tensor().clone() })
     }
 
     /// With the steps that training gave, one for each row.
     pub fn trained(bits: u8, step: &Tensor) -> Result<Self> {
         let grid = Grid::new(bits, Centering::Signed)?;
-        Ok(Lsq { grid, step: Var::from_tensor(step)?.as_tensor().clone() })
+        Ok(Lsq { grid, group: None, step: Var::from_tensor(step)?.as_tensor().clone() })
     }
 }
 
@@ -43,7 +52,12 @@ impl Transform for Lsq {
     }
 
     fn apply(&self, inputs: &[Tensor]) -> Result<Tensor> {
-        Ok(kernels::lsq(&inputs[0], &self.step, None, self.grid.levels(), Some(0))?)
+        let (w, levels) = (&inputs[0], self.grid.levels());
+        let rule = |w: &Tensor, step: &Tensor| Ok(kernels::lsq(w, step, None, levels, Some(0))?);
+        match self.group {
+            None => rule(w, &self.step),
+            Some(_) => Split::of(w, self.group)?.map_steps(w, &self.step, rule),
+        }
     }
 
     fn params(&self) -> Vec<(&'static str, Var, Role)> {
@@ -55,7 +69,7 @@ impl Transform for Lsq {
     }
 
     fn frozen(&self) -> Result<Arc<dyn Transform>> {
-        Ok(Arc::new(Lsq { grid: self.grid, step: self.step.copy()?.detach() }))
+        Ok(Arc::new(Lsq { step: self.step.copy()?.detach(), ..*self }))
     }
 
     fn grid(&self) -> Option<Grid> {
@@ -63,9 +77,12 @@ impl Transform for Lsq {
     }
 
     fn quantize(&self, inputs: &[Tensor]) -> Result<Option<Quantized>> {
-        let step = self.step.detach();
-        let codes = kernels::lsq_codes(&inputs[0], &step, None, self.grid.levels(), Some(0))?;
-        Ok(Some(Quantized { codes, step: step.maximum(STEP_FLOOR)?, axis: Some(0), grid: self.grid }))
+        let (w, step, levels) = (&inputs[0], self.step.detach(), self.grid.levels());
+        let split = Split::of(w, self.group)?;
+        let codes =
+            split.map_steps(w, &step, |w, step| Ok(kernels::lsq_codes(w, step, None, levels, Some(0))?))?;
+        let (step, group) = (step.maximum(STEP_FLOOR)?, split.group());
+        Ok(Some(Quantized { codes, step, axis: Some(0), group, grid: self.grid }))
     }
 }
 

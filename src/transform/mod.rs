@@ -5,6 +5,7 @@ pub mod bone;
 pub mod dora;
 pub mod dropout;
 pub mod embedding;
+mod groups;
 pub mod least_squares;
 pub mod lora;
 pub mod lsq;
@@ -37,9 +38,9 @@ use crate::{Error, Result};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum WeightQuant {
-    /// Scale from the row's statistics, straight-through gradient ([`StatsQ`]).
+    /// Scale from the statistics of the row or group, straight-through gradient ([`StatsQ`]).
     Statsq,
-    /// Learned step for each row ([`Lsq`]).
+    /// Learned step for each row, or group of columns within it ([`Lsq`]).
     Lsq,
 }
 
@@ -55,17 +56,18 @@ impl WeightQuant {
         }
     }
 
-    /// The rule for training, started from the weight `w`.
-    pub fn training(self, bits: u8, w: &Tensor) -> Result<Arc<dyn Transform>> {
+    /// The rule for training, started from the weight `w`; `group` columns of a row share a step, none:
+    /// all of them.
+    pub fn training(self, bits: u8, group: Option<usize>, w: &Tensor) -> Result<Arc<dyn Transform>> {
         let grid = self.grid(bits)?;
         Ok(match self {
-            WeightQuant::Statsq => Arc::new(StatsQ::new(grid.bits)?),
-            WeightQuant::Lsq => Arc::new(Lsq::start(grid.bits, w)?),
+            WeightQuant::Statsq => Arc::new(StatsQ::grouped(grid.bits, group)?),
+            WeightQuant::Lsq => Arc::new(Lsq::start(grid.bits, group, w)?),
         })
     }
 
-    /// The rule for packing without training: the step of least squared error for each row.
-    pub fn untrained(self, bits: u8, w: &Tensor) -> Result<Arc<dyn Transform>> {
-        Ok(Arc::new(OnGrid::fit(self.grid(bits)?, w)?))
+    /// The rule for packing without training: the step of least squared error for each row or group.
+    pub fn untrained(self, bits: u8, group: Option<usize>, w: &Tensor) -> Result<Arc<dyn Transform>> {
+        Ok(Arc::new(OnGrid::fit(self.grid(bits)?, group, w)?))
     }
 }

@@ -2,9 +2,11 @@
 //! safetensors file holds.
 //!
 //! A packed weight `NAME` is stored as `NAME.codes` (u8 `[rows, row_bytes]`, see [`super::packed`]) and
-//! `NAME.scale` (f32 `[rows]`, the step of each row). A rule on a tap is stored as its tensors beneath
+//! `NAME.scale` (f32 `[rows]`, the step of each row; `[rows, groups]` where its entry has a `group_size`,
+//! the columns of a row that share a step). A rule on a tap is stored as its tensors beneath
 //! the tap's name. Everything else is stored under its own name as f32. The version is raised
-//! whenever an older program would read a file wrongly.
+//! whenever an older program would read a file wrongly: 1 has one step a row, 2 group sizes. A file says
+//! the lowest that it needs.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -19,8 +21,10 @@ use super::packed::{Grid, Packed};
 use super::{Expr, Transform, Weight, Weights};
 use crate::{Error, Result};
 
-/// The version of the format that this program writes, and the newest that it reads.
-pub const FORMAT_VERSION: u64 = 1;
+/// The newest version of the format that this program reads, and writes where a file needs it.
+pub const FORMAT_VERSION: u64 = 2;
+/// The version of files whose weights have one step a row.
+const ROWS_VERSION: u64 = 1;
 
 /// `quantization_config` in config.json.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -42,6 +46,9 @@ pub struct PackedEntry {
     /// Bits and centering.
     #[serde(flatten)]
     pub grid: Grid,
+    /// Columns of a row that share a step; none: the whole row.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group_size: Option<usize>,
     /// The weight's shape, rows first.
     pub shape: Vec<usize>,
 }
@@ -55,14 +62,17 @@ impl QuantizationConfig {
     pub fn of(weights: &Weights) -> Self {
         let packed = weights.iter().filter_map(|(name, weight)| match weight.expr() {
             Expr::Packed(p) => {
-                Some((name.to_string(), PackedEntry { grid: p.grid(), shape: p.shape().to_vec() }))
+                let (grid, group_size, shape) = (p.grid(), p.group(), p.shape().to_vec());
+                Some((name.to_string(), PackedEntry { grid, group_size, shape }))
             }
             _ => None,
         });
+        let packed: BTreeMap<String, PackedEntry> = packed.collect();
+        let grouped = packed.values().any(|entry| entry.group_size.is_some());
         QuantizationConfig {
             quant_method: "qtune".into(),
-            format_version: FORMAT_VERSION,
-            weights: packed.collect(),
+            format_version: if grouped { FORMAT_VERSION } else { ROWS_VERSION },
+            weights: packed,
             activations: weights.taps().map(|(name, rule)| (name.to_string(), rule.describe())).collect(),
         }
     }
@@ -112,6 +122,7 @@ impl QuantizationConfig {
             let packed = Packed::from_tensors(
                 name,
                 grid,
+                entry.group_size,
                 &entry.shape,
                 &checkpoint.tensor(&codes, device)?,
                 &checkpoint.tensor(&scale, device)?,
@@ -160,4 +171,89 @@ pub fn stored_tensors(weights: &Weights) -> Result<Vec<(String, Tensor)>> {
         tensors.extend(rule.tensors().into_iter().map(|(suffix, t)| (format!("{name}.{suffix}"), t)));
     }
     Ok(tensors)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::DType;
+    use serde_json::json;
+
+    use super::*;
+    use crate::weights::packed::Centering;
+
+    /// A folder with one weight `w [3, 10]`, packed, and a bias.
+    fn store(group: Option<usize>) -> Weights {
+        let w: Vec<f32> = (0..30).map(|i| ((i * 7 % 11) as f32 - 5.0) * 0.1).collect();
+        let w = Tensor::from_vec(w, (3, 10), &Device::Cpu).unwrap();
+        let grid = Grid::new(4, Centering::Signed).unwrap();
+        let mut weights = Weights::default();
+        weights.insert("w", Weight::from(Expr::Packed(Packed::fit(&w, grid, group).unwrap().0)));
+        weights.insert("b", Weight::dense(Tensor::ones(3, DType::F32, &Device::Cpu).unwrap()));
+        weights
+    }
+
+    fn saved(weights: &Weights) -> (tempfile::TempDir, Checkpoint) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("model.safetensors");
+        checkpoint::save(&path, &stored_tensors(weights).unwrap(), &BTreeMap::new()).unwrap();
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        (dir, checkpoint)
+    }
+
+    fn none(_: &str, _: &Value, _: &dyn Fn(&str) -> Result<Option<Tensor>>) -> Result<Arc<dyn Transform>> {
+        Err(Error::Run("no taps here".into()))
+    }
+
+    fn values(weights: &Weights) -> Vec<Vec<f32>> {
+        weights.get("w").unwrap().tensor().unwrap().to_vec2::<f32>().unwrap()
+    }
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        for (group, version) in [(None, 1), (Some(10), 1), (Some(4), 2), (Some(1), 2)] {
+            let weights = store(group);
+            let value = json!({"quantization_config": QuantizationConfig::of(&weights)});
+            let entry = &value["quantization_config"]["weights"]["w"];
+            assert_eq!(value["quantization_config"]["format_version"], json!(version));
+            assert_eq!(entry.get("group_size").is_some(), version == 2);
+            let (_dir, checkpoint) = saved(&weights);
+            let config = QuantizationConfig::read(Path::new("config.json"), &value).unwrap().unwrap();
+            let back = config.open(&checkpoint, &Device::Cpu, &none).unwrap();
+            assert_eq!(values(&back), values(&weights), "{group:?}");
+            assert!(back.contains("b"));
+        }
+    }
+
+    #[test]
+    fn a_file_of_version_1_opens_as_written_then() {
+        let text = r#"{"quant_method":"qtune","format_version":1,
+            "weights":{"w":{"bits":4,"centering":"signed","shape":[3,10]}}}"#;
+        let value = json!({"quantization_config": serde_json::from_str::<Value>(text).unwrap()});
+        let config = QuantizationConfig::read(Path::new("config.json"), &value).unwrap().unwrap();
+        let weights = store(None);
+        let (_dir, checkpoint) = saved(&weights);
+        let back = config.open(&checkpoint, &Device::Cpu, &none).unwrap();
+        assert_eq!(values(&back), values(&weights));
+        let again = json!({"quantization_config": QuantizationConfig::of(&back)});
+        assert_eq!(again["quantization_config"]["weights"], value["quantization_config"]["weights"]);
+    }
+
+    #[test]
+    fn lies_about_groups_are_named() {
+        let weights = store(Some(4));
+        let (_dir, checkpoint) = saved(&weights);
+        let open = |group_size: Option<usize>| {
+            let mut config = QuantizationConfig::of(&weights);
+            config.weights.get_mut("w").unwrap().group_size = group_size;
+            config.open(&checkpoint, &Device::Cpu, &none).map(|_| ()).unwrap_err().to_string()
+        };
+        assert!(open(Some(0)).contains("tensor w: found group_size 0, expected 1 to 9"));
+        assert!(open(Some(10)).contains("tensor w: found group_size 10, expected 1 to 9"));
+        let found = "tensor w.scale: found F32 [3, 3], expected F32";
+        assert_eq!(open(None), format!("{found} [3]"));
+        assert_eq!(open(Some(3)), format!("{found} [3, 4]"));
+        let newer = json!({"quantization_config": {"quant_method": "qtune", "format_version": 3}});
+        let error = QuantizationConfig::read(Path::new("config.json"), &newer).unwrap_err().to_string();
+        assert!(error.contains("found 3") && error.contains("reads up to 2"), "{error}");
+    }
 }

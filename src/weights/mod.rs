@@ -6,6 +6,7 @@
 
 pub mod backend;
 pub mod checkpoint;
+mod fit;
 pub mod format;
 pub mod packed;
 pub mod tap;
@@ -17,6 +18,7 @@ use candle_core::{Device, Tensor, Var};
 use indexmap::IndexMap;
 
 pub use checkpoint::{Checkpoint, Pickle};
+pub use fit::Fit;
 pub use packed::{Centering, Grid, Packed, Quantized};
 pub use tap::{Activation, Calibration, Granularity, Shifts, Signedness, Site, Tap};
 pub use weight::{Expr, Gate, Role, Transform, Weight};
@@ -137,6 +139,37 @@ impl Weights {
             }
         }
         Ok(packed)
+    }
+
+    /// Packs the frozen weights called `names` in place, one after another, so that beside what is packed
+    /// only one dense tensor is in memory; `group` columns of a row share a step, none: all of them.
+    /// `progress` hears of each. A weight that is trainable, computed or packed already is an error.
+    pub fn pack_frozen<S: AsRef<str>>(
+        &mut self,
+        names: &[S],
+        grid: Grid,
+        group: Option<usize>,
+        mut progress: impl FnMut(&str, &Fit),
+    ) -> Result<()> {
+        for name in names.iter().map(AsRef::as_ref) {
+            let weight = self.get(name)?;
+            let found = match weight.expr() {
+                Expr::Dense(_) | Expr::Stored { .. } => None,
+                Expr::Latent(_) => Some("a trainable weight"),
+                Expr::Packed(_) => Some("a packed weight"),
+                Expr::Node { .. } => Some("a weight computed of others"),
+            };
+            if let Some(found) = found {
+                return Err(Error::tensor(name, format!("found {found}, expected a frozen dense one")));
+            }
+            let (packed, fit) = Packed::fit(&weight.tensor()?, grid, group).map_err(|e| match e {
+                Error::Run(message) => Error::tensor(name, message),
+                other => other,
+            })?;
+            progress(name, &fit);
+            self.insert(name, Expr::Packed(packed).into());
+        }
+        Ok(())
     }
 
     /// The tap called `name`, with whatever rule hangs there.

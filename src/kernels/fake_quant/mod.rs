@@ -52,7 +52,7 @@ impl Levels {
         Levels { lo: 0, hi: ((1i64 << bits.clamp(1, 31)) - 1) as i32, half: false }
     }
 
-    fn offset(self) -> f64 {
+    pub(super) fn offset(self) -> f64 {
         if self.half {
             0.5
         } else {

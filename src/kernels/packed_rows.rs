@@ -1,0 +1,295 @@
+//! Rows of integer codes, packed bit by bit, with a step for each group of columns.
+//!
+//! Row `r` and column `c` stand for `step[r, c / group] (code[r, c] + offset)`; the last group of a row
+//! holds what is left of its columns. A row with one step is a row of one group.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::Levels;
+
+/// How the columns of a row fall into groups that share a step: so many each, the last what is left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Groups {
+    cols: usize,
+    width: usize,
+}
+
+impl Groups {
+    /// Groups of `group` of `cols` columns; none, or more than there are: the whole row is one.
+    pub fn new(cols: usize, group: Option<usize>) -> Self {
+        Groups { cols, width: group.unwrap_or(cols).clamp(1, cols.max(1)) }
+    }
+
+    /// Columns of a row.
+    pub fn cols(self) -> usize {
+        self.cols
+    }
+
+    /// Columns of a group, but for a shorter last one.
+    pub fn width(self) -> usize {
+        self.width
+    }
+
+    /// Groups of a row, at least one.
+    pub fn count(self) -> usize {
+        self.cols.div_ceil(self.width).max(1)
+    }
+
+    /// Columns of the last group where it is shorter than the others, else 0.
+    pub fn rest(self) -> usize {
+        self.cols % self.width
+    }
+
+    /// The columns of a group; none where a row is one group.
+    pub fn group(self) -> Option<usize> {
+        (self.count() > 1).then_some(self.width)
+    }
+
+    /// Which step, counted over all rows, the element with this flat index has.
+    pub fn step_of(self, index: usize) -> usize {
+        let cols = self.cols.max(1);
+        index / cols * self.count() + index % cols / self.width
+    }
+}
+
+/// Packed rows of codes with a step for each group of columns.
+#[derive(Clone, Debug)]
+pub struct PackedRows {
+    /// The range of the codes.
+    pub levels: Levels,
+    /// Bits per code, 1 to 8.
+    pub bits: u8,
+    /// Codes in a row.
+    pub cols: usize,
+    /// Columns that share a step, the last group of a row excepted; `cols` where a row has one step.
+    pub group: usize,
+    /// The fields `code - lo`, least significant bit first, every row from a byte on.
+    pub codes: Arc<[u8]>,
+    /// The steps, `[rows, groups]`, row-major.
+    pub step: Arc<[f32]>,
+}
+
+impl PackedRows {
+    /// Bytes of a row of `cols` codes of `bits` bits.
+    pub fn row_bytes(cols: usize, bits: u8) -> usize {
+        (cols * usize::from(bits)).div_ceil(8)
+    }
+
+    /// Packs whole numbers within the levels, `cols` a row, with one step for each row.
+    pub fn pack(levels: Levels, bits: u8, cols: usize, codes: &[f32], step: &[f32]) -> Self {
+        Self::pack_groups(levels, bits, Groups::new(cols, None), codes, step)
+    }
+
+    /// Packs whole numbers within the levels, with steps `[rows, groups]`, row-major.
+    pub fn pack_groups(levels: Levels, bits: u8, groups: Groups, codes: &[f32], step: &[f32]) -> Self {
+        let (cols, bytes) = (groups.cols(), Self::row_bytes(groups.cols(), bits));
+        let mut packed = vec![0u8; step.len() / groups.count() * bytes];
+        for (row, codes) in packed.chunks_exact_mut(bytes.max(1)).zip(codes.chunks_exact(cols.max(1))) {
+            Self::pack_row(levels, bits, codes, row);
+        }
+        PackedRows { levels, bits, cols, group: groups.width(), codes: packed.into(), step: step.into() }
+    }
+
+    /// Packs the codes of one row into its bytes, as many as [`PackedRows::row_bytes`] says.
+    pub fn pack_row(levels: Levels, bits: u8, codes: &[f32], row: &mut [u8]) {
+        let (mut buffer, mut filled) = (0u32, 0u32);
+        let mut row = row.iter_mut();
+        for &k in codes {
+            buffer |= ((k as i32 - levels.lo) as u32 & ((1 << bits) - 1)) << filled;
+            filled += u32::from(bits);
+            while filled >= 8 {
+                if let Some(byte) = row.next() {
+                    *byte = buffer as u8;
+                }
+                (buffer, filled) = (buffer >> 8, filled - 8);
+            }
+        }
+        if let (true, Some(byte)) = (filled > 0, row.next()) {
+            *byte = buffer as u8;
+        }
+    }
+
+    /// Rows: output features.
+    pub fn rows(&self) -> usize {
+        self.step.len() / self.groups().count()
+    }
+
+    /// How the columns share steps.
+    pub fn groups(&self) -> Groups {
+        Groups::new(self.cols, Some(self.group))
+    }
+
+    /// The steps of one row, one for each group.
+    pub fn steps(&self, row: usize) -> &[f32] {
+        let count = self.groups().count();
+        &self.step[row * count..(row + 1) * count]
+    }
+
+    /// Writes `of(code)` for every code of one row.
+    #[inline]
+    pub fn unpack_row(&self, row: usize, out: &mut [f32], of: impl Fn(i32) -> f32) {
+        self.unpack(row, 0, out, of);
+    }
+
+    /// Writes `of(code)` for as many codes of one row as `out` holds, from column `from` on.
+    #[inline]
+    fn unpack(&self, row: usize, from: usize, out: &mut [f32], of: impl Fn(i32) -> f32) {
+        let bytes = Self::row_bytes(self.cols, self.bits);
+        let (bits, lo) = (u32::from(self.bits), self.levels.lo);
+        // Every value that a field can take, once: unpacking is then a look-up.
+        let mut table = [0f32; 256];
+        let mask = (1u32 << bits) - 1;
+        for (u, value) in table.iter_mut().enumerate().take(mask as usize + 1) {
+            *value = of(u as i32 + lo);
+        }
+        let first = from * bits as usize;
+        let source = &self.codes[row * bytes + first / 8..(row + 1) * bytes];
+        let skipped = (first % 8) as u32;
+        if 8 % bits == 0 && skipped == 0 {
+            let fields = (8 / bits) as usize;
+            for (out, &byte) in out.chunks_mut(fields).zip(source) {
+                for (i, out) in out.iter_mut().enumerate() {
+                    *out = table[((u32::from(byte) >> (i as u32 * bits)) & mask) as usize];
+                }
+            }
+            return;
+        }
+        let mut source = source.iter();
+        let (mut buffer, mut filled) = (0u32, 0u32);
+        if skipped > 0 {
+            buffer = u32::from(source.next().copied().unwrap_or(0)) >> skipped;
+            filled = 8 - skipped;
+        }
+        for out in out.iter_mut() {
+            if filled < bits {
+                buffer |= u32::from(source.next().copied().unwrap_or(0)) << filled;
+                filled += 8;
+            }
+            *out = table[(buffer & mask) as usize];
+            (buffer, filled) = (buffer >> bits, filled - bits);
+        }
+    }
+
+    /// Writes the values `step (code + offset)` of one row.
+    pub fn values(&self, row: usize, out: &mut [f32]) {
+        self.values_of(row, 0..self.cols, out);
+    }
+
+    /// Writes the values of some columns of one row; `out` has their number.
+    pub fn values_of(&self, row: usize, columns: Range<usize>, out: &mut [f32]) {
+        let offset = self.offset();
+        let steps = self.steps(row);
+        if let [step] = steps {
+            return self.unpack(row, columns.start, out, |k| step * (k as f32 + offset));
+        }
+        self.unpack(row, columns.start, out, |k| k as f32 + offset);
+        // The first of the columns may lie inside a group.
+        let head = (self.group - columns.start % self.group).min(out.len());
+        let (head, rest) = out.split_at_mut(head);
+        let mut steps = steps[columns.start / self.group..].iter();
+        for (out, step) in std::iter::once(head).chain(rest.chunks_mut(self.group)).zip(&mut steps) {
+            out.iter_mut().for_each(|v| *v *= step);
+        }
+    }
+
+    fn offset(&self) -> f32 {
+        if self.levels.half {
+            0.5
+        } else {
+            0.0
+        }
+    }
+
+    /// Writes the whole numbers `2 code + 1`, or `code` on a grid with a zero.
+    pub(super) fn whole(&self, row: usize, out: &mut [f32]) {
+        let half = self.levels.half;
+        self.unpack_row(row, out, |k| if half { (2 * k + 1) as f32 } else { k as f32 });
+    }
+
+    /// What one of the whole numbers of [`PackedRows::whole`] is worth, in steps.
+    pub(super) fn unit(&self) -> f32 {
+        if self.levels.half {
+            0.5
+        } else {
+            1.0
+        }
+    }
+
+    pub(super) fn largest_whole(&self) -> i64 {
+        let (lo, hi) = (i64::from(self.levels.lo), i64::from(self.levels.hi));
+        let of = |k: i64| if self.levels.half { 2 * k + 1 } else { k };
+        of(lo).abs().max(of(hi).abs())
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::random::Random;
+
+    pub(crate) fn random_rows(
+        (levels, bits): (Levels, u8),
+        rows: usize,
+        cols: usize,
+        group: Option<usize>,
+    ) -> (PackedRows, Vec<i64>) {
+        let mut random = Random::new(u64::from(bits), "packed", &[rows as u64, cols as u64]);
+        let span = (levels.hi - levels.lo + 1) as u32;
+        let codes: Vec<i64> =
+            (0..rows * cols).map(|_| i64::from(levels.lo) + i64::from(random.below(span))).collect();
+        let groups = Groups::new(cols, group);
+        let step: Vec<f32> = (0..rows * groups.count()).map(|_| random.range(0.01, 0.1)).collect();
+        let floats: Vec<f32> = codes.iter().map(|&c| c as f32).collect();
+        (PackedRows::pack_groups(levels, bits, groups, &floats, &step), codes)
+    }
+
+    pub(crate) fn grids() -> impl Iterator<Item = (Levels, u8)> {
+        (2..=8).flat_map(|b| [Levels::mid_rise(b), Levels::signed(b), Levels::unsigned(b)].map(|l| (l, b)))
+    }
+
+    #[test]
+    fn columns_fall_into_groups() {
+        let groups = Groups::new(172, Some(64));
+        assert_eq!((groups.count(), groups.rest(), groups.group()), (3, 44, Some(64)));
+        // 172 = 64 + 64 + 44: the second row starts its own.
+        assert_eq!([0, 63, 64, 171, 172, 236].map(|i| groups.step_of(i)), [0, 0, 1, 2, 3, 4]);
+        for group in [None, Some(172), Some(1000)] {
+            let groups = Groups::new(172, group);
+            assert_eq!((groups.count(), groups.rest(), groups.group()), (1, 0, None));
+            assert_eq!([171, 172].map(|i| groups.step_of(i)), [0, 1]);
+        }
+        assert_eq!(Groups::new(6, Some(3)).count(), 2);
+        assert_eq!(Groups::new(0, Some(3)).count(), 1);
+    }
+
+    #[test]
+    fn codes_survive_packing_and_values_are_theirs() {
+        for (levels, bits) in grids() {
+            for (rows, cols) in [(1, 1), (3, 5), (65, 7), (10, 130)] {
+                for group in [None, Some(1), Some(3), Some(8), Some(64)] {
+                    let (packed, codes) = random_rows((levels, bits), rows, cols, group);
+                    assert_eq!(packed.codes.len(), rows * (cols * usize::from(bits)).div_ceil(8));
+                    assert_eq!(packed.rows(), rows);
+                    let what = format!("{bits} bits {rows}x{cols} in groups of {group:?}");
+                    let mut out = vec![0f32; cols];
+                    for (row, codes) in codes.chunks_exact(cols).enumerate() {
+                        packed.unpack_row(row, &mut out, |k| k as f32);
+                        assert!(out.iter().zip(codes).all(|(&o, &c)| o as i64 == c), "{what}, row {row}");
+                        packed.values(row, &mut out);
+                        for (column, (value, &code)) in out.iter().zip(codes).enumerate() {
+                            let step = packed.step[packed.groups().step_of(row * cols + column)];
+                            let want = step * (code as f32 + if levels.half { 0.5 } else { 0.0 });
+                            assert_eq!(*value, want, "{what}, row {row}, column {column}");
+                        }
+                        for columns in [0..cols / 2, cols / 3..cols, cols - 1..cols, cols / 2..cols / 2] {
+                            let mut part = vec![0f32; columns.len()];
+                            packed.values_of(row, columns.clone(), &mut part);
+                            assert_eq!(part, out[columns.clone()], "{what}, row {row}, {columns:?}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
