@@ -17,6 +17,7 @@ mod open;
 mod preprocess;
 mod processor;
 mod resample;
+pub mod text;
 
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
