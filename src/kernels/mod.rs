@@ -13,44 +13,61 @@
 
 mod adamw;
 mod attention;
+mod block_affine;
+mod block_sum;
 mod cpu;
 mod cross_entropy;
+mod dropout;
 mod fake_quant;
 mod gelu;
 mod linear;
+mod low_rank;
+mod magnitude;
 mod norm;
 mod packed_matmul;
 mod patchify;
 mod plackett_luce;
+mod rows;
 mod softmax;
 #[cfg(test)]
 mod testing;
 
 pub use adamw::{adamw_step, AdamWParams, Moments};
 pub use attention::{attention_mix, attention_probs};
+pub use block_affine::{block_affine, merged as block_affine_merged};
+pub use block_sum::block_sum;
 pub use cross_entropy::{cross_entropy, soft_cross_entropy};
+pub use dropout::{dropout, Mask};
 pub use fake_quant::{
     dequantize, lsq, lsq_codes, lsq_init, quantize, statsq, statsq_annealed, statsq_codes, statsq_free,
     statsq_scale, Levels, SCALE_FLOOR,
 };
 pub use gelu::gelu;
 pub use linear::{add_bias, frozen_matmul, linear};
+pub use low_rank::{low_rank, shared_block};
+pub use magnitude::{row_norms, scale_columns};
 pub use norm::layer_norm;
 pub use packed_matmul::{packed_codes_matmul, packed_matmul, PackedRows};
 pub use patchify::patchify;
 pub use plackett_luce::plackett_luce;
+pub use rows::FrozenRows;
 pub use softmax::softmax;
 
 /// The plain candle forms of the ops, as oracles for tests and benches.
 pub mod reference {
     pub use super::adamw::reference as adamw_step;
     pub use super::attention::{reference_mix as attention_mix, reference_probs as attention_probs};
+    pub use super::block_affine::reference as block_affine;
+    pub use super::block_sum::reference as block_sum;
     pub use super::cross_entropy::{reference as cross_entropy, reference_soft as soft_cross_entropy};
+    pub use super::dropout::reference as dropout;
     pub use super::fake_quant::{
         reference_lsq as lsq, reference_statsq as statsq, reference_statsq_free as statsq_free,
     };
     pub use super::gelu::reference as gelu;
     pub use super::linear::{reference as linear, reference_add_bias as add_bias};
+    pub use super::low_rank::{reference as low_rank, reference_shared_block as shared_block};
+    pub use super::magnitude::{reference_row_norms as row_norms, reference_scale_columns as scale_columns};
     pub use super::norm::reference as layer_norm;
     pub use super::packed_matmul::reference as packed_matmul;
     pub use super::plackett_luce::reference as plackett_luce;

@@ -98,6 +98,33 @@ pub fn differentiates(inputs: &[Tensor], op: &dyn Fn(&[Tensor]) -> Result<Tensor
     }
 }
 
+/// Every gradient against differences over a step of one, in f32, for an op that is linear in each input
+/// alone: there a long step is exact but for rounding.
+#[track_caller]
+pub fn linear_in_each(inputs: &[Tensor], op: &dyn Fn(&[Tensor]) -> Result<Tensor>) {
+    let analytic = run(inputs, op);
+    let weight = flat(&values(analytic[0].dims(), 77).to_dtype(DType::F32).unwrap());
+    let loss = |inputs: &[Tensor]| -> f64 {
+        flat(&op(inputs).unwrap()).iter().zip(&weight).map(|(y, w)| y * w).sum()
+    };
+    for (which, input) in inputs.iter().enumerate() {
+        let base = input.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let moved = |i: usize, by: f32| {
+            let mut data = base.clone();
+            data[i] += by;
+            let mut all = inputs.to_vec();
+            all[which] = Tensor::from_vec(data, input.shape(), &Device::Cpu).unwrap();
+            loss(&all)
+        };
+        let numeric: Vec<f64> = (0..base.len()).map(|i| moved(i, 0.5) - moved(i, -0.5)).collect();
+        // The sums that cancel in a difference are larger than it: relative to the largest entry.
+        let scale = numeric.iter().fold(1f64, |m, v| m.max(v.abs()));
+        let numeric = Tensor::from_vec(numeric, input.shape(), &Device::Cpu).unwrap();
+        let (got, want) = ((&analytic[which + 1] / scale).unwrap(), (numeric / scale).unwrap());
+        close(&format!("gradient of input {which}"), &got, &want, 10.0 * F32);
+    }
+}
+
 /// Value and gradients in f32, to the bit, on 1, 2 and 5 threads.
 #[track_caller]
 pub fn ignores_threads(inputs: &[Tensor], op: &(dyn Fn(&[Tensor]) -> Result<Tensor> + Sync)) {

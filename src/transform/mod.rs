@@ -1,8 +1,15 @@
 //! The rules that make a weight of other weights, and how recipes name them.
 
 pub mod activation;
+pub mod bone;
+pub mod dora;
+pub mod dropout;
+pub mod embedding;
 pub mod least_squares;
+pub mod lora;
 pub mod lsq;
+pub mod miss;
+pub mod pissa;
 pub mod qk;
 pub mod statsq;
 
@@ -12,8 +19,14 @@ use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 pub use activation::ActQuant;
+pub use bone::Bat;
+pub use dora::Dora;
+pub use dropout::Dropout;
+pub use embedding::EmbeddingLora;
 pub use least_squares::OnGrid;
+pub use lora::{Lora, LoraInit};
 pub use lsq::Lsq;
+pub use miss::{Mini, Miss, MissInit};
 pub use qk::{reparameterize, QkProduct};
 pub use statsq::StatsQ;
 

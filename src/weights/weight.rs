@@ -3,11 +3,11 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 
 use super::checkpoint::Checkpoint;
 use super::packed::{Grid, Packed, Quantized};
-use crate::{kernels, Result};
+use crate::{kernels, Error, Result};
 
 /// What a trainable is for, where the trainer must know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +35,12 @@ pub trait Transform: Send + Sync + Debug {
     fn matmul(&self, x: &Tensor, inputs: &[Weight]) -> Result<Tensor> {
         let inputs = inputs.iter().map(Weight::tensor).collect::<Result<Vec<_>>>()?;
         Ok(kernels::linear(x, &self.apply(&inputs)?, None)?)
+    }
+
+    /// Rows of the result, `[.., cols]` for `ids` of any shape.
+    fn rows(&self, ids: &Tensor, inputs: &[Weight]) -> Result<Tensor> {
+        let inputs = inputs.iter().map(Weight::tensor).collect::<Result<Vec<_>>>()?;
+        gather(&self.apply(&inputs)?, ids)
     }
 
     /// Its trainables: what to append to the weight's name, the `Var`, its role.
@@ -182,6 +188,25 @@ impl Weight {
         }
     }
 
+    /// Third reading: the rows `ids` of a table `[rows, cols]`, `[.., cols]` for `ids` (u32) of any shape; a
+    /// frozen table takes no gradient, and of a packed one only these rows are unpacked. An id out of
+    /// range is an error.
+    pub fn rows(&self, ids: &Tensor) -> Result<Tensor> {
+        match self.expr() {
+            Expr::Dense(table) => gather(&table.detach(), ids),
+            Expr::Stored { .. } => gather(&self.tensor()?, ids),
+            Expr::Latent(table) => gather(table.as_tensor(), ids),
+            Expr::Packed(packed) if packed.shape().len() == 2 => {
+                let rows = kernels::FrozenRows::packed(packed.rows().clone());
+                let (flat, list) = checked(ids, rows.rows())?;
+                let picked = rows.select(&list, packed.device())?;
+                Ok(picked.reshape([flat.dims(), &[rows.cols()]].concat())?)
+            }
+            Expr::Packed(packed) => gather(&packed.tensor()?, ids),
+            Expr::Node { transform, inputs } => transform.rows(ids, inputs),
+        }
+    }
+
     /// The weight's shape.
     pub fn shape(&self) -> Result<Vec<usize>> {
         match self.expr() {
@@ -265,4 +290,24 @@ impl Weight {
             _ => Ok(Weight::dense(self.tensor()?.detach())),
         }
     }
+}
+
+/// The ids as u32 and as a list, each below `rows`.
+fn checked(ids: &Tensor, rows: usize) -> Result<(Tensor, Vec<u32>)> {
+    let ids = ids.to_dtype(DType::U32)?;
+    let list = ids.flatten_all()?.to_vec1::<u32>()?;
+    match list.iter().find(|&&id| id as usize >= rows) {
+        Some(id) => {
+            Err(Error::Run(format!("found id {id}, expected one below the {rows} rows of the table")))
+        }
+        None => Ok((ids, list)),
+    }
+}
+
+/// The rows `ids` of a table `[rows, cols]`, `[.., cols]`.
+fn gather(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
+    let (rows, cols) = table.dims2()?;
+    let (ids, _) = checked(ids, rows)?;
+    let picked = table.contiguous()?.index_select(&ids.flatten_all()?, 0)?;
+    Ok(picked.reshape([ids.dims(), &[cols]].concat())?)
 }

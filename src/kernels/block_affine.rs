@@ -1,0 +1,262 @@
+//! Products with a frozen weight under Bone's block-affine rule.
+//!
+//! ```text
+//! W'_pq = W_pq + W_pq B_p + B_p     y = x W'^T     W_pq, B_p [r, r], p < O/r, q < I/r
+//! dx = dy W'     dB_p = sum_q (W_pq^T G_pq + G_pq)     G = dy^T x
+//! ```
+//!
+//! W `[O, I]` is frozen, dense or packed; B `[O/r, r, r]`, x `[.., I]`, f32. Source: arXiv 2409.15371
+//! (v1, section 3; "Bat" in later versions). The rows of block p, read one after another, are I slices
+//! of r, so that `W_pq B_p` over all q is one product `[I, r] [r, r]`, and so is the sum of dB_p. W' is made
+//! panel by panel in both passes (see `rows`), and G too.
+
+use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+use super::cpu;
+use super::linear::{add_product, matmul, View};
+use super::rows::{self, floats, with_last, FrozenRows, Panels, Source};
+
+/// Floats of the panel of G.
+const PANEL: usize = 1 << 20;
+
+/// `W'` in plain candle ops, for `w [O, I]` and `b [O/r, r, r]`; differentiable in both.
+pub fn merged(w: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let ((o, i), (p, r, _)) = (w.dims2()?, b.dims3()?);
+    // Row-major, a block of r rows is r I/r slices of r: [p, r q, r].
+    let slices = w.reshape((p, i, r))?;
+    let turned = (&slices + slices.matmul(b)?)?.reshape((p, r, i / r, r))?;
+    turned.broadcast_add(&b.unsqueeze(2)?)?.reshape((o, i))
+}
+
+/// The product in plain candle ops.
+pub fn reference(x: &Tensor, rows: &FrozenRows, b: &Tensor) -> Result<Tensor> {
+    let w = merged(&rows.tensor(x.device())?, b)?;
+    x.broadcast_matmul(&w.t()?.broadcast_left(&x.dims()[..x.rank().saturating_sub(2)])?)
+}
+
+/// Shapes of one product: O, I, r.
+#[derive(Clone, Copy)]
+struct Sizes {
+    o: usize,
+    i: usize,
+    r: usize,
+}
+
+/// Turns the rows of one block, `r` of them, into those of W'.
+fn turn(Sizes { i, r, .. }: Sizes, b: &[f32], rows: &mut [f32], scratch: &mut Vec<f32>) {
+    scratch.clear();
+    scratch.extend_from_slice(rows);
+    add_product((i, r, r), rows, r, View::rows(scratch, r), View::rows(b, r));
+    super::block_sum::add_tiled(b, r, rows, i);
+}
+
+fn with_panels<R>(source: Source, sizes: Sizes, b: &[f32], f: impl FnOnce(Panels) -> R) -> R {
+    let square = sizes.r * sizes.r;
+    let edit = |first: usize, rows: &mut [f32]| {
+        let p = first / sizes.r;
+        turn(sizes, &b[p * square..(p + 1) * square], rows, &mut Vec::new());
+    };
+    f(Panels::edited(source, (sizes.o, sizes.i), sizes.r, &edit))
+}
+
+/// `dB` for `x [tokens, I]` and `g [tokens, O]`.
+fn block_gradient(source: Source, Sizes { o, i, r }: Sizes, x: &[f32], g: &[f32]) -> Vec<f32> {
+    let tokens = g.len() / o;
+    let mut db = vec![0f32; o * r];
+    let most = (PANEL / i / r * r).max(r).min(o);
+    for first in (0..o).step_by(most) {
+        let count = most.min(o - first);
+        let columns = View { data: &g[first..], rs: 1, cs: o };
+        let outer = matmul((count, i, tokens), columns, View::rows(x, i), None);
+        let blocks = db[first * r..(first + count) * r].par_chunks_mut(r * r);
+        blocks.zip(outer.par_chunks(r * i)).enumerate().for_each_init(
+            || vec![0f32; r * i],
+            |w, (p, (db, outer))| {
+                source.read_rows(first + p * r, i, w);
+                super::block_sum::sum_rows(outer, i, r, db);
+                add_product((r, r, i), db, r, View::rows(w, r).t(), View::rows(outer, r));
+            },
+        );
+    }
+    db
+}
+
+/// (x, B) to y over a frozen weight.
+#[derive(Clone)]
+struct BlockAffine {
+    rows: FrozenRows,
+    sizes: Sizes,
+}
+
+impl CustomOp2 for BlockAffine {
+    fn name(&self) -> &'static str {
+        "block-affine"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        xl: &Layout,
+        b: &CpuStorage,
+        bl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (x, b) = (floats(self.name(), x, xl)?, floats(self.name(), b, bl)?);
+        let y = self.rows.with(|source| Ok(with_panels(source, self.sizes, b, |w| w.product(x))))?;
+        Ok((CpuStorage::F32(y), with_last(xl, self.sizes.o)))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        b: &Tensor,
+        _y: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let wanted = (x.track_op(), b.track_op());
+        let op = BlockAffineGrad { of: self.clone(), wanted };
+        let flat = x.apply_op3_no_bwd(b, &grad.contiguous()?, &op)?;
+        let at = if wanted.0 { x.elem_count() } else { 0 };
+        let dx = wanted.0.then(|| cpu::unpack(&flat, 0, x.shape())).transpose()?;
+        let db = wanted.1.then(|| cpu::unpack(&flat, at, b.shape())).transpose()?;
+        Ok((dx, db))
+    }
+}
+
+/// (x, B, dy) to dx and dB, those that are wanted, in one flat result.
+struct BlockAffineGrad {
+    of: BlockAffine,
+    wanted: (bool, bool),
+}
+
+impl CustomOp3 for BlockAffineGrad {
+    fn name(&self) -> &'static str {
+        "block-affine-grad"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        xl: &Layout,
+        b: &CpuStorage,
+        bl: &Layout,
+        g: &CpuStorage,
+        gl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (name, BlockAffine { rows, sizes }) = (self.name(), &self.of);
+        let (x, b, g) = (floats(name, x, xl)?, floats(name, b, bl)?, floats(name, g, gl)?);
+        let flat = rows.with(|source| {
+            let mut flat = match self.wanted.0 {
+                true => with_panels(source, *sizes, b, |w| w.product_back(g)),
+                false => Vec::new(),
+            };
+            if self.wanted.1 {
+                flat.extend(block_gradient(source, *sizes, x, g));
+            }
+            Ok(flat)
+        })?;
+        let shape = Shape::from(flat.len());
+        Ok((CpuStorage::F32(flat), shape))
+    }
+}
+
+/// `x W'^T` for `x: [.., I]`, the frozen `rows` of W `[O, I]` and `b: [O/r, r, r]`, all f32; differentiable
+/// in x and b. Errs where r does not divide O and I.
+pub fn block_affine(x: &Tensor, rows: &FrozenRows, b: &Tensor) -> Result<Tensor> {
+    let op = "block_affine";
+    rows::check(op, x, rows)?;
+    let sizes = Sizes { o: rows.rows(), i: rows.cols(), r: b.dims().last().copied().unwrap_or(0) };
+    let Sizes { o, i, r } = sizes;
+    if r == 0 || o % r != 0 || i % r != 0 || b.dims() != [o / r, r, r] {
+        bail!("{op}: expected b [{o}/r, r, r] with r dividing {o} and {i}, got {:?}", b.dims())
+    }
+    if b.dtype() != DType::F32 {
+        bail!("{op}: expected b in F32, got {:?}", b.dtype())
+    }
+    if !x.device().is_cpu() {
+        return reference(x, rows, b);
+    }
+    x.contiguous()?.apply_op2(&b.contiguous()?, BlockAffine { rows: rows.clone(), sizes })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::*;
+    use super::*;
+
+    fn case(x: &[usize], o: usize, r: usize, dtype: DType) -> ([Tensor; 2], FrozenRows) {
+        let i = x[x.len() - 1];
+        let f32s = |t: Tensor| t.to_dtype(DType::F32).unwrap();
+        let rows = FrozenRows::dense(&values(&[o, i], 2).to_dtype(dtype).unwrap()).unwrap();
+        ([f32s(values(x, 1)), f32s(values(&[o / r, r, r], 3))], rows)
+    }
+
+    #[test]
+    fn by_hand() {
+        // One block, r = 2: W (E + B) + B with W = [[1, 2], [3, 4]] and B = [[1, 0], [2, -1]].
+        let cpu = &candle_core::Device::Cpu;
+        let w = Tensor::new(&[[1f32, 2.0], [3.0, 4.0]], cpu).unwrap();
+        let b = Tensor::new(&[[[1f32, 0.0], [2.0, -1.0]]], cpu).unwrap();
+        assert_eq!(merged(&w, &b).unwrap().to_vec2::<f32>().unwrap(), [[7.0, 0.0], [16.0, -1.0]]);
+        let x = Tensor::new(&[[1f32, 10.0]], cpu).unwrap();
+        let y = block_affine(&x, &FrozenRows::dense(&w).unwrap(), &b).unwrap();
+        assert_eq!(y.to_vec2::<f32>().unwrap(), [[7.0, 6.0]]);
+    }
+
+    #[test]
+    fn agrees_and_differentiates() {
+        for (x, o, r) in [
+            (vec![1, 1], 1, 1),
+            (vec![2, 3, 6], 9, 3),
+            (vec![5, 10], 15, 5),
+            (vec![3, 12], 8, 2),
+            (vec![7, 34], 17, 17),
+        ] {
+            for dtype in [DType::F32, DType::BF16, DType::F16] {
+                let (t, rows) = case(&x, o, r, dtype);
+                let op = |t: &[Tensor]| block_affine(&t[0], &rows, &t[1]);
+                let like = |t: &[Tensor]| reference(&t[0], &rows, &t[1]);
+                for (i, (got, want)) in run(&t, &op).iter().zip(run(&t, &like)).enumerate() {
+                    close(&format!("result (0) or gradient of input {i}, {dtype:?}"), got, &want, F32);
+                }
+                linear_in_each(&t, &op);
+            }
+        }
+    }
+
+    #[test]
+    fn panels_agree_with_the_whole_and_threads_do_not_matter() {
+        // Panels of 1024 and 126 rows, and of all rows but five.
+        for (x, o, r) in [([9, 1024], 1152, 64), ([3, 1050], 1050, 35)] {
+            let (t, rows) = case(&x, o, r, DType::F32);
+            let op = |t: &[Tensor]| block_affine(&t[0], &rows, &t[1]);
+            let like = |t: &[Tensor]| reference(&t[0], &rows, &t[1]);
+            for (got, want) in run(&t, &op).iter().zip(run(&t, &like)) {
+                let scale = flat(&want).iter().fold(1f64, |m, v| m.max(v.abs()));
+                let of = |t: &Tensor| (t / scale).unwrap();
+                close("result or gradient", &of(got), &of(&want), F32);
+            }
+            ignores_threads(&t, &op);
+        }
+    }
+
+    #[test]
+    fn what_is_not_trained_gets_no_gradient_and_zeros_change_nothing() {
+        let (t, rows) = case(&[5, 12], 8, 4, DType::F32);
+        let zero = candle_core::Var::from_tensor(&t[1].zeros_like().unwrap()).unwrap();
+        let y = block_affine(&t[0], &rows, &zero).unwrap();
+        let w = rows.tensor(&candle_core::Device::Cpu).unwrap();
+        let plain = crate::kernels::frozen_matmul(&t[0], &w).unwrap();
+        assert_eq!(y.to_vec2::<f32>().unwrap(), plain.to_vec2::<f32>().unwrap());
+        let grads = y.sum_all().unwrap().backward().unwrap();
+        assert!(grads.get(&zero).is_some() && grads.get(&t[0]).is_none() && grads.get(&w).is_none());
+    }
+
+    #[test]
+    fn wrong_shapes_are_named() {
+        let (t, rows) = case(&[5, 12], 8, 4, DType::F32);
+        let text = refusal(block_affine(&t[0], &rows, &values(&[2, 4, 3], 1)));
+        assert!(text.contains("r dividing 8 and 12") && text.contains("[2, 4, 3]"), "{text}");
+        assert!(refusal(block_affine(&values(&[5, 11], 1), &rows, &t[1])).contains("[.., 12]"));
+    }
+}

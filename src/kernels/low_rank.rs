@@ -1,0 +1,485 @@
+//! Products with a frozen weight under a low-rank change.
+//!
+//! ```text
+//! y = x W^T + h U,  h = D(x)     x [.., I], W [O, I], h [.., r], U [r, O], y [.., O], f32
+//! shared block   D(x) = the block sums of x, U = the block      W' = W + U tiled     (block_sum.rs)
+//! low rank       D(x) = x A^T, U = s B^T                        W' = W + s B A       A [r, I], B [O, r]
+//! dx = dy W + D^T(dy U^T)     dU = h^T dy     dA = (dy U^T)^T x
+//! ```
+//!
+//! W is frozen, dense or packed, and gets no gradient. Where the change is cheaper to add onto the rows of
+//! W than to run beside them for every token, it is (W' panel by panel, see `rows`); which of the two
+//! depends on shapes alone. Sources: Hu et al. 2021, equation 3; arXiv 2409.15371, the additive form.
+
+use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+use super::block_sum::{add_tiled, block_sum, sum_rows};
+use super::cpu;
+use super::linear::{add_product, linear, matmul, product, View};
+use super::rows::{self, floats, with_last, FrozenRows, Panels, Source};
+
+/// Multiply-adds that make a unit of parallel work.
+const WORK: usize = 1 << 21;
+
+/// [`shared_block`] in plain candle ops.
+pub fn reference_shared_block(x: &Tensor, rows: &FrozenRows, block: &Tensor) -> Result<Tensor> {
+    let base = super::linear::reference(x, &rows.tensor(x.device())?, None)?;
+    base + linear(&block_sum(x, block.dim(0)?)?, &block.t()?, None)?
+}
+
+/// [`low_rank`] in plain candle ops.
+pub fn reference(x: &Tensor, rows: &FrozenRows, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
+    let base = super::linear::reference(x, &rows.tensor(x.device())?, None)?;
+    base + (linear(&linear(x, a, None)?, b, None)? * scale)?
+}
+
+/// How x comes down to rank r.
+#[derive(Clone, Copy)]
+enum Down<'a> {
+    /// Sums of slices of length r.
+    Blocks,
+    /// A matrix `[r, I]`.
+    Matrix(&'a [f32]),
+}
+
+/// The change, in the form that the loops take.
+struct Change<'a> {
+    o: usize,
+    i: usize,
+    r: usize,
+    down: Down<'a>,
+    /// U transposed, `[O, r]`, scale included.
+    up: Vec<f32>,
+}
+
+impl Change<'_> {
+    /// Adds the change onto the rows of W from `first` on.
+    fn add_onto(&self, first: usize, rows: &mut [f32]) {
+        let (i, r, count) = (self.i, self.r, rows.len() / self.i);
+        let up = &self.up[first * r..(first + count) * r];
+        match self.down {
+            Down::Blocks => add_tiled(up, r, rows, i),
+            Down::Matrix(a) => add_product((count, i, r), rows, i, View::rows(up, r), View::rows(a, i)),
+        }
+    }
+
+    /// Whether making W' costs less than the branch at so many tokens.
+    fn merges(&self, tokens: usize) -> bool {
+        self.o * self.i <= tokens * (self.o + self.i)
+    }
+
+    /// Tokens that one task takes through the branch.
+    fn step(&self) -> usize {
+        (WORK / (self.r * (self.o + self.i))).clamp(64, 4096)
+    }
+
+    /// `D(x)`, `[tokens, r]`.
+    fn down(&self, x: &[f32]) -> Vec<f32> {
+        let tokens = x.len() / self.i;
+        match self.down {
+            Down::Blocks => super::block_sum::sums(x, self.i, self.r),
+            Down::Matrix(a) => {
+                matmul((tokens, self.r, self.i), View::rows(x, self.i), View::rows(a, self.i).t(), None)
+            }
+        }
+    }
+
+    /// `dy U^T`, `[tokens, r]`.
+    fn up_back(&self, g: &[f32]) -> Vec<f32> {
+        let tokens = g.len() / self.o;
+        matmul((tokens, self.r, self.o), View::rows(g, self.o), View::rows(&self.up, self.r), None)
+    }
+
+    fn forward(&self, source: Source, x: &[f32]) -> Vec<f32> {
+        let (o, i, r) = (self.o, self.i, self.r);
+        if self.merges(x.len() / i) {
+            let edit = |first: usize, rows: &mut [f32]| self.add_onto(first, rows);
+            return Panels::edited_freely(source, (o, i), &edit).product(x);
+        }
+        let mut y = Panels::plain(source, (o, i)).product(x);
+        let step = self.step();
+        y.par_chunks_mut(step * o).zip(x.par_chunks(step * i)).for_each(|(y, x)| {
+            let tokens = y.len() / o;
+            let mut h = vec![0f32; tokens * r];
+            match self.down {
+                Down::Blocks => sum_rows(x, i, r, &mut h),
+                Down::Matrix(a) => {
+                    product((tokens, r, i), &mut h, r, View::rows(x, i), View::rows(a, i).t(), 1.0);
+                }
+            }
+            add_product((tokens, o, r), y, o, View::rows(&h, r), View::rows(&self.up, r).t());
+        });
+        y
+    }
+
+    fn input_gradient(&self, source: Source, g: &[f32]) -> Vec<f32> {
+        let (o, i, r) = (self.o, self.i, self.r);
+        if self.merges(g.len() / o) {
+            let edit = |first: usize, rows: &mut [f32]| self.add_onto(first, rows);
+            return Panels::edited_freely(source, (o, i), &edit).product_back(g);
+        }
+        let mut dx = Panels::plain(source, (o, i)).product_back(g);
+        let step = self.step();
+        dx.par_chunks_mut(step * i).zip(g.par_chunks(step * o)).for_each(|(dx, g)| {
+            let tokens = dx.len() / i;
+            let mut h = vec![0f32; tokens * r];
+            product((tokens, r, o), &mut h, r, View::rows(g, o), View::rows(&self.up, r), 1.0);
+            match self.down {
+                Down::Blocks => add_tiled(&h, r, dx, i),
+                Down::Matrix(a) => add_product((tokens, i, r), dx, i, View::rows(&h, r), View::rows(a, i)),
+            }
+        });
+        dx
+    }
+}
+
+/// The transpose of `a [rows, cols]`.
+fn transposed(a: &[f32], cols: usize) -> Vec<f32> {
+    let rows = a.len() / cols;
+    let mut t = Vec::with_capacity(a.len());
+    for c in 0..cols {
+        t.extend((0..rows).map(|r| a[r * cols + c]));
+    }
+    t
+}
+
+fn shared_change(rows: &FrozenRows, block: &[f32]) -> Change<'static> {
+    let o = rows.rows();
+    Change { o, i: rows.cols(), r: block.len() / o, down: Down::Blocks, up: transposed(block, o) }
+}
+
+fn low_rank_change<'a>(rows: &FrozenRows, a: &'a [f32], b: &[f32], scale: f32) -> Change<'a> {
+    let (o, i) = (rows.rows(), rows.cols());
+    let up = b.iter().map(|b| b * scale).collect();
+    Change { o, i, r: a.len() / i, down: Down::Matrix(a), up }
+}
+
+/// (x, block) to y.
+#[derive(Clone)]
+struct SharedBlock {
+    rows: FrozenRows,
+}
+
+impl CustomOp2 for SharedBlock {
+    fn name(&self) -> &'static str {
+        "shared-block"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        xl: &Layout,
+        d: &CpuStorage,
+        dl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (x, d) = (floats(self.name(), x, xl)?, floats(self.name(), d, dl)?);
+        let change = shared_change(&self.rows, d);
+        let y = self.rows.with(|source| Ok(change.forward(source, x)))?;
+        Ok((CpuStorage::F32(y), with_last(xl, change.o)))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        d: &Tensor,
+        _y: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let wanted = [x.track_op(), d.track_op()];
+        let op = SharedBlockGrad { of: self.clone(), wanted };
+        let flat = x.apply_op3_no_bwd(d, &grad.contiguous()?, &op)?;
+        let [dx, dd] = parts(&flat, [x, d], wanted)?;
+        Ok((dx, dd))
+    }
+}
+
+/// The wanted ones of several gradients that lie one after another.
+fn parts<const N: usize>(flat: &Tensor, of: [&Tensor; N], wanted: [bool; N]) -> Result<[Option<Tensor>; N]> {
+    let mut found = [const { None }; N];
+    let mut at = 0;
+    for ((found, of), wanted) in found.iter_mut().zip(of).zip(wanted) {
+        if wanted {
+            *found = Some(cpu::unpack(flat, at, of.shape())?);
+            at += of.elem_count();
+        }
+    }
+    Ok(found)
+}
+
+/// (x, block, dy) to dx and dU, those that are wanted, in one flat result.
+struct SharedBlockGrad {
+    of: SharedBlock,
+    wanted: [bool; 2],
+}
+
+impl CustomOp3 for SharedBlockGrad {
+    fn name(&self) -> &'static str {
+        "shared-block-grad"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        xl: &Layout,
+        d: &CpuStorage,
+        dl: &Layout,
+        g: &CpuStorage,
+        gl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let name = self.name();
+        let (x, d, g) = (floats(name, x, xl)?, floats(name, d, dl)?, floats(name, g, gl)?);
+        let change = shared_change(&self.of.rows, d);
+        let Change { o, i, r, .. } = change;
+        let mut flat = match self.wanted[0] {
+            true => self.of.rows.with(|source| Ok(change.input_gradient(source, g)))?,
+            false => Vec::new(),
+        };
+        if self.wanted[1] {
+            let h = change.down(x);
+            flat.extend(matmul((r, o, x.len() / i), View::rows(&h, r).t(), View::rows(g, o), None));
+        }
+        let shape = Shape::from(flat.len());
+        Ok((CpuStorage::F32(flat), shape))
+    }
+}
+
+/// (x, A, B) to y.
+#[derive(Clone)]
+struct LowRank {
+    rows: FrozenRows,
+    scale: f32,
+}
+
+impl CustomOp3 for LowRank {
+    fn name(&self) -> &'static str {
+        "low-rank"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        xl: &Layout,
+        a: &CpuStorage,
+        al: &Layout,
+        b: &CpuStorage,
+        bl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let name = self.name();
+        let (x, a, b) = (floats(name, x, xl)?, floats(name, a, al)?, floats(name, b, bl)?);
+        let change = low_rank_change(&self.rows, a, b, self.scale);
+        let y = self.rows.with(|source| Ok(change.forward(source, x)))?;
+        Ok((CpuStorage::F32(y), with_last(xl, change.o)))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        a: &Tensor,
+        b: &Tensor,
+        _y: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let wanted = [x.track_op(), a.track_op(), b.track_op()];
+        let op = LowRankGrad { of: self.clone(), a: a.detach(), wanted };
+        let flat = x.apply_op3_no_bwd(b, &grad.contiguous()?, &op)?;
+        let [dx, da, db] = parts(&flat, [x, a, b], wanted)?;
+        Ok((dx, da, db))
+    }
+}
+
+/// (x, B, dy) to dx, dA and dB, those that are wanted, in one flat result.
+struct LowRankGrad {
+    of: LowRank,
+    a: Tensor,
+    wanted: [bool; 3],
+}
+
+impl CustomOp3 for LowRankGrad {
+    fn name(&self) -> &'static str {
+        "low-rank-grad"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        xl: &Layout,
+        b: &CpuStorage,
+        bl: &Layout,
+        g: &CpuStorage,
+        gl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (name, LowRank { rows, scale }) = (self.name(), &self.of);
+        let (x, b, g) = (floats(name, x, xl)?, floats(name, b, bl)?, floats(name, g, gl)?);
+        let (a, al) = self.a.storage_and_layout();
+        let a = floats(name, cpu::host(name, &a)?, al)?;
+        let change = low_rank_change(rows, a, b, *scale);
+        let Change { o, i, r, .. } = change;
+        let tokens = x.len() / i;
+        let mut flat = match self.wanted[0] {
+            true => rows.with(|source| Ok(change.input_gradient(source, g)))?,
+            false => Vec::new(),
+        };
+        if self.wanted[1] {
+            let h = change.up_back(g);
+            flat.extend(matmul((r, i, tokens), View::rows(&h, r).t(), View::rows(x, i), None));
+        }
+        if self.wanted[2] {
+            let h = change.down(x);
+            let db = matmul((o, r, tokens), View::rows(g, o).t(), View::rows(&h, r), None);
+            flat.extend(db.into_iter().map(|v| v * scale));
+        }
+        let shape = Shape::from(flat.len());
+        Ok((CpuStorage::F32(flat), shape))
+    }
+}
+
+fn check_f32(op: &str, tensors: &[(&str, &Tensor)]) -> Result<()> {
+    for (name, t) in tensors {
+        if t.dtype() != DType::F32 {
+            bail!("{op}: expected {name} in F32, got {:?}", t.dtype())
+        }
+    }
+    Ok(())
+}
+
+/// `x W'^T` with `W'[o, i] = W[o, i] + block[i mod r, o]`, for `x: [.., I]`, the frozen `rows` of W `[O, I]`
+/// and `block: [r, O]`, r at most I, all f32; differentiable in x and the block.
+pub fn shared_block(x: &Tensor, rows: &FrozenRows, block: &Tensor) -> Result<Tensor> {
+    let op = "shared_block";
+    rows::check(op, x, rows)?;
+    check_f32(op, &[("block", block)])?;
+    let (o, i) = (rows.rows(), rows.cols());
+    match block.dims() {
+        [r, width] if *width == o && (1..=i).contains(r) => {}
+        other => bail!("{op}: expected a block [r, {o}] with r from 1 to {i}, got {other:?}"),
+    }
+    if !x.device().is_cpu() {
+        return reference_shared_block(x, rows, block);
+    }
+    x.contiguous()?.apply_op2(&block.contiguous()?, SharedBlock { rows: rows.clone() })
+}
+
+/// `x W'^T` with `W' = W + scale B A`, for `x: [.., I]`, the frozen `rows` of W `[O, I]`, `a: [r, I]` and
+/// `b: [O, r]`, all f32; differentiable in x, a and b.
+pub fn low_rank(x: &Tensor, rows: &FrozenRows, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
+    let op = "low_rank";
+    rows::check(op, x, rows)?;
+    check_f32(op, &[("a", a), ("b", b)])?;
+    let (o, i, r) = (rows.rows(), rows.cols(), a.dims().first().copied().unwrap_or(0));
+    if r == 0 || a.dims() != [r, i] || b.dims() != [o, r] {
+        bail!("{op}: expected a [r, {i}] and b [{o}, r], got {:?} and {:?}", a.dims(), b.dims())
+    }
+    if !x.device().is_cpu() {
+        return reference(x, rows, a, b, scale);
+    }
+    let op = LowRank { rows: rows.clone(), scale: scale as f32 };
+    x.contiguous()?.apply_op3(&a.contiguous()?, &b.contiguous()?, op)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::*;
+    use super::*;
+    use candle_core::{Device, Var};
+
+    const SCALE: f64 = 0.75;
+
+    fn case(shape: &[usize], seed: u64) -> Tensor {
+        values(shape, seed).to_dtype(DType::F32).unwrap()
+    }
+
+    fn dense(o: usize, i: usize, dtype: DType) -> FrozenRows {
+        FrozenRows::dense(&values(&[o, i], 2).to_dtype(dtype).unwrap()).unwrap()
+    }
+
+    /// Against the reference, relative to the largest element: long sums in f32.
+    fn same(
+        t: &[Tensor],
+        op: &dyn Fn(&[Tensor]) -> Result<Tensor>,
+        like: &dyn Fn(&[Tensor]) -> Result<Tensor>,
+    ) {
+        for (i, (got, want)) in run(t, op).iter().zip(run(t, like)).enumerate() {
+            let scale = flat(&want).iter().fold(1f64, |m, v| m.max(v.abs()));
+            let of = |t: &Tensor| (t / scale).unwrap();
+            close(&format!("result (0) or gradient of input {i}"), &of(got), &of(&want), F32);
+        }
+    }
+
+    #[test]
+    fn by_hand() {
+        let cpu = &Device::Cpu;
+        let rows = FrozenRows::dense(&Tensor::zeros((2, 3), DType::F32, cpu).unwrap()).unwrap();
+        // Three inputs in slices of two: the last slice sees the first row of the block alone.
+        let x = Tensor::new(&[[1f32, 10.0, 100.0]], cpu).unwrap();
+        let block = Tensor::new(&[[1f32, 2.0], [3.0, 4.0]], cpu).unwrap();
+        let y = shared_block(&x, &rows, &block).unwrap().to_vec2::<f32>().unwrap();
+        assert_eq!(y, [[101.0 + 30.0, 202.0 + 40.0]]);
+        let (a, b) =
+            (Tensor::new(&[[1f32, 0.0, 1.0]], cpu).unwrap(), Tensor::new(&[[1f32], [-2.0]], cpu).unwrap());
+        let y = low_rank(&x, &rows, &a, &b, 0.5).unwrap().to_vec2::<f32>().unwrap();
+        assert_eq!(y, [[50.5, -101.0]]);
+    }
+
+    #[test]
+    fn agree_and_differentiate() {
+        // The first shapes take the branch, the others W'.
+        for (x, o, r) in [
+            (vec![1, 33], 17, 4),
+            (vec![2, 7], 5, 7),
+            (vec![2, 3, 5], 7, 2),
+            (vec![9, 6], 4, 3),
+            (vec![1, 1], 1, 1),
+        ] {
+            let i = x[x.len() - 1];
+            for dtype in [DType::F32, DType::BF16, DType::F16] {
+                let rows = dense(o, i, dtype);
+                let t = [case(&x, 1), case(&[r, o], 3)];
+                let op = |t: &[Tensor]| shared_block(&t[0], &rows, &t[1]);
+                same(&t, &op, &|t| reference_shared_block(&t[0], &rows, &t[1]));
+                linear_in_each(&t, &op);
+                let t = [case(&x, 1), case(&[r, i], 3), case(&[o, r], 4)];
+                let op = |t: &[Tensor]| low_rank(&t[0], &rows, &t[1], &t[2], SCALE);
+                same(&t, &op, &|t| reference(&t[0], &rows, &t[1], &t[2], SCALE));
+                linear_in_each(&t, &op);
+            }
+        }
+    }
+
+    #[test]
+    fn large_ones_agree_and_ignore_threads() {
+        // Several panels of half floats; 1500 tokens make W', 130 take the branch.
+        for (tokens, o, i, r) in [(130, 1100, 1001, 8), (1500, 1100, 1001, 5)] {
+            let rows = dense(o, i, DType::BF16);
+            let t = [case(&[tokens, i], 1), case(&[r, o], 3)];
+            let op = |t: &[Tensor]| shared_block(&t[0], &rows, &t[1]);
+            same(&t, &op, &|t| reference_shared_block(&t[0], &rows, &t[1]));
+            ignores_threads(&t, &op);
+            let t = [case(&[tokens, i], 1), case(&[r, i], 3), case(&[o, r], 4)];
+            let op = |t: &[Tensor]| low_rank(&t[0], &rows, &t[1], &t[2], SCALE);
+            same(&t, &op, &|t| reference(&t[0], &rows, &t[1], &t[2], SCALE));
+            ignores_threads(&t, &op);
+        }
+    }
+
+    #[test]
+    fn what_is_not_trained_gets_no_gradient() {
+        let (w, x) = (Var::from_tensor(&case(&[4, 6], 1)).unwrap(), case(&[9, 6], 2));
+        let rows = FrozenRows::dense(&w).unwrap();
+        let (a, b) = (case(&[2, 6], 3), Var::from_tensor(&case(&[4, 2], 4)).unwrap());
+        let y = low_rank(&x, &rows, &a, &b, SCALE).unwrap();
+        let grads = y.sum_all().unwrap().backward().unwrap();
+        assert!(grads.get(&b).is_some());
+        assert!(grads.get(&w).is_none() && grads.get(&x).is_none() && grads.get(&a).is_none());
+    }
+
+    #[test]
+    fn wrong_shapes_are_named() {
+        let (rows, x) = (dense(4, 6, DType::F32), case(&[9, 6], 2));
+        let text = refusal(shared_block(&x, &rows, &case(&[7, 4], 1)));
+        assert!(text.contains("r from 1 to 6") && text.contains("[7, 4]"), "{text}");
+        let text = refusal(low_rank(&x, &rows, &case(&[2, 5], 1), &case(&[4, 2], 1), 1.0));
+        assert!(text.contains("a [r, 6] and b [4, r]") && text.contains("[2, 5]"), "{text}");
+        assert!(refusal(shared_block(&values(&[9, 6], 1), &rows, &case(&[2, 4], 1))).contains("F64"));
+    }
+}
