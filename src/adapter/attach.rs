@@ -142,7 +142,11 @@ impl Adapter {
             return Err(Error::usage(format!("scale {scale}: expected a finite number")));
         }
         if whole && scale != 0.0 && scale != 1.0 {
-            let what = if self.config.r() > 0 && matches!(self.config.method, Method::Lora(_)) { "DoRA" } else { "the block affine form" };
+            let what = if self.config.r() > 0 && matches!(self.config.method, Method::Lora(_)) {
+                "DoRA"
+            } else {
+                "the block affine form"
+            };
             return Err(Error::usage(format!("scale {scale}: {what} is no sum, expected 0 or 1")));
         }
         if how.training.is_some() && scale != 1.0 {
@@ -226,8 +230,12 @@ impl Rules<'_> {
         let found = target.part(self.adapter, Part::Block)?;
         let ranks = (miss.r, miss.mini_r);
         if miss.variant != Variant::Bat && found.dims().first() != Some(&miss.r) {
-            let message =
-                format!("found rank {:?} of {:?}, expected {} of adapter_config.json", found.dims().first().unwrap_or(&0), found.dims(), miss.r);
+            let message = format!(
+                "found rank {:?} of {:?}, expected {} of adapter_config.json",
+                found.dims().first().unwrap_or(&0),
+                found.dims(),
+                miss.r
+            );
             return Err(Error::tensor(self.adapter.name(&target.path, &Part::Block), message));
         }
         let shape = block_shape(miss.variant, ranks, &target.module.path, size)?;
@@ -258,7 +266,9 @@ impl Rules<'_> {
         let first = if embedding { Part::EmbeddingA } else { Part::LoraA };
         let (mut rows, cols) = target.size()?;
         // A table or a head of another size came with the adapter.
-        if let Some(row) = store.get(&target.module.weight()).ok().and_then(|w| super::modules::shape_of(w).ok()) {
+        if let Some(row) =
+            store.get(&target.module.weight()).ok().and_then(|w| super::modules::shape_of(w).ok())
+        {
             if !target.module.turned {
                 rows = row.first().copied().unwrap_or(rows);
             }
@@ -301,7 +311,10 @@ impl Rules<'_> {
     fn fold_bias(&self, bias: &Tensor, scale: f64, target: &Target, store: &mut Weights) -> Result<()> {
         let name = target.module.bias();
         if !store.contains(&name) {
-            let message = format!("lora_bias adds to a bias that {} does not have: it cannot be merged", target.module.path);
+            let message = format!(
+                "lora_bias adds to a bias that {} does not have: it cannot be merged",
+                target.module.path
+            );
             return Err(Error::tensor(self.adapter.name(&target.path, &Part::LoraBias), message));
         }
         let own = store.get(&name)?.tensor()?.to_dtype(DType::F32)?;
@@ -413,7 +426,11 @@ mod tests {
         dora = adapter(
             dora.config.method.clone(),
             &[Q],
-            &[(Q, Part::LoraA, ramp(&[2, 8])), (Q, Part::LoraB, ramp(&[8, 2])), (Q, Part::Magnitude, ramp(&[8]))],
+            &[
+                (Q, Part::LoraA, ramp(&[2, 8])),
+                (Q, Part::LoraB, ramp(&[8, 2])),
+                (Q, Part::Magnitude, ramp(&[8])),
+            ],
         );
         assert!(refuse(&dora, &half).contains("DoRA"));
         let training = Attach { training: Some(Training::new(0)), ..half };
@@ -425,7 +442,11 @@ mod tests {
     #[test]
     fn every_mismatch_is_named() {
         let wrong = |shape_a: &[usize], shape_b: &[usize], config| {
-            adapter(Method::Lora(config), &[Q], &[(Q, Part::LoraA, ramp(shape_a)), (Q, Part::LoraB, ramp(shape_b))])
+            adapter(
+                Method::Lora(config),
+                &[Q],
+                &[(Q, Part::LoraA, ramp(shape_a)), (Q, Part::LoraB, ramp(shape_b))],
+            )
         };
         refused(&query(lora(4)), &["lora_A.weight", "found rank 2, expected 4"]);
         refused(&wrong(&[2, 9], &[8, 2], lora(2)), &["lora_A", "[2, 9]", "[2, 8]", Q, "another base"]);
@@ -443,7 +464,10 @@ mod tests {
         refused(&extra("model.layers.9.q", Part::LoraA, &[2, 8]), &["layers.9.q", "no module"]);
         refused(&extra("model.layers.1.self_attn.q_proj", Part::LoraA, &[2, 8]), &["does not choose"]);
         refused(&extra(Q, Part::Magnitude, &[8]), &["lora_magnitude_vector", "asks for no such part"]);
-        refused(&extra("model.norm", Part::Own("weight".into()), &[8]), &["model.norm.weight", "modules_to_save"]);
+        refused(
+            &extra("model.norm", Part::Own("weight".into()), &[8]),
+            &["model.norm.weight", "modules_to_save"],
+        );
         refused(&extra(Q, Part::Base("bias".into()), &[8]), &["base_layer.bias", "bias"]);
         let mut two = query(lora(2));
         two.config.selection.targets = super::super::Targets::List(vec!["q_proj".into()]);
@@ -460,9 +484,8 @@ mod tests {
             alpha_pattern: alphas.iter().map(|(p, a)| (p.to_string(), *a)).collect(),
             ..lora(8)
         };
-        let scale = |config: &LoraConfig| {
-            Ranks::new(config).unwrap().scale(config, &Form::Same.spellings(Q), "t", 2)
-        };
+        let scale =
+            |config: &LoraConfig| Ranks::new(config).unwrap().scale(config, &Form::Same.spellings(Q), "t", 2);
         assert_eq!(scale(&config(&[("q_proj", 2)], &[])).unwrap(), 8.0);
         assert_eq!(scale(&config(&[("q_proj", 2)], &[("q", 3.0), (".*attn.q_proj", 5.0)])).unwrap(), 2.5);
         let rslora = LoraConfig { rslora: true, ..config(&[("q_proj", 2)], &[("q_proj", 2.0)]) };
@@ -504,8 +527,7 @@ mod tests {
     #[test]
     fn tied_heads_come_apart_where_the_table_changes() {
         let table = "model.embed_tokens";
-        let tensors =
-            [(table, Part::EmbeddingA, ramp(&[2, 16])), (table, Part::EmbeddingB, ramp(&[8, 2]))];
+        let tensors = [(table, Part::EmbeddingA, ramp(&[2, 16])), (table, Part::EmbeddingB, ramp(&[8, 2]))];
         let mut weights = store(true);
         let embed = adapter(Method::Lora(lora(2)), &["embed_tokens"], &tensors);
         let attached = embed.attach(&mut weights, &llama(true), &Attach::default()).unwrap();

@@ -30,7 +30,9 @@ impl Adapter {
             let weight = weights.get(&name)?;
             let rule = match weight.expr() {
                 Expr::Node { transform, .. } if is_adapter(transform.as_ref()) => transform,
-                _ => return Err(Error::tensor(name, "found no adapter on it, but target_modules chooses it")),
+                _ => {
+                    return Err(Error::tensor(name, "found no adapter on it, but target_modules chooses it"))
+                }
             };
             for (suffix, tensor) in rule.tensors() {
                 let Some(part) = Part::of_suffix(suffix) else {
@@ -100,7 +102,8 @@ mod tests {
             tensors.push((path, Part::LoraA, ramp(&[2, 8])));
             tensors.push((path, Part::LoraB, ramp(&[8, 2])));
         }
-        let mut sample = adapter(Method::Lora(LoraConfig { r: 2, ..LoraConfig::default() }), &["q_proj"], &tensors);
+        let mut sample =
+            adapter(Method::Lora(LoraConfig { r: 2, ..LoraConfig::default() }), &["q_proj"], &tensors);
         sample.config.selection.modules_to_save = vec!["norm".into()];
         sample
     }

@@ -9,7 +9,7 @@ use std::path::Path;
 
 use serde_json::{json, Map, Value};
 
-use super::fields::{Fields, Ordered};
+use super::fields::Fields;
 use super::targets::{Bias, Selection, Targets};
 use crate::{Error, Result};
 
@@ -174,13 +174,12 @@ impl LoraConfig {
             return Err(fields.error("init_lora_weights", &format!("found {init}, {expected}")));
         }
         let ranks = fields.pairs("rank_pattern")?;
-        let rank = |(pattern, value): (String, Value)| match value.as_u64().filter(|r| *r > 0) {
-            Some(r) => Ok((pattern, r as usize)),
-            None => {
-                Err(fields
-                    .error("rank_pattern", &format!("{pattern}: found {value}, expected a rank above 0")))
-            }
-        };
+        let rank =
+            |(pattern, value): (String, Value)| match value.as_u64().filter(|r| *r > 0) {
+                Some(r) => Ok((pattern, r as usize)),
+                None => Err(fields
+                    .error("rank_pattern", &format!("{pattern}: found {value}, expected a rank above 0"))),
+            };
         let alphas = fields.pairs("alpha_pattern")?;
         let alpha = |(pattern, value): (String, Value)| match value.as_f64().filter(|a| a.is_finite()) {
             Some(a) => Ok((pattern, a)),
@@ -226,18 +225,8 @@ impl LoraConfig {
 }
 
 /// What `init_lora_weights` may be beside true and false.
-const INITS: [&str; 10] = [
-    "gaussian",
-    "pissa",
-    "pissa_niter_N",
-    "olora",
-    "loftq",
-    "eva",
-    "corda",
-    "orthogonal",
-    "lora_ga",
-    "mica",
-];
+const INITS: [&str; 10] =
+    ["gaussian", "pissa", "pissa_niter_N", "olora", "loftq", "eva", "corda", "orthogonal", "lora_ga", "mica"];
 
 /// LORA keys that change the equations in ways that are not computed here.
 const CHANGES_THE_MATHS: [&str; 10] = [
@@ -283,7 +272,8 @@ impl MissConfig {
             Some(Value::String(kind)) if kind == "bat" => Variant::Bat,
             Some(Value::String(kind)) if kind == "mini" && !bone => Variant::Mini,
             Some(other) => {
-                let expected = if bone { "true, false or \"bat\"" } else { "true, false, \"bat\" or \"mini\"" };
+                let expected =
+                    if bone { "true, false or \"bat\"" } else { "true, false, \"bat\" or \"mini\"" };
                 return Err(fields.error("init_weights", &format!("found {other}, expected {expected}")));
             }
         };
@@ -339,7 +329,8 @@ impl AdapterConfig {
             }
             "BONE" => (Method::Miss(MissConfig::read(&fields, true)?), &["r", "init_weights"]),
             other => {
-                let message = format!("found {other:?}, expected LORA, MISS or BONE: no other type is supported");
+                let message =
+                    format!("found {other:?}, expected LORA, MISS or BONE: no other type is supported");
                 return Err(fields.error("peft_type", &message));
             }
         };
@@ -350,7 +341,11 @@ impl AdapterConfig {
             .filter(|key| !(lora && CHANGES_THE_MATHS.contains(key)))
             .collect();
         if !unknown.is_empty() {
-            notes.push(format!("{}: keys that are not known were ignored: {}", path.display(), unknown.join(", ")));
+            notes.push(format!(
+                "{}: keys that are not known were ignored: {}",
+                path.display(),
+                unknown.join(", ")
+            ));
         }
         let task_type = fields.text("task_type")?;
         if let Some(task) = task_type.as_deref().filter(|task| !TASKS.contains(task)) {
@@ -390,7 +385,11 @@ impl AdapterConfig {
             }
             Method::Miss(miss) => {
                 miss.write(&mut keys)?;
-                if miss.bone { ("BONE", "bone_only") } else { ("MISS", "MiSS_only") }
+                if miss.bone {
+                    ("BONE", "bone_only")
+                } else {
+                    ("MISS", "MiSS_only")
+                }
             }
         };
         let bias = match selection.bias {
@@ -447,9 +446,10 @@ fn read_selection(fields: &Fields, lora: bool) -> Result<Selection> {
         _ => Vec::new(),
     };
     if matches!(targets, Targets::Pattern(_)) {
-        for (key, set) in
-            [("layers_to_transform", layers_to_transform.is_some()), ("layers_pattern", !layers_pattern.is_empty())]
-        {
+        for (key, set) in [
+            ("layers_to_transform", layers_to_transform.is_some()),
+            ("layers_pattern", !layers_pattern.is_empty()),
+        ] {
             if set {
                 return Err(fields.error(key, "expected null where target_modules is a text and no list"));
             }
@@ -522,7 +522,8 @@ mod tests {
 
     #[test]
     fn unknown_keys_are_named_once() {
-        let (_, notes) = parse(r#"{"peft_type": "LORA", "b_new": 1, "a_new": null, "megatron_core": "m"}"#).unwrap();
+        let (_, notes) =
+            parse(r#"{"peft_type": "LORA", "b_new": 1, "a_new": null, "megatron_core": "m"}"#).unwrap();
         assert_eq!(notes.len(), 1);
         assert!(notes[0].contains("b_new") && notes[0].contains("a_new") && !notes[0].contains("megatron"));
     }
@@ -618,7 +619,10 @@ mod tests {
             r#"{"peft_type": "LORA", "target_modules": ".*", "layers_to_transform": [1]}"#,
             &["layers_to_transform", "target_modules"],
         );
-        refused(r#"{"peft_type": "LORA", "layers_pattern": "h", "target_modules": ["a"]}"#, &["layers_pattern"]);
+        refused(
+            r#"{"peft_type": "LORA", "layers_pattern": "h", "target_modules": ["a"]}"#,
+            &["layers_pattern"],
+        );
         refused(
             r#"{"peft_type": "MISS", "init_weights": "bat", "miss_dropout": 0.5}"#,
             &["miss_dropout", "0.5", "block affine"],

@@ -9,7 +9,7 @@ use super::targets::Targets;
 use crate::{Error, Result};
 
 /// An object's pairs in the order of the file, repeated keys kept: a map would lose both.
-pub(super) struct Ordered(Vec<(String, Value)>);
+struct Ordered(Vec<(String, Value)>);
 
 impl<'de> Deserialize<'de> for Ordered {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
@@ -54,8 +54,8 @@ pub(super) struct Fields<'a> {
 impl<'a> Fields<'a> {
     /// Errs on text that is not one JSON object.
     pub(super) fn parse(path: &'a Path, text: &'a str) -> Result<Self> {
-        let value: Value = serde_json::from_str(text)
-            .map_err(|e| Error::input(path, format!("not a JSON object: {e}")))?;
+        let value: Value =
+            serde_json::from_str(text).map_err(|e| Error::input(path, format!("not a JSON object: {e}")))?;
         match value {
             Value::Object(keys) => Ok(Fields { path, text, keys }),
             _ => Err(Error::input(path, "found no JSON object, expected an adapter's configuration")),
@@ -155,7 +155,10 @@ impl<'a> Fields<'a> {
         };
         match self.value(key).filter(|value| !off(value)) {
             Some(value) => {
-                let message = format!("found {}: it changes what the adapter computes and is not supported", brief(value));
+                let message = format!(
+                    "found {}: it changes what the adapter computes and is not supported",
+                    brief(value)
+                );
                 Err(self.error(key, &message))
             }
             None => Ok(()),

@@ -89,8 +89,7 @@ impl Adapter {
             if !matches!(tensor.dtype(), DType::F32 | DType::BF16 | DType::F16 | DType::F64) {
                 return Err(wrong(format!("found {:?}, expected F32, BF16 or F16", tensor.dtype())));
             }
-            check_finite(name, &tensor)
-                .map_err(|e| Error::input(&path, e.to_string()))?;
+            check_finite(name, &tensor).map_err(|e| Error::input(&path, e.to_string()))?;
             let first = tensors.insert(key, tensor);
             if first.is_some() {
                 return Err(wrong("found under two names, expected one".to_string()));
@@ -192,7 +191,10 @@ fn folder(dir: &Path, notes: &mut Vec<String>) -> Result<PathBuf> {
         several => {
             let names = several.iter().filter_map(|p| p.file_name()).map(|n| n.to_string_lossy());
             let names = names.collect::<Vec<_>>().join(", ");
-            Err(Error::input(dir, format!("found {CONFIG} in {names}, expected one adapter: name its folder")))
+            Err(Error::input(
+                dir,
+                format!("found {CONFIG} in {names}, expected one adapter: name its folder"),
+            ))
         }
     }
 }
@@ -301,7 +303,10 @@ pub(super) mod tests {
         let one = |value: f32| Tensor::new(&[[0f32, value]], &Device::Cpu).unwrap();
         refused(&|p| write(p, LORA, &[(a, one(f32::NAN))]), &[a, "NaN", TENSORS]);
         refused(&|p| write(p, LORA, &[(a, one(f32::INFINITY))]), &[a, "inf"]);
-        refused(&|p| write(p, LORA, &[("m.q.lora_A.weight", one(1.0))]), &["m.q.lora_A.weight", "base_model"]);
+        refused(
+            &|p| write(p, LORA, &[("m.q.lora_A.weight", one(1.0))]),
+            &["m.q.lora_A.weight", "base_model"],
+        );
         refused(&|p| write(p, LORA, &[(a, Tensor::new(&[1u8], &Device::Cpu).unwrap())]), &[a, "U8"]);
         let twice = [(a, one(1.0)), ("base_model.model.m.q.lora_A.default.weight", one(1.0))];
         refused(&|p| write(p, LORA, &twice), &["two names"]);

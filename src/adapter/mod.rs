@@ -9,6 +9,7 @@
 //! The contract, down to file names and rules of selection, was taken from PEFT 0.18 and 0.21.
 
 mod attach;
+mod change;
 mod collect;
 mod config;
 mod fields;
@@ -27,13 +28,14 @@ mod targets;
 mod turned;
 
 pub use attach::{Attach, Attached, Residual, Training};
+pub use change::{Changes, Rounding};
 pub use config::{AdapterConfig, LoraConfig, Method, MissConfig, Variant};
 pub use files::{Adapter, Save};
-pub use merge::{merge, Changes, Merge, Merged, Onto};
+pub use merge::{merge, Merge, Merged, Onto};
 pub use modules::{Kind, Module, Modules};
 pub use names::{Form, Part, PREFIX};
 pub use pattern::Pattern;
-pub use record::{unmerge, Record};
+pub use record::{unmerge, MergedAdapter, Record};
 pub use start::Started;
 pub use targets::{Bias, Chosen, Selection, Targets};
 

@@ -201,7 +201,10 @@ fn table_size(size: Option<(usize, usize)>) -> Module {
 
 /// Whether an embedding is the table of tokens.
 fn is_input(path: &str) -> bool {
-    matches!(last(path), "embed_tokens" | "wte" | "embed_in" | "word_embeddings" | "tok_embeddings" | "shared")
+    matches!(
+        last(path),
+        "embed_tokens" | "wte" | "embed_in" | "word_embeddings" | "tok_embeddings" | "shared"
+    )
 }
 
 /// The shape of a weight that may carry adapters, which leave it as it is.
@@ -272,7 +275,8 @@ pub(super) mod tests {
 
     #[test]
     fn gpt2_holds_its_products_turned() {
-        let shapes = [("h.0.attn.c_attn.weight".to_string(), vec![8, 24]), ("wte.weight".into(), vec![16, 8])];
+        let shapes =
+            [("h.0.attn.c_attn.weight".to_string(), vec![8, 24]), ("wte.weight".into(), vec![16, 8])];
         let modules = Modules::of_shapes(&json!({"model_type": "gpt2"}), &shapes);
         let attn = modules.get("h.0.attn.c_attn").unwrap();
         assert_eq!((attn.size, attn.turned, attn.kind), (Some((24, 8)), true, Kind::Linear));

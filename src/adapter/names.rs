@@ -29,7 +29,7 @@ const BLOCK: [(&str, &str); 6] = [
 ];
 
 /// What a tensor of an adapter file is to its module.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Part {
     /// `.lora_A.weight`, `[r, in]`.
     LoraA,
@@ -252,7 +252,9 @@ mod tests {
         ] {
             assert_eq!(Part::parse(&format!("{PREFIX}{name}")), Some(("l.q".to_string(), part)), "{name}");
         }
-        for name in ["model.layers.0.q.lora_A.weight", "base_model.model.weight", "base_model.model.a..b.bias"] {
+        for name in
+            ["model.layers.0.q.lora_A.weight", "base_model.model.weight", "base_model.model.a..b.bias"]
+        {
             assert_eq!(Part::parse(name), None, "{name}");
         }
     }
@@ -267,7 +269,9 @@ mod tests {
         }
         assert_eq!(newer("deit.encoder.layer.0.layernorm_after"), "deit.layers.0.layernorm_after");
         assert_eq!(older("vit.layers.3"), "vit.encoder.layer.3");
-        for other in ["bert.encoder.layer.0.output.dense", "model.layers.0.mlp.fc1", "classifier", "vit.layernorm"] {
+        for other in
+            ["bert.encoder.layer.0.output.dense", "model.layers.0.mlp.fc1", "classifier", "vit.layernorm"]
+        {
             assert_eq!((newer(other), older(other)), (other.to_string(), other.to_string()));
         }
     }

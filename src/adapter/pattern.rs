@@ -43,7 +43,9 @@ impl Pattern {
     fn build(key: &str, pattern: &str, whole: String) -> Result<Self> {
         let shown = format!("{key}: the pattern {pattern:?}");
         if let Some(why) = foreign(pattern) {
-            return Err(Error::usage(format!("{shown} {why}: write it another way, or as a list of modules")));
+            return Err(Error::usage(format!(
+                "{shown} {why}: write it another way, or as a list of modules"
+            )));
         }
         let build = |text: &str| {
             let built = RegexBuilder::new(text).backtrack_limit(BACKTRACK).build();
@@ -90,7 +92,9 @@ fn foreign(pattern: &str) -> Option<String> {
                 let escaped = chars.next()?;
                 let python = "dDwWsSbBAZntrfvaxu".contains(escaped) || escaped.is_ascii_digit();
                 if escaped.is_ascii_alphabetic() && !python {
-                    return Some(format!("has \\{escaped}, which Python's re reads differently or not at all"));
+                    return Some(format!(
+                        "has \\{escaped}, which Python's re reads differently or not at all"
+                    ));
                 }
             }
             '[' if class => return Some("has [ within [], which is plain in Python alone".to_string()),

@@ -196,7 +196,8 @@ impl Adapter {
         }
         match target.parts.keys().find(|part| !parts.contains(part)) {
             Some(part) => {
-                let message = format!("found, but the configuration asks for no such part of {}", target.module.path);
+                let message =
+                    format!("found, but the configuration asks for no such part of {}", target.module.path);
                 Err(Error::tensor(self.name(&target.path, part), message))
             }
             None => Ok(()),
@@ -222,9 +223,13 @@ impl Adapter {
             let path = leaf.name.rsplit_once('.').map_or("", |(path, _)| path);
             let table = modules.tokens() == Some(path) || modules.head() == Some(path);
             let found = leaf.tensor.dims();
-            let fits = found == shape || (table && found.get(1..) == shape.get(1..) && found.len() == shape.len());
+            let fits =
+                found == shape || (table && found.get(1..) == shape.get(1..) && found.len() == shape.len());
             if !fits {
-                let message = format!("found shape {found:?}, expected {shape:?} of {}: made for another base?", leaf.name);
+                let message = format!(
+                    "found shape {found:?}, expected {shape:?} of {}: made for another base?",
+                    leaf.name
+                );
                 return Err(Error::tensor(&leaf.key, message));
             }
             if leaves[..at].iter().any(|other| other.name == leaf.name) {

@@ -138,7 +138,8 @@ mod tests {
 
     #[test]
     fn old_names_become_new_and_back() {
-        let query = vit(&["attention.attention.query", "intermediate.dense"], &["query", "intermediate.dense"]);
+        let query =
+            vit(&["attention.attention.query", "intermediate.dense"], &["query", "intermediate.dense"]);
         assert_eq!(targets(&query, false), ["fc1", "q_proj"]);
         assert_eq!(targets(&query, true), ["query", "intermediate.dense"]);
         let new = vit(&["attention.attention.query", "output.dense"], &["q_proj", "fc2"]);

@@ -85,7 +85,8 @@ impl AdapterConfig {
             }
         }
         *weights = store;
-        let start = (!factors.is_empty()).then(|| Adapter::new(self.clone(), factors, std::path::Path::new("")));
+        let start =
+            (!factors.is_empty()).then(|| Adapter::new(self.clone(), factors, std::path::Path::new("")));
         Ok(Started { attached, start })
     }
 }
@@ -115,7 +116,9 @@ fn start_miss(miss: &MissConfig, module: &Module, training: &Training) -> Result
         Variant::Bat => Arc::new(Bat::start(miss.r, size)?),
         Variant::Mini => Arc::new(Mini::start(miss.r, miss.mini_r, size, drop)?),
         Variant::Additive => Arc::new(Miss::start(miss.r, size, MissInit::Zeros, drop, &mut random)?),
-        Variant::AdditiveUniform => Arc::new(Miss::start(miss.r, size, MissInit::Uniform, drop, &mut random)?),
+        Variant::AdditiveUniform => {
+            Arc::new(Miss::start(miss.r, size, MissInit::Uniform, drop, &mut random)?)
+        }
     })
 }
 
@@ -202,7 +205,8 @@ mod tests {
             (miss(Variant::Mini), 4),
         ] {
             let mut weights = store();
-            let started = config(method.clone()).start(&mut weights, &llama(false), &Training::new(3)).unwrap();
+            let started =
+                config(method.clone()).start(&mut weights, &llama(false), &Training::new(3)).unwrap();
             assert_eq!(values(&weights), values(&store()), "{method:?}");
             assert_eq!(started.attached.wrapped.len(), 4);
             assert!(started.start.is_none());
@@ -220,7 +224,8 @@ mod tests {
 
     #[test]
     fn pissa_starts_from_the_weight_and_converts_back() {
-        let mut config = config(Method::Lora(LoraConfig { r: 2, init: json!("pissa"), ..LoraConfig::default() }));
+        let mut config =
+            config(Method::Lora(LoraConfig { r: 2, init: json!("pissa"), ..LoraConfig::default() }));
         let mut weights = store();
         let started = config.start(&mut weights, &llama(false), &Training::new(3)).unwrap();
         let near = |a: &Weights, b: &Weights, tolerance: f32| {
@@ -248,8 +253,10 @@ mod tests {
     fn what_does_not_fit_names_the_layer() {
         let bat = MissConfig { r: 5, variant: Variant::Bat, ..MissConfig::default() };
         let mut weights = store();
-        let error =
-            config(Method::Miss(bat)).start(&mut weights, &llama(false), &Training::new(0)).unwrap_err().to_string();
+        let error = config(Method::Miss(bat))
+            .start(&mut weights, &llama(false), &Training::new(0))
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("q_proj") && error.contains("[8, 8]") && error.contains('5'), "{error}");
         assert!(weights.params().is_empty());
     }

@@ -141,7 +141,13 @@ impl Selection {
     /// Errs where nothing is chosen or an entry of a list matches nothing (with near names), where a
     /// chosen module is of a kind that is not adapted (`embeddings`: whether embeddings are), where
     /// there is no default for the architecture, and on patterns that cannot be read.
-    pub fn choose(&self, modules: &Modules, form: Form, task: Option<&str>, embeddings: bool) -> Result<Chosen> {
+    pub fn choose(
+        &self,
+        modules: &Modules,
+        form: Form,
+        task: Option<&str>,
+        embeddings: bool,
+    ) -> Result<Chosen> {
         let mut chosen = Chosen::default();
         let spelled: Vec<(&Module, Vec<String>)> =
             modules.iter().map(|m| (m, form.spellings(&m.path))).collect();
@@ -157,7 +163,8 @@ impl Selection {
         let layers = self.layers()?;
         for (module, spellings) in &spelled {
             let saved = |m: &String| spellings.iter().any(|path| runs_in(path, m));
-            if self.modules_to_save.iter().any(saved) || chosen.saved.iter().any(|s| inside(&module.path, s)) {
+            if self.modules_to_save.iter().any(saved) || chosen.saved.iter().any(|s| inside(&module.path, s))
+            {
                 continue;
             }
             if let Some(exclude) = &exclude {
@@ -260,10 +267,15 @@ impl Selection {
     fn hint(&self, spelled: &[(&Module, Vec<String>)]) -> String {
         match &self.targets {
             Targets::Pattern(pattern) if !self.targets.all_linear() => {
-                let tail: Vec<&str> =
-                    spelled.iter().flat_map(|(_, s)| s.iter().map(String::as_str)).filter(|p| p.ends_with(pattern)).collect();
+                let tail: Vec<&str> = spelled
+                    .iter()
+                    .flat_map(|(_, s)| s.iter().map(String::as_str))
+                    .filter(|p| p.ends_with(pattern))
+                    .collect();
                 match tail.first() {
-                    Some(path) => format!(": a pattern must match the whole path, as in \".*{pattern}\" for {path}"),
+                    Some(path) => {
+                        format!(": a pattern must match the whole path, as in \".*{pattern}\" for {path}")
+                    }
                     None => String::new(),
                 }
             }
@@ -311,10 +323,7 @@ fn unmatched(list: &[String], spelled: &[(&Module, Vec<String>)]) -> Result<()> 
 
 /// The value of the first of `patterns` that matches one of the spellings, as rank_pattern and
 /// alpha_pattern are read.
-pub(super) fn of_pattern<T: Copy>(
-    patterns: &[(Pattern, T)],
-    spellings: &[String],
-) -> Result<Option<T>> {
+pub(super) fn of_pattern<T: Copy>(patterns: &[(Pattern, T)], spellings: &[String]) -> Result<Option<T>> {
     for (pattern, value) in patterns {
         for path in spellings {
             if pattern.matches(path)? {
@@ -364,7 +373,9 @@ mod tests {
         assert_eq!(chosen(list(&["self_attn.q_proj"])), Q);
         assert_eq!(chosen(list(&[Q[1]])), Q[1..]);
         assert_eq!(chosen(list(&["embed_tokens", "lm_head"])), ["model.embed_tokens", "lm_head"]);
-        assert!(ends_with("a.q_proj", "q_proj") && !ends_with("a.my_q_proj", "q_proj") && ends_with("a", "a"));
+        assert!(
+            ends_with("a.q_proj", "q_proj") && !ends_with("a.my_q_proj", "q_proj") && ends_with("a", "a")
+        );
     }
 
     #[test]
@@ -456,7 +467,8 @@ mod tests {
 
     #[test]
     fn both_spellings_of_vit() {
-        let names = ["attention.attention.query", "intermediate.dense", "output.dense", "attention.output.dense"];
+        let names =
+            ["attention.attention.query", "intermediate.dense", "output.dense", "attention.output.dense"];
         let shapes = names.map(|n| (format!("vit.encoder.layer.0.{n}.weight"), vec![4, 4]));
         let vit = Modules::of_shapes(&json!({"model_type": "vit"}), &shapes);
         let of = |targets| {
