@@ -25,6 +25,7 @@
 #![deny(unsafe_code)]
 
 pub mod ablation;
+pub mod adapter;
 pub mod data;
 pub mod error;
 pub mod files;

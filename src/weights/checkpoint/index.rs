@@ -1,7 +1,8 @@
 //! Models in shards, and the index that says which file holds which tensor.
 
 use super::header::{Pairs, MAX_HEADER};
-use super::{save, shown};
+use super::save::{save_pieces, Piece, Planned};
+use super::shown;
 use crate::error::{Error, Result};
 use crate::files::write_bytes;
 use candle_core::Tensor;
@@ -57,26 +58,40 @@ pub fn save_model(
     metadata: &BTreeMap<String, String>,
     limit: u64,
 ) -> Result<u64> {
-    let size = |(_, t): &(String, Tensor)| (t.elem_count() * t.dtype().size_in_bytes()) as u64;
-    let total: u64 = tensors.iter().map(size).sum();
+    let plan = tensors.iter().map(|(name, t)| Planned::of(name, t)).collect::<Result<Vec<_>>>()?;
+    save_model_pieces(dir, &plan, metadata, limit, &mut |at| Ok(Piece::Tensor(tensors[at].1.clone())))
+}
+
+/// As [`save_model`], each tensor made only when it is written: `piece` is called once for each index
+/// into `plan`.
+pub fn save_model_pieces<'a>(
+    dir: &Path,
+    plan: &[Planned],
+    metadata: &BTreeMap<String, String>,
+    limit: u64,
+    piece: &mut dyn FnMut(usize) -> Result<Piece<'a>>,
+) -> Result<u64> {
+    let total: u64 = plan.iter().map(Planned::bytes).sum();
     if total <= limit {
-        return save(&dir.join("model.safetensors"), tensors, metadata);
+        return save_pieces(&dir.join("model.safetensors"), plan, metadata, piece);
     }
     let mut shards = Vec::new();
     let (mut begin, mut filled) = (0, 0u64);
-    for (at, tensor) in tensors.iter().enumerate() {
-        if at > begin && filled + size(tensor) > limit {
-            shards.push(&tensors[begin..at]);
+    for (at, planned) in plan.iter().enumerate() {
+        if at > begin && filled + planned.bytes() > limit {
+            shards.push(begin..at);
             (begin, filled) = (at, 0);
         }
-        filled += size(tensor);
+        filled += planned.bytes();
     }
-    shards.push(&tensors[begin..]);
+    shards.push(begin..plan.len());
     let (mut map, mut bytes) = (serde_json::Map::new(), 0);
-    for (n, part) in shards.iter().enumerate() {
-        let file = format!("model-{:05}-of-{:05}.safetensors", n + 1, shards.len());
-        bytes += save(&dir.join(&file), part, metadata)?;
-        map.extend(part.iter().map(|(name, _)| (name.clone(), Value::from(file.clone()))));
+    let count = shards.len();
+    for (n, range) in shards.into_iter().enumerate() {
+        let file = format!("model-{:05}-of-{count:05}.safetensors", n + 1);
+        let part = &plan[range.clone()];
+        bytes += save_pieces(&dir.join(&file), part, metadata, &mut |at| piece(range.start + at))?;
+        map.extend(part.iter().map(|planned| (planned.name.clone(), Value::from(file.clone()))));
     }
     // The index last: without it the shards are no model.
     let index = serde_json::json!({"metadata": {"total_size": total}, "weight_map": map});
@@ -87,7 +102,7 @@ pub fn save_model(
 
 #[cfg(test)]
 mod tests {
-    use super::super::Checkpoint;
+    use super::super::{save, Checkpoint};
     use super::*;
     use candle_core::Device;
 

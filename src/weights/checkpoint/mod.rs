@@ -26,10 +26,10 @@ use std::io::Seek as _;
 use std::path::{Path, PathBuf};
 
 pub(crate) use index::read_index;
-pub use index::save_model;
+pub use index::{save_model, save_model_pieces};
 pub use pickle::Pickle;
 pub use safetensors::Dtype;
-pub use save::save;
+pub use save::{save, save_pieces, Piece, Planned};
 
 /// One or several files seen as one ordered set of named tensors.
 pub struct Checkpoint {
@@ -203,23 +203,9 @@ impl Checkpoint {
     ///
     /// Errs when there is no such tensor, candle has no such dtype, or a mapped file has shrunk.
     pub fn tensor(&self, name: &str, device: &Device) -> Result<Tensor> {
-        let Some(entry) = self.entries.get(name) else {
-            let files = self.files.first().map(PathBuf::as_path).unwrap_or(Path::new(""));
-            return Err(Error::input(files, format!("tensor {}: found none of this name", shown(name))));
-        };
-        let (data, path, shape) =
-            (&self.data[entry.file], self.files[entry.file].as_path(), entry.shape.as_slice());
-        if let Some(stored) = &entry.stored {
-            let whole = data.slice(path, stored.range())?;
-            stored
-                .check(whole)
-                .map_err(|message| Error::input(path, format!("tensor {}: {message}", shown(name))))?;
-        }
-        let bytes = data.slice(path, entry.begin..entry.end)?;
-        let bytes = &*match &entry.strides {
-            None => Cow::Borrowed(bytes),
-            Some(strides) => Cow::Owned(strides.gather(bytes, shape, entry.dtype.bitsize() / 8)),
-        };
+        let bytes = &*self.raw(name)?;
+        let Some(entry) = self.entries.get(name) else { return Err(self.none_called(name)) };
+        let shape = entry.shape.as_slice();
         let native = |dtype| Tensor::from_raw_buffer(bytes, dtype, shape, device);
         let tensor = match entry.dtype {
             Dtype::F64 => native(DType::F64),
@@ -254,6 +240,32 @@ impl Checkpoint {
             }
         };
         tensor.on(name)
+    }
+}
+
+impl Checkpoint {
+    fn none_called(&self, name: &str) -> Error {
+        let files = self.files.first().map(PathBuf::as_path).unwrap_or(Path::new(""));
+        Error::input(files, format!("tensor {}: found none of this name", shown(name)))
+    }
+
+    /// The bytes of a tensor's elements as they are stored, row-major, little-endian.
+    ///
+    /// Errs when there is no such tensor, or a mapped file has shrunk.
+    pub fn raw(&self, name: &str) -> Result<Cow<'_, [u8]>> {
+        let Some(entry) = self.entries.get(name) else { return Err(self.none_called(name)) };
+        let (data, path) = (&self.data[entry.file], self.files[entry.file].as_path());
+        if let Some(stored) = &entry.stored {
+            let whole = data.slice(path, stored.range())?;
+            stored
+                .check(whole)
+                .map_err(|message| Error::input(path, format!("tensor {}: {message}", shown(name))))?;
+        }
+        let bytes = data.slice(path, entry.begin..entry.end)?;
+        Ok(match &entry.strides {
+            None => Cow::Borrowed(bytes),
+            Some(strides) => Cow::Owned(strides.gather(bytes, &entry.shape, entry.dtype.bitsize() / 8)),
+        })
     }
 }
 

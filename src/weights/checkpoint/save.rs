@@ -1,13 +1,51 @@
 //! Writing a checkpoint: one file, whole or not at all, its bytes a function of its tensors.
 
 use super::header::MAX_HEADER;
+use super::Dtype;
 use crate::error::{Error, Result};
 use crate::files::{write_atomic, WriteError};
 use candle_core::{DType, Tensor};
 use serde_json::Value;
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashSet};
 use std::io::Write;
 use std::path::Path;
+
+/// A tensor that is to be written, before its values are there.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Planned {
+    /// Its name.
+    pub name: String,
+    /// The dtype that it is stored in.
+    pub dtype: Dtype,
+    /// Its shape.
+    pub shape: Vec<usize>,
+}
+
+impl Planned {
+    /// Of a tensor as it is. Errs on dtypes that are not written (see [`save`]).
+    pub fn of(name: &str, tensor: &Tensor) -> Result<Self> {
+        Ok(Planned {
+            name: name.to_string(),
+            dtype: spelled(name, tensor.dtype())?,
+            shape: tensor.dims().to_vec(),
+        })
+    }
+
+    /// Bytes of its values.
+    pub fn bytes(&self) -> u64 {
+        let count: u64 = self.shape.iter().map(|&d| d as u64).product();
+        count * self.dtype.bitsize() as u64 / 8
+    }
+}
+
+/// The values of a planned tensor.
+pub enum Piece<'a> {
+    /// Of the planned dtype.
+    Tensor(Tensor),
+    /// As they lie in another file.
+    Bytes(Cow<'a, [u8]>),
+}
 
 /// Writes `tensors` as one safetensors file, whole or not at all, and returns its size in bytes.
 ///
@@ -16,15 +54,26 @@ use std::path::Path;
 ///
 /// Errs on a repeated name and on dtypes other than F64, F32, F16, BF16, I64, I32, I16, U32 and U8.
 pub fn save(path: &Path, tensors: &[(String, Tensor)], metadata: &BTreeMap<String, String>) -> Result<u64> {
+    let plan = tensors.iter().map(|(name, t)| Planned::of(name, t)).collect::<Result<Vec<_>>>()?;
+    save_pieces(path, &plan, metadata, &mut |at| Ok(Piece::Tensor(tensors[at].1.clone())))
+}
+
+/// As [`save`], each tensor made only when it is written: `piece` is called once for each index into
+/// `plan`, in the order of the file.
+pub fn save_pieces<'a>(
+    path: &Path,
+    plan: &[Planned],
+    metadata: &BTreeMap<String, String>,
+    piece: &mut dyn FnMut(usize) -> Result<Piece<'a>>,
+) -> Result<u64> {
     let mut seen = HashSet::new();
-    let mut order = Vec::with_capacity(tensors.len());
-    for (name, tensor) in tensors {
+    for Planned { name, .. } in plan {
         if name == "__metadata__" || !seen.insert(name) {
             return Err(Error::tensor(name, "found twice (or reserved), expected a name of its own"));
         }
-        order.push((name, tensor, spelled(name, tensor.dtype())?));
     }
-    order.sort_by_key(|(_, tensor, _)| std::cmp::Reverse(tensor.dtype().size_in_bytes()));
+    let mut order: Vec<usize> = (0..plan.len()).collect();
+    order.sort_by_key(|&at| std::cmp::Reverse(plan[at].dtype.bitsize()));
 
     let quoted = |text: &str| Value::from(text).to_string();
     let mut parts = Vec::with_capacity(order.len() + 1);
@@ -34,13 +83,14 @@ pub fn save(path: &Path, tensors: &[(String, Tensor)], metadata: &BTreeMap<Strin
         parts.push(format!("\"__metadata__\":{{{}}}", pairs.join(",")));
     }
     let mut end = 0u64;
-    for (name, tensor, dtype) in &order {
+    for planned in order.iter().map(|&at| &plan[at]) {
         let begin = end;
-        end += (tensor.elem_count() * tensor.dtype().size_in_bytes()) as u64;
-        let shape: Vec<String> = tensor.dims().iter().map(usize::to_string).collect();
+        end += planned.bytes();
+        let shape: Vec<String> = planned.shape.iter().map(usize::to_string).collect();
         parts.push(format!(
-            "{}:{{\"dtype\":\"{dtype}\",\"shape\":[{}],\"data_offsets\":[{begin},{end}]}}",
-            quoted(name),
+            "{}:{{\"dtype\":\"{}\",\"shape\":[{}],\"data_offsets\":[{begin},{end}]}}",
+            quoted(&planned.name),
+            planned.dtype,
             shape.join(",")
         ));
     }
@@ -58,22 +108,43 @@ pub fn save(path: &Path, tensors: &[(String, Tensor)], metadata: &BTreeMap<Strin
     write_atomic(path, |w| {
         w.write_all(&(header.len() as u64).to_le_bytes())?;
         w.write_all(header.as_bytes())?;
-        order.iter().try_for_each(|(name, tensor, _)| write_tensor(w, name, tensor))
+        for &at in &order {
+            write_piece(w, &plan[at], piece(at)?)?;
+        }
+        Ok(())
     })?;
     Ok(8 + header.len() as u64 + end)
 }
 
-fn spelled(name: &str, dtype: DType) -> Result<&'static str> {
+fn write_piece(w: &mut dyn Write, planned: &Planned, piece: Piece) -> Result<(), WriteError> {
+    let name = &planned.name;
+    let fits = match &piece {
+        Piece::Tensor(tensor) => {
+            tensor.dims() == planned.shape && spelled(name, tensor.dtype())? == planned.dtype
+        }
+        Piece::Bytes(bytes) => bytes.len() as u64 == planned.bytes(),
+    };
+    if !fits {
+        return Err(Error::Run(format!("{name}: made another tensor than planned, {planned:?}")).into());
+    }
+    match piece {
+        Piece::Tensor(tensor) => write_tensor(w, name, &tensor),
+        Piece::Bytes(bytes) => Ok(w.write_all(&bytes)?),
+    }
+}
+
+/// The name of a dtype in files.
+fn spelled(name: &str, dtype: DType) -> Result<Dtype> {
     Ok(match dtype {
-        DType::F64 => "F64",
-        DType::F32 => "F32",
-        DType::F16 => "F16",
-        DType::BF16 => "BF16",
-        DType::I64 => "I64",
-        DType::I32 => "I32",
-        DType::I16 => "I16",
-        DType::U32 => "U32",
-        DType::U8 => "U8",
+        DType::F64 => Dtype::F64,
+        DType::F32 => Dtype::F32,
+        DType::F16 => Dtype::F16,
+        DType::BF16 => Dtype::BF16,
+        DType::I64 => Dtype::I64,
+        DType::I32 => Dtype::I32,
+        DType::I16 => Dtype::I16,
+        DType::U32 => Dtype::U32,
+        DType::U8 => Dtype::U8,
         other => {
             let message = format!(
                 "found dtype {}, expected f64, f32, f16, bf16, i64, i32, i16, u32 or u8",

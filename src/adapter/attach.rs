@@ -1,0 +1,564 @@
+//! An adapter on a model: each weight that it changes wrapped in the rule that its tensors belong to.
+
+use std::sync::atomic::AtomicU64;
+use std::sync::Arc;
+
+use candle_core::{DType, Tensor};
+
+use super::config::{LoraConfig, Method, MissConfig, Variant};
+use super::files::Adapter;
+use super::modules::{Kind, Modules};
+use super::names::Part;
+use super::place::{block_shape, Leaf, Placed, Ranks, Target};
+use super::turned::Turned;
+use crate::transform::pissa::pissa;
+use crate::transform::{Bat, Dora, Dropout, EmbeddingLora, Lora, Mini, Miss};
+use crate::weights::{Transform, Weight, Weights};
+use crate::{Error, Result};
+
+/// What training an attached adapter needs beside its tensors.
+#[derive(Clone, Debug)]
+pub struct Training {
+    /// The seed of its dropout.
+    pub seed: u64,
+    /// The number of the forward pass, which whoever trains counts up.
+    pub pass: Arc<AtomicU64>,
+}
+
+impl Training {
+    /// Training from pass 0.
+    pub fn new(seed: u64) -> Self {
+        Training { seed, pass: Arc::new(AtomicU64::new(0)) }
+    }
+}
+
+/// What to make of an adapter whose start was taken out of the base, as PiSSA's is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Residual {
+    /// Refuse it.
+    #[default]
+    Refuse,
+    /// The base at hand is what was left when the start was taken out.
+    Stored,
+    /// The base at hand is the original: take the start out of it again (PiSSA, by an exact decomposition).
+    Rebuild,
+}
+
+/// How an adapter is put on a model.
+#[derive(Clone, Debug, Default)]
+pub struct Attach {
+    /// Trainable, with its dropout; `None`: frozen, without.
+    pub training: Option<Training>,
+    /// A factor on the adapter's change, 1 where `None`. The block affine form and DoRA know 0 and 1 alone.
+    pub scale: Option<f64>,
+    /// What to make of an adapter whose start was taken out of the base.
+    pub residual: Residual,
+}
+
+/// What an adapter changed in a store.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Attached {
+    /// Weights that are wrapped in a rule, by their checkpoint names.
+    pub wrapped: Vec<String>,
+    /// Weights that the adapter's own tensors took the place of.
+    pub replaced: Vec<String>,
+    /// Whether a head that shared its table with the tokens has one of its own now.
+    pub untied: bool,
+    /// What is worth a line.
+    pub notes: Vec<String>,
+}
+
+impl Adapter {
+    /// Puts the adapter on `weights`, whose modules are `modules`.
+    ///
+    /// Errs where a tensor of the adapter has no place, a chosen module lacks its tensors, a shape or a
+    /// rank does not fit (the first one, with both), or `how` asks for what the method does not have. The
+    /// store is as it was then.
+    pub fn attach(&self, weights: &mut Weights, modules: &Modules, how: &Attach) -> Result<Attached> {
+        self.put(weights, modules, how, false)
+    }
+
+    /// As [`Adapter::attach`]; `fold`: what a branch adds to a bias goes into the layer's own, as a merged
+    /// model has no other place for it.
+    pub(super) fn put(
+        &self,
+        weights: &mut Weights,
+        modules: &Modules,
+        how: &Attach,
+        fold: bool,
+    ) -> Result<Attached> {
+        let placed = self.place(weights, modules)?;
+        let scale = how.scale.unwrap_or(1.0);
+        self.check_scale(scale, how)?;
+        let mut store = weights.clone();
+        let mut attached = Attached { notes: placed.notes.clone(), ..Attached::default() };
+        if scale == 0.0 {
+            attached.notes.push("scale 0: the adapter is left off".to_string());
+            return Ok(attached);
+        }
+        // Copies of the base first: what comes apart, comes apart from them. The copy of a head that
+        // stays tied is that of its table.
+        let head = modules.tied().map(|(_, head)| format!("{head}.weight"));
+        let (late, early): (Vec<&Leaf>, Vec<&Leaf>) =
+            placed.leaves.iter().partition(|leaf| !leaf.copy || head.as_ref() == Some(&leaf.name));
+        for leaf in early {
+            store.insert(leaf.name.clone(), leaf_weight(leaf, &store, how)?);
+        }
+        attached.untied = untie(&mut store, modules, &placed)?;
+        for leaf in late {
+            if leaf.copy && !store.contains(&leaf.name) {
+                continue;
+            }
+            store.insert(leaf.name.clone(), leaf_weight(leaf, &store, how)?);
+            if !leaf.copy {
+                attached.replaced.push(leaf.name.clone());
+            }
+        }
+        let rules = Rules { adapter: self, how, scale, fold };
+        for target in &placed.targets {
+            let name = target.module.weight();
+            let rule = match &self.config.method {
+                Method::Miss(miss) => rules.miss(miss, target)?,
+                Method::Lora(lora) => {
+                    let ranks = Ranks::new(lora)?;
+                    let spellings = placed.form.spellings(&target.module.path);
+                    rules.lora(lora, &ranks, &spellings, target, &mut store)?
+                }
+            };
+            let rule = if target.module.turned { Arc::new(Turned::new(rule)) } else { rule };
+            store.wrap(&name, rule)?;
+            attached.wrapped.push(name);
+        }
+        *weights = store;
+        Ok(attached)
+    }
+
+    fn check_scale(&self, scale: f64, how: &Attach) -> Result<()> {
+        let whole = match &self.config.method {
+            Method::Miss(miss) => miss.variant == Variant::Bat,
+            Method::Lora(lora) => lora.dora,
+        };
+        if !scale.is_finite() {
+            return Err(Error::usage(format!("scale {scale}: expected a finite number")));
+        }
+        if whole && scale != 0.0 && scale != 1.0 {
+            let what = if self.config.r() > 0 && matches!(self.config.method, Method::Lora(_)) {
+                "DoRA"
+            } else {
+                "the block affine form"
+            };
+            return Err(Error::usage(format!("scale {scale}: {what} is no sum, expected 0 or 1")));
+        }
+        if how.training.is_some() && scale != 1.0 {
+            let message = format!("scale {scale}: an adapter is trained at its own scale, expected 1");
+            return Err(Error::usage(message));
+        }
+        let Method::Lora(lora) = &self.config.method else { return Ok(()) };
+        match (lora.moved_base(), how.residual) {
+            (None, _) | (_, Residual::Stored) => Ok(()),
+            (Some(init), Residual::Rebuild) if init.starts_with("pissa") => Ok(()),
+            (Some(init), Residual::Rebuild) => Err(Error::usage(format!(
+                "init_lora_weights: {init} changed the base in a way that is not rebuilt here: expected the \
+                 base that was left, or an adapter converted to plain LoRA"
+            ))),
+            (Some(init), Residual::Refuse) => Err(Error::usage(format!(
+                "{}: init_lora_weights is {init}, which moved part of the base into the adapter: expected an \
+                 adapter converted to plain LoRA, the base that was left, or word to rebuild it",
+                self.source().display()
+            ))),
+        }
+    }
+}
+
+/// Gives a head that shares its table with the tokens a weight of its own where the adapter changes
+/// either; the head keeps the table as it was.
+fn untie(weights: &mut Weights, modules: &Modules, placed: &Placed) -> Result<bool> {
+    let Some((table, head)) = modules.tied() else { return Ok(false) };
+    let (table, head) = (format!("{table}.weight"), format!("{head}.weight"));
+    let touched = |name: &str| {
+        placed.targets.iter().any(|t| t.module.weight() == name)
+            || placed.leaves.iter().any(|leaf| !leaf.copy && leaf.name == name)
+    };
+    if weights.contains(&head) || !(touched(&table) || touched(&head)) {
+        return Ok(false);
+    }
+    let shared = weights.get(&table)?.clone();
+    weights.insert(head, shared);
+    Ok(true)
+}
+
+/// The weight that a tensor of the model itself becomes.
+fn leaf_weight(leaf: &Leaf, weights: &Weights, how: &Attach) -> Result<Weight> {
+    if how.training.is_some() && !leaf.copy {
+        return Weight::latent(&leaf.tensor.to_dtype(DType::F32)?);
+    }
+    // Frozen, it is what the base's own tensor is to the model, dtype included.
+    let dtype = match weights.contains(&leaf.name) {
+        true => match weights.get(&leaf.name)?.expr() {
+            crate::weights::Expr::Packed(_) => DType::F32,
+            _ => weights.get(&leaf.name)?.tensor()?.dtype(),
+        },
+        false => leaf.tensor.dtype(),
+    };
+    Ok(Weight::dense(leaf.tensor.to_dtype(dtype)?))
+}
+
+/// Makes the rules of one adapter.
+struct Rules<'a> {
+    adapter: &'a Adapter,
+    how: &'a Attach,
+    scale: f64,
+    fold: bool,
+}
+
+impl Rules<'_> {
+    fn trainable(&self) -> bool {
+        self.how.training.is_some()
+    }
+
+    fn dropout(&self, p: f64, target: &Target) -> Result<Option<Dropout>> {
+        match &self.how.training {
+            Some(training) if p > 0.0 => {
+                Ok(Some(Dropout::new(p, training.seed, &target.module.path, training.pass.clone())?))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    fn miss(&self, miss: &MissConfig, target: &Target) -> Result<Arc<dyn Transform>> {
+        let size = target.size()?;
+        let found = target.part(self.adapter, Part::Block)?;
+        let ranks = (miss.r, miss.mini_r);
+        if miss.variant != Variant::Bat && found.dims().first() != Some(&miss.r) {
+            let message = format!(
+                "found rank {:?} of {:?}, expected {} of adapter_config.json",
+                found.dims().first().unwrap_or(&0),
+                found.dims(),
+                miss.r
+            );
+            return Err(Error::tensor(self.adapter.name(&target.path, &Part::Block), message));
+        }
+        let shape = block_shape(miss.variant, ranks, &target.module.path, size)?;
+        let block = target.check(self.adapter, Part::Block, &shape)?;
+        let dropout = self.dropout(miss.dropout, target)?;
+        let scaled = || Ok::<_, Error>(block.to_dtype(DType::F32)?.affine(self.scale, 0.0)?);
+        let train = self.trainable();
+        Ok(match miss.variant {
+            Variant::Bat => Arc::new(Bat::new(block, size, train)?),
+            Variant::Mini => Arc::new(Mini::new(&scaled()?, size, dropout, train)?),
+            Variant::Additive | Variant::AdditiveUniform => {
+                Arc::new(Miss::new(&scaled()?, size, dropout, train)?)
+            }
+        })
+    }
+
+    fn lora(
+        &self,
+        lora: &LoraConfig,
+        ranks: &Ranks,
+        spellings: &[String],
+        target: &Target,
+        store: &mut Weights,
+    ) -> Result<Arc<dyn Transform>> {
+        let adapter = self.adapter;
+        let train = self.trainable();
+        let embedding = target.module.kind == Kind::Embedding;
+        let first = if embedding { Part::EmbeddingA } else { Part::LoraA };
+        let (mut rows, cols) = target.size()?;
+        // A table or a head of another size came with the adapter.
+        if let Some(row) =
+            store.get(&target.module.weight()).ok().and_then(|w| super::modules::shape_of(w).ok())
+        {
+            if !target.module.turned {
+                rows = row.first().copied().unwrap_or(rows);
+            }
+        }
+        let name = adapter.name(&target.path, &first);
+        let found = target.part(adapter, first.clone())?.dims().first().copied().unwrap_or(0);
+        let scale = ranks.scale(lora, spellings, &name, found)? * self.scale;
+        if embedding {
+            let a = target.check(adapter, Part::EmbeddingA, &[found, rows])?;
+            let b = target.check(adapter, Part::EmbeddingB, &[cols, found])?;
+            return Ok(Arc::new(EmbeddingLora::new(a, b, scale, train)?));
+        }
+        let a = target.check(adapter, Part::LoraA, &[found, cols])?;
+        let b = target.check(adapter, Part::LoraB, &[rows, found])?;
+        if self.how.residual == Residual::Rebuild && lora.moved_base().is_some() {
+            let name = target.module.weight();
+            let w = store.get(&name)?.tensor()?.to_dtype(DType::F32)?;
+            let residual = match target.module.turned {
+                true => pissa(&w.t()?.contiguous()?, found, scale)?.residual.t()?.contiguous()?,
+                false => pissa(&w, found, scale)?.residual,
+            };
+            store.insert(name, Weight::dense(residual));
+        }
+        let dropout = self.dropout(lora.dropout, target)?;
+        if lora.dora {
+            let m = target.check(adapter, Part::Magnitude, &[rows])?;
+            return Ok(Arc::new(Dora::new(a, b, m, scale, dropout, train)?));
+        }
+        let bias = match lora.bias {
+            true => Some(target.check(adapter, Part::LoraBias, &[rows])?),
+            false => None,
+        };
+        if let Some(bias) = bias.filter(|_| self.fold) {
+            self.fold_bias(bias, scale, target, store)?;
+            return Ok(Arc::new(Lora::new(a, b, scale, None, dropout, train)?));
+        }
+        Ok(Arc::new(Lora::new(a, b, scale, bias, dropout, train)?))
+    }
+
+    fn fold_bias(&self, bias: &Tensor, scale: f64, target: &Target, store: &mut Weights) -> Result<()> {
+        let name = target.module.bias();
+        if !store.contains(&name) {
+            let message = format!(
+                "lora_bias adds to a bias that {} does not have: it cannot be merged",
+                target.module.path
+            );
+            return Err(Error::tensor(self.adapter.name(&target.path, &Part::LoraBias), message));
+        }
+        let own = store.get(&name)?.tensor()?.to_dtype(DType::F32)?;
+        let sum = (own + bias.to_dtype(DType::F32)?.affine(scale, 0.0)?)?;
+        store.insert(name, Weight::dense(sum));
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+    use serde_json::json;
+
+    use super::super::files::tests::{adapter, ramp};
+    use super::super::modules::tests::{llama, llama_shapes};
+    use super::super::names::Form;
+    use super::*;
+
+    const Q: &str = "model.layers.0.self_attn.q_proj";
+
+    fn store(tied: bool) -> Weights {
+        Weights::from_tensors(llama_shapes(tied).into_iter().map(|(name, shape)| (name, ramp(&shape))))
+    }
+
+    fn lora(r: usize) -> LoraConfig {
+        LoraConfig { r, alpha: 2.0 * r as f64, ..LoraConfig::default() }
+    }
+
+    /// LoRA of rank 2 on one layer's query.
+    fn query(config: LoraConfig) -> Adapter {
+        let (a, b) = (ramp(&[2, 8]), ramp(&[8, 2]));
+        adapter(Method::Lora(config), &[Q], &[(Q, Part::LoraA, a), (Q, Part::LoraB, b)])
+    }
+
+    fn miss(variant: Variant, block: &[usize]) -> Adapter {
+        let config = MissConfig { r: 2, mini_r: 4, variant, ..MissConfig::default() };
+        adapter(Method::Miss(config), &[Q], &[(Q, Part::Block, ramp(block))])
+    }
+
+    fn value(weights: &Weights, name: &str) -> Vec<Vec<f32>> {
+        weights.get(&format!("{name}.weight")).unwrap().tensor().unwrap().to_vec2().unwrap()
+    }
+
+    #[track_caller]
+    fn refused(adapter: &Adapter, parts: &[&str]) {
+        let mut weights = store(false);
+        let error = adapter.attach(&mut weights, &llama(false), &Attach::default()).unwrap_err().to_string();
+        parts.iter().for_each(|part| assert!(error.contains(part), "{error:?} lacks {part:?}"));
+        assert_eq!(value(&weights, Q), value(&store(false), Q));
+    }
+
+    #[test]
+    fn lora_scales_and_adds() {
+        let (mut weights, before) = (store(false), store(false));
+        let adapter = query(lora(2));
+        let half = Attach { scale: Some(0.5), ..Attach::default() };
+        let attached = adapter.attach(&mut weights, &llama(false), &half).unwrap();
+        assert_eq!(attached.wrapped, [format!("{Q}.weight")]);
+        let (a, b) = (ramp(&[2, 8]).to_vec2::<f32>().unwrap(), ramp(&[8, 2]).to_vec2::<f32>().unwrap());
+        let (w, got) = (value(&before, Q), value(&weights, Q));
+        for o in 0..8 {
+            for i in 0..8 {
+                // alpha / r = 2, halved.
+                let want = w[o][i] + b[o][0] * a[0][i] + b[o][1] * a[1][i];
+                assert!((got[o][i] - want).abs() < 1e-6);
+            }
+        }
+        // On top of itself, and the other way round taken off again.
+        let minus = Attach { scale: Some(-0.5), ..Attach::default() };
+        adapter.attach(&mut weights, &llama(false), &minus).unwrap();
+        for (got, want) in value(&weights, Q).concat().iter().zip(w.concat()) {
+            assert!((got - want).abs() < 1e-6);
+        }
+    }
+
+    #[test]
+    fn zero_adapters_and_scale_zero_change_no_bit() {
+        for variant in [Variant::Additive, Variant::Bat, Variant::Mini] {
+            let shape: &[usize] = match variant {
+                Variant::Bat => &[4, 2, 2],
+                Variant::Mini => &[2, 4],
+                _ => &[2, 8],
+            };
+            let full = miss(variant, shape);
+            let config = full.config.method.clone();
+            let zeros = Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+            let zero = adapter(config, &[Q], &[(Q, Part::Block, zeros)]);
+            let none = Attach { scale: Some(0.0), ..Attach::default() };
+            for (adapter, how) in [(&zero, Attach::default()), (&full, none)] {
+                let mut weights = store(false);
+                adapter.attach(&mut weights, &llama(false), &how).unwrap();
+                assert_eq!(value(&weights, Q), value(&store(false), Q), "{variant:?}");
+            }
+            let mut weights = store(false);
+            full.attach(&mut weights, &llama(false), &Attach::default()).unwrap();
+            assert_ne!(value(&weights, Q), value(&store(false), Q), "{variant:?}");
+        }
+    }
+
+    #[test]
+    fn what_does_not_add_up_has_no_scale() {
+        let half = Attach { scale: Some(0.5), ..Attach::default() };
+        let refuse = |adapter: &Adapter, how: &Attach| {
+            adapter.attach(&mut store(false), &llama(false), how).unwrap_err().to_string()
+        };
+        assert!(refuse(&miss(Variant::Bat, &[4, 2, 2]), &half).contains("block affine"));
+        let mut dora = query(LoraConfig { dora: true, ..lora(2) });
+        dora = adapter(
+            dora.config.method.clone(),
+            &[Q],
+            &[
+                (Q, Part::LoraA, ramp(&[2, 8])),
+                (Q, Part::LoraB, ramp(&[8, 2])),
+                (Q, Part::Magnitude, ramp(&[8])),
+            ],
+        );
+        assert!(refuse(&dora, &half).contains("DoRA"));
+        let training = Attach { training: Some(Training::new(0)), ..half };
+        assert!(refuse(&miss(Variant::Mini, &[2, 4]), &training).contains("own scale"));
+        let nan = Attach { scale: Some(f64::NAN), ..Attach::default() };
+        assert!(refuse(&query(lora(2)), &nan).contains("finite"));
+    }
+
+    #[test]
+    fn every_mismatch_is_named() {
+        let wrong = |shape_a: &[usize], shape_b: &[usize], config| {
+            adapter(
+                Method::Lora(config),
+                &[Q],
+                &[(Q, Part::LoraA, ramp(shape_a)), (Q, Part::LoraB, ramp(shape_b))],
+            )
+        };
+        refused(&query(lora(4)), &["lora_A.weight", "found rank 2, expected 4"]);
+        refused(&wrong(&[2, 9], &[8, 2], lora(2)), &["lora_A", "[2, 9]", "[2, 8]", Q, "another base"]);
+        refused(&wrong(&[2, 8], &[8, 3], lora(2)), &["lora_B", "[8, 3]", "[8, 2]"]);
+        refused(&query(LoraConfig { dora: true, ..lora(2) }), &["lora_magnitude_vector", "not in the file"]);
+        refused(&query(LoraConfig { bias: true, ..lora(2) }), &["lora_B.bias", "not in the file"]);
+        refused(&miss(Variant::Additive, &[3, 8]), &["miss_block", "found rank 3", "expected 2"]);
+        refused(&miss(Variant::Additive, &[2, 9]), &["miss_block", "[2, 9]", "[2, 8]"]);
+        refused(&miss(Variant::Bat, &[2, 4, 4]), &["miss_block", "[4, 2, 2]"]);
+        let extra = |path: &str, part: Part, shape: &[usize]| {
+            let (a, b) = (ramp(&[2, 8]), ramp(&[8, 2]));
+            let tensors = [(Q, Part::LoraA, a), (Q, Part::LoraB, b), (path, part, ramp(shape))];
+            adapter(Method::Lora(lora(2)), &[Q], &tensors)
+        };
+        refused(&extra("model.layers.9.q", Part::LoraA, &[2, 8]), &["layers.9.q", "no module"]);
+        refused(&extra("model.layers.1.self_attn.q_proj", Part::LoraA, &[2, 8]), &["does not choose"]);
+        refused(&extra(Q, Part::Magnitude, &[8]), &["lora_magnitude_vector", "asks for no such part"]);
+        refused(
+            &extra("model.norm", Part::Own("weight".into()), &[8]),
+            &["model.norm.weight", "modules_to_save"],
+        );
+        refused(&extra(Q, Part::Base("bias".into()), &[8]), &["base_layer.bias", "bias"]);
+        let mut two = query(lora(2));
+        two.config.selection.targets = super::super::Targets::List(vec!["q_proj".into()]);
+        refused(&two, &["layers.1.self_attn.q_proj", "not in the file"]);
+        two.config.selection.modules_to_save = vec!["norm".into()];
+        two.config.selection.targets = super::super::Targets::List(vec![Q.into()]);
+        refused(&two, &["model.norm.weight", "modules_to_save"]);
+    }
+
+    #[test]
+    fn ranks_and_alphas_by_pattern() {
+        let config = |ranks: &[(&str, usize)], alphas: &[(&str, f64)]| LoraConfig {
+            rank_pattern: ranks.iter().map(|(p, r)| (p.to_string(), *r)).collect(),
+            alpha_pattern: alphas.iter().map(|(p, a)| (p.to_string(), *a)).collect(),
+            ..lora(8)
+        };
+        let scale =
+            |config: &LoraConfig| Ranks::new(config).unwrap().scale(config, &Form::Same.spellings(Q), "t", 2);
+        assert_eq!(scale(&config(&[("q_proj", 2)], &[])).unwrap(), 8.0);
+        assert_eq!(scale(&config(&[("q_proj", 2)], &[("q", 3.0), (".*attn.q_proj", 5.0)])).unwrap(), 2.5);
+        let rslora = LoraConfig { rslora: true, ..config(&[("q_proj", 2)], &[("q_proj", 2.0)]) };
+        assert!((scale(&rslora).unwrap() - 2f64.sqrt()).abs() < 1e-12);
+        // Sorting put another pattern first: the tensor is believed.
+        assert!(scale(&config(&[("layers.0.*q_proj", 4), ("q_proj", 2)], &[])).is_ok());
+        let error = scale(&config(&[("q_proj", 4)], &[])).unwrap_err().to_string();
+        assert!(error.contains("found rank 2, expected 4"), "{error}");
+    }
+
+    #[test]
+    fn whole_modules_and_biases_take_the_place_of_the_bases() {
+        let norm = Tensor::ones(8, DType::F32, &Device::Cpu).unwrap();
+        let mut adapter = adapter(
+            Method::Lora(lora(2)),
+            &[Q],
+            &[
+                (Q, Part::LoraA, ramp(&[2, 8])),
+                (Q, Part::LoraB, ramp(&[8, 2])),
+                ("model.norm", Part::Own("weight".into()), norm),
+            ],
+        );
+        adapter.config.selection.modules_to_save = vec!["norm".into()];
+        let mut weights = store(false);
+        let how = Attach { training: Some(Training::new(1)), ..Attach::default() };
+        let attached = adapter.attach(&mut weights, &llama(false), &how).unwrap();
+        assert_eq!(attached.replaced, ["model.norm.weight"]);
+        let mut names: Vec<String> = weights.params().into_iter().map(|p| p.name).collect();
+        names.sort();
+        let q = format!("{Q}.weight");
+        assert_eq!(names, [format!("{q}.lora_A"), format!("{q}.lora_B"), "model.norm.weight".to_string()]);
+        let mut frozen = store(false);
+        adapter.attach(&mut frozen, &llama(false), &Attach::default()).unwrap();
+        assert!(frozen.params().is_empty());
+        let ones = frozen.get("model.norm.weight").unwrap().tensor().unwrap();
+        assert_eq!(ones.to_vec1::<f32>().unwrap(), [1.0; 8]);
+    }
+
+    #[test]
+    fn tied_heads_come_apart_where_the_table_changes() {
+        let table = "model.embed_tokens";
+        let tensors = [(table, Part::EmbeddingA, ramp(&[2, 16])), (table, Part::EmbeddingB, ramp(&[8, 2]))];
+        let mut weights = store(true);
+        let embed = adapter(Method::Lora(lora(2)), &["embed_tokens"], &tensors);
+        let attached = embed.attach(&mut weights, &llama(true), &Attach::default()).unwrap();
+        assert!(attached.untied);
+        assert_eq!(value(&weights, "lm_head"), value(&store(true), table));
+        assert_ne!(value(&weights, table), value(&store(true), table));
+        // Nothing of it where neither is touched.
+        let mut weights = store(true);
+        assert!(!query(lora(2)).attach(&mut weights, &llama(true), &Attach::default()).unwrap().untied);
+        assert!(!weights.contains("lm_head.weight"));
+    }
+
+    #[test]
+    fn headless_adapters_are_recognised() {
+        let path = "layers.0.self_attn.q_proj";
+        let tensors = [(path, Part::LoraA, ramp(&[2, 8])), (path, Part::LoraB, ramp(&[8, 2]))];
+        let adapter = adapter(Method::Lora(lora(2)), &[path], &tensors);
+        let attached = adapter.attach(&mut store(false), &llama(false), &Attach::default()).unwrap();
+        assert_eq!(attached.wrapped, [format!("{Q}.weight")]);
+        assert!(attached.notes[0].contains("without its head"), "{:?}", attached.notes);
+    }
+
+    #[test]
+    fn a_start_taken_out_of_the_base_needs_that_base() {
+        let raw = query(LoraConfig { init: json!("pissa"), ..lora(2) });
+        refused(&raw, &["pissa", "plain LoRA"]);
+        let stored = Attach { residual: Residual::Stored, ..Attach::default() };
+        raw.attach(&mut store(false), &llama(false), &stored).unwrap();
+        let rebuild = Attach { residual: Residual::Rebuild, ..Attach::default() };
+        raw.attach(&mut store(false), &llama(false), &rebuild).unwrap();
+        let other = query(LoraConfig { init: json!("olora"), ..lora(2) });
+        assert!(other.attach(&mut store(false), &llama(false), &rebuild).is_err());
+    }
+}
