@@ -31,6 +31,7 @@ pub mod error;
 pub mod files;
 pub mod hub;
 pub mod kernels;
+pub mod language;
 pub mod models;
 pub mod optim;
 pub mod quantize;

@@ -327,7 +327,7 @@ impl Source {
         let Some(Expr::Packed(old)) = self.before(name).map(|w| w.expr()) else {
             return Err(Error::Run(format!("{name}: packed in the file, and not here")));
         };
-        let rule = OnGrid::fit(old.grid(), &exact)?;
+        let rule = OnGrid::fit(old.grid(), old.rows().groups().group(), &exact)?;
         let weight = crate::weights::Weight::dense(exact.clone()).wrap(Arc::new(rule));
         let Some(quantized) = weight.quantize()? else {
             return Err(Error::Run(format!("{name}: its grid packs nothing")));

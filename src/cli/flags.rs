@@ -68,11 +68,16 @@ pub enum Dtype {
 }
 
 impl Common {
-    /// Sets up threads and device.
+    /// Sets up threads and device for a vision transformer.
     pub fn device(&self) -> Result<Device> {
         if self.dtype != Dtype::F32 {
             return Err(Error::usage(format!("--dtype {:?}: vision transformers run in f32", self.dtype)));
         }
+        self.device_for_text()
+    }
+
+    /// Sets up threads and device for a model that runs in any number format.
+    pub fn device_for_text(&self) -> Result<Device> {
         if let Some(threads) = self.threads {
             if !(1..=1024).contains(&threads) {
                 return Err(Error::usage(format!("--threads {threads}: expected 1 to 1024")));

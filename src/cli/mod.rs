@@ -2,11 +2,13 @@
 
 mod ablate;
 mod eval;
+mod finetune;
 mod flags;
 mod inspect;
 mod predict;
 mod progress;
 mod quantize;
+mod training;
 
 use std::io::Write;
 
@@ -30,6 +32,8 @@ struct Args {
 enum Command {
     /// Train a vision transformer for 2-, 3- or 4-bit weights, pack it and measure it
     Quantize(Box<quantize::Quantize>),
+    /// Adapt a language model to a text: shared blocks, low rank, or all of it
+    Finetune(Box<finetune::Finetune>),
     /// Run variants of a recipe over widths and seeds, and write a table of what each part brings
     Ablate(Box<ablate::Ablate>),
     /// Measure a full-precision or packed model: top-1, top-5, loss
@@ -65,6 +69,7 @@ pub fn run() -> Result<()> {
     };
     match args.command {
         Command::Quantize(command) => command.run(),
+        Command::Finetune(command) => command.run(),
         Command::Ablate(command) => command.run(),
         Command::Eval(command) => command.run(),
         Command::Predict(command) => command.run(),

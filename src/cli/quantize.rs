@@ -4,13 +4,15 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use clap::{Args, ValueEnum};
-use qtune::quantize;
-use qtune::recipe::{put, set, Recipe};
+use qtune::models::llama_config::is_language_model;
+use qtune::models::{model_dir, read_config};
+use qtune::recipe::{put, set, ModelConfig, Recipe};
 use qtune::train::{signal, Progress};
-use qtune::{files, Error};
+use qtune::{hub, language, quantize, Error};
 use toml::Value;
 
 use super::flags::{anchored, Common};
+use super::training::{count, name_of, path, recipe_of, Training};
 use super::{bytes, print, print_json};
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -33,20 +35,6 @@ enum Cga {
     Off,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Schedule {
-    Constant,
-    Cosine,
-    CosineEpochs,
-    Linear,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Optimizer {
-    Adamw,
-    Sgd,
-}
-
 #[derive(Args, Debug)]
 pub struct Quantize {
     /// Bits per weight inside the blocks
@@ -61,10 +49,17 @@ pub struct Quantize {
     /// Pretrained model: a folder, a file, a run of ours or a hub name [default: a new one]
     #[arg(long, value_name = "MODEL")]
     model: Option<PathBuf>,
-    /// Images: an IDX pair, CIFAR-10, an image folder or archive [default: built-in glyphs]
+    /// Images: an IDX pair, CIFAR-10, an image folder or archive [default: built-in glyphs]; for a language model
+    /// text: JSON lines, Parquet, plain text
     #[arg(long, value_name = "PATH")]
     data: Option<PathBuf>,
-    /// Images to evaluate on, where they lie elsewhere
+    /// Columns of a row that share a step, for a language model
+    #[arg(long, value_name = "N")]
+    group_size: Option<usize>,
+    /// Tokens in a row of text, for a language model
+    #[arg(long, value_name = "N")]
+    seq_len: Option<usize>,
+    /// Images or text to evaluate on, where they lie elsewhere
     #[arg(long, value_name = "PATH")]
     eval_data: Option<PathBuf>,
     /// Quantize the product of query and key in place of both (query-key reparameterization)
@@ -79,74 +74,8 @@ pub struct Quantize {
     /// Teacher model [default: the model at the start of quantization]
     #[arg(long, value_name = "MODEL")]
     teacher: Option<PathBuf>,
-    /// Recipe: a name (glyphs, vit-w2a32, vit-w2a2, vit-w4a4, deit-tiny-w2a2, deit-tiny-w3a3, deit-tiny-w4a4,
-    /// deit-small-w2a2, deit-small-w3a3, deit-small-w4a4, swin-tiny-w2a2,
-    /// swin-tiny-w3a3, swin-tiny-w4a4) or a file
-    #[arg(long, value_name = "RECIPE")]
-    recipe: Option<String>,
-    /// Set any key of the recipe, e.g. phase.0.epochs=3
-    #[arg(long, value_name = "KEY.PATH=VALUE")]
-    set: Vec<String>,
-    /// Run folder [default: runs/<recipe>-<n>]
-    #[arg(long, value_name = "DIR")]
-    out: Option<PathBuf>,
-    /// Continue a run from its last checkpoint
-    #[arg(long, value_name = "DIR")]
-    resume: Option<PathBuf>,
-    /// Seed of everything random
-    #[arg(long)]
-    seed: Option<u64>,
-    /// Use the first N training samples
-    #[arg(long, value_name = "N")]
-    limit_train: Option<usize>,
-    /// Use the first N evaluation samples
-    #[arg(long, value_name = "N")]
-    limit_eval: Option<usize>,
-    /// Make what is skipped with a note an error
-    #[arg(long)]
-    strict: bool,
-    /// Steps of quantized training, and half as many of annealing; 0 packs without training
-    #[arg(long, value_name = "N")]
-    steps: Option<usize>,
-    /// Epochs of quantized training, and half as many of annealing
-    #[arg(long, value_name = "N", conflicts_with = "steps")]
-    epochs: Option<f64>,
-    /// Peak learning rate of quantized training
-    #[arg(long)]
-    lr: Option<f64>,
-    /// Samples in a forward pass
-    #[arg(long, value_name = "N")]
-    batch_size: Option<usize>,
-    /// Forward passes in a step
-    #[arg(long, value_name = "N")]
-    accumulate: Option<usize>,
-    /// Steps of warm-up of quantized training
-    #[arg(long, value_name = "STEPS")]
-    warmup: Option<usize>,
-    /// Learning rate after warm-up
-    #[arg(long, value_enum)]
-    schedule: Option<Schedule>,
-    /// Update rule
-    #[arg(long, value_enum)]
-    optimizer: Option<Optimizer>,
-    /// Decoupled weight decay
-    #[arg(long)]
-    weight_decay: Option<f64>,
-    /// Largest gradient norm; 0: no clipping
-    #[arg(long)]
-    clip: Option<f64>,
-    /// Steps between checkpoints; 0: one an epoch
-    #[arg(long, value_name = "N")]
-    checkpoint_steps: Option<usize>,
-    /// Steps between evaluations; 0: at the end of each phase
-    #[arg(long, value_name = "N")]
-    eval_steps: Option<usize>,
-    /// Checkpoints to keep, the best one beside
-    #[arg(long, value_name = "N")]
-    keep: Option<usize>,
-    /// Print the resolved recipe, what each tensor becomes and the memory estimate; write nothing
-    #[arg(long)]
-    dry_run: bool,
+    #[command(flatten)]
+    training: Training,
     #[command(flatten)]
     common: Common,
 }
@@ -185,17 +114,17 @@ fn anneal(table: &mut toml::Table, cga: Cga) {
     }
 }
 
-fn name_of(value: &impl ValueEnum) -> String {
-    let name = value.to_possible_value().map(|v| v.get_name().to_string()).unwrap_or_default();
-    name.replace('-', "_")
-}
-
-fn count(n: usize) -> Value {
-    Value::Integer(n as i64)
-}
-
-fn path(path: &Path) -> Value {
-    Value::String(path.display().to_string())
+/// Runs the road of the recipe's model.
+fn run_recipe(
+    recipe: &Recipe,
+    dir: &Path,
+    device: &candle_core::Device,
+    progress: &dyn Progress,
+) -> qtune::Result<serde_json::Value> {
+    match recipe.model {
+        ModelConfig::Llama(_) => language::run(recipe, dir, device, progress),
+        _ => quantize::run(recipe, dir, device, progress),
+    }
 }
 
 impl Quantize {
@@ -204,66 +133,48 @@ impl Quantize {
         let mut keys: Vec<(String, Value)> = Vec::new();
         let mut put = |key: &str, value: Option<Value>| keys.extend(value.map(|v| (key.to_string(), v)));
         let bits = |bits: &Option<String>| bits.as_ref().and_then(|b| b.parse().ok()).map(Value::Integer);
-        put("seed", self.seed.map(|s| Value::Integer(s as i64)));
         put("transform.0.bits", bits(&self.bits));
         put("transform.0.kind", self.weight_quant.map(|k| Value::String(name_of(&k))));
         put("activation.bits", bits(&self.act_bits));
+        put("transform.0.group", self.group_size.map(count));
         put("model.path", self.model.as_deref().map(path));
         // A run that is continued has it in its recipe.
-        let pickle = self.common.allow_pickle && self.resume.is_none();
+        let pickle = self.common.allow_pickle && self.training.resume.is_none();
         put("model.allow_pickle", pickle.then_some(Value::Boolean(true)));
-        put("data.path", self.data.as_deref().map(path));
-        put("data.eval_path", self.eval_data.as_deref().map(path));
-        put("data.limit_train", self.limit_train.map(count));
-        put("data.limit_eval", self.limit_eval.map(count));
-        put("data.strict", self.strict.then_some(Value::Boolean(true)));
+        let table = if self.is_text() { "text" } else { "data" };
+        put(&format!("{table}.path"), self.data.as_deref().map(path));
+        put(&format!("{table}.eval_path"), self.eval_data.as_deref().map(path));
+        put(&format!("{table}.seq_len"), self.seq_len.map(count));
+        keys.extend(self.training.overrides(table)?);
+        let mut put = |key: &str, value: Option<Value>| keys.extend(value.map(|v| (key.to_string(), v)));
         put("distill.kind", self.kd.map(|k| Value::String(name_of(&k))));
         put("distill.teacher", self.teacher.as_deref().map(path));
-        put("train.batch_size", self.batch_size.map(count));
-        put("train.accumulate", self.accumulate.map(count));
-        put("train.clip", self.clip.map(Value::Float));
-        put("train.checkpoint_steps", self.checkpoint_steps.map(count));
-        put("train.eval_steps", self.eval_steps.map(count));
-        put("train.keep", self.keep.map(count));
-        put("optimizer.weight_decay", self.weight_decay.map(Value::Float));
-        if self.seed.is_some_and(|s| s > i64::MAX as u64) {
-            return Err(Error::usage(format!("--seed: expected at most {}", i64::MAX)).into());
-        }
         Ok(keys)
     }
 
-    /// What the flags say of the phases that train with quantizers in place.
-    fn phase_overrides(&self) -> Vec<(&'static str, Value)> {
-        let mut keys = Vec::new();
-        keys.extend(self.steps.map(|n| ("steps", count(n))));
-        keys.extend(self.epochs.map(|n| ("epochs", Value::Float(n))));
-        keys.extend(self.lr.map(|lr| ("lr", Value::Float(lr))));
-        keys.extend(self.warmup.map(|n| ("warmup", count(n))));
-        keys.extend(self.schedule.map(|s| ("schedule", Value::String(name_of(&s)))));
-        keys
+    /// Whether it is a language model that is quantized: by its recipe, or by the model's own configuration.
+    fn is_text(&self) -> bool {
+        if let Some(name) = &self.training.recipe {
+            let kind = Recipe::table(name).ok().and_then(|t| t.get("model")?.get("kind").cloned());
+            return kind.is_some_and(|kind| kind.as_str() == Some("llama"));
+        }
+        let dir = self.model.as_ref().and_then(|m| hub::resolve(&m.to_string_lossy()).ok());
+        let config = dir.and_then(|dir| read_config(&model_dir(&dir)).ok());
+        config.is_some_and(|(_, json)| is_language_model(&json))
     }
 
     fn recipe(&self) -> Result<Recipe> {
         let own = self.model.is_some() || self.data.is_some();
-        let name = self.recipe.as_deref().unwrap_or(match (own, self.act_bits.as_deref()) {
+        let text = self.is_text();
+        let name = self.training.recipe.as_deref().unwrap_or(match (own, self.act_bits.as_deref()) {
+            _ if text => "llama-w2",
             (false, _) => "glyphs",
             (true, None | Some("32")) => "vit-w2a32",
             (true, Some("4" | "8")) => "vit-w4a4",
             (true, Some(_)) => "vit-w2a2",
         });
         let mut table = Recipe::table(name)?;
-        if let Some(kind) = self.optimizer {
-            // Another rule has other settings; decay means the same for all.
-            let old = table.get("optimizer").and_then(Value::as_table).cloned().unwrap_or_default();
-            let kind = Value::String(name_of(&kind));
-            if old.get("kind") != Some(&kind) {
-                let shared = ["weight_decay", "no_decay"];
-                let mut optimizer: toml::Table =
-                    old.into_iter().filter(|(key, _)| shared.contains(&key.as_str())).collect();
-                optimizer.insert("kind".into(), kind);
-                table.insert("optimizer".into(), Value::Table(optimizer));
-            }
-        }
+        self.training.replace_optimizer(&mut table);
         for (key, value) in self.overrides()? {
             put(&mut table, &key, value).map_err(|what| Error::usage(format!("{key}: {what}")))?;
         }
@@ -272,24 +183,15 @@ impl Quantize {
                 let trains = phase.get("quantize") == Some(&Value::Boolean(true));
                 if trains && phase.contains_key("calm") {
                     // Annealing follows the length that the flags give, half as long.
-                    if let Some(steps) = self.steps {
+                    if let Some(steps) = self.training.steps {
                         phase.insert("steps".into(), count(steps.div_ceil(2)));
-                    } else if let Some(epochs) = self.epochs {
+                    } else if let Some(epochs) = self.training.epochs {
                         phase.remove("steps");
                         phase.insert("epochs".into(), Value::Float(epochs / 2.0));
                     }
                 }
                 if trains && !phase.contains_key("calm") {
-                    for (key, value) in self.phase_overrides() {
-                        // A length of its own: what the recipe said of it does not fit any more.
-                        match key {
-                            "epochs" => drop((phase.remove("steps"), phase.remove("cosine_span"))),
-                            "steps" => drop(phase.remove("cosine_span")),
-                            "warmup" => drop(phase.remove("warmup_epochs")),
-                            _ => {}
-                        }
-                        phase.insert(key.into(), value);
-                    }
+                    self.training.put_phase(phase);
                 }
             }
         }
@@ -297,13 +199,13 @@ impl Quantize {
             table.insert("qkr".into(), Value::Table(toml::Table::new()));
         }
         // Annealing depends on whether there are products.
-        for assignment in self.set.iter().filter(|s| s.starts_with("qkr")) {
+        for assignment in self.training.set.iter().filter(|s| s.starts_with("qkr")) {
             set(&mut table, assignment)?;
         }
         if let Some(cga) = self.cga {
             anneal(&mut table, cga);
         }
-        for assignment in &self.set {
+        for assignment in &self.training.set {
             set(&mut table, assignment)?;
         }
         if table.contains_key("ablation") {
@@ -317,7 +219,8 @@ impl Quantize {
         }
         let model = recipe.model.path_mut();
         let paths = [&mut recipe.data.path, &mut recipe.data.eval_path, &mut recipe.distill.teacher, model];
-        for path in paths.into_iter().flatten() {
+        let text = recipe.text.iter_mut().flat_map(|text| [&mut text.path, &mut text.eval_path]);
+        for path in paths.into_iter().chain(text).flatten() {
             *path = anchored(path);
         }
         Ok(recipe)
@@ -326,44 +229,35 @@ impl Quantize {
     pub fn run(self) -> Result<()> {
         let progress = self.common.progress();
         let device = self.common.device()?;
-        if let Some(dir) = &self.resume {
+        if let Some(dir) = &self.training.resume {
             return self.resume(dir, &device, &progress);
         }
         let recipe = self.recipe()?;
-        if self.dry_run {
+        if self.training.dry_run {
             return self.plan(&recipe, &device);
         }
         signal::watch()?;
-        let dir = self.create(&recipe)?;
+        let dir = self.training.create(&recipe)?;
         let bits = recipe.transform.first().map(|t| t.bits).unwrap_or(32);
         let (dir_name, act_bits) = (dir.display(), recipe.activation.bits);
         progress.note(&format!(
             "{dir_name}: recipe {}, weights {bits} bits, activations {act_bits}",
             recipe.name
         ));
-        let summary = quantize::run(&recipe, &dir, &device, &progress);
+        let summary = run_recipe(&recipe, &dir, &device, &progress);
         self.report(&dir, summary)
     }
 
     fn resume(&self, dir: &Path, device: &candle_core::Device, progress: &dyn Progress) -> Result<()> {
-        let changed = !self.overrides()?.is_empty()
-            || !self.phase_overrides().is_empty()
-            || !self.set.is_empty()
-            || self.recipe.is_some()
-            || self.optimizer.is_some()
-            || self.qkr
-            || self.cga.is_some()
-            || self.out.is_some();
+        let changed =
+            !self.overrides()?.is_empty() || self.training.changes() || self.qkr || self.cga.is_some();
         if changed {
             let message =
                 "--resume continues a run by its own recipe.toml: it goes with no flag that changes it";
             return Err(Error::usage(message).into());
         }
-        let path = dir.join("recipe.toml");
-        let text = files::read_text(&path)?;
-        let table = text.parse::<toml::Table>().map_err(|e| Error::input(&path, e.message().to_string()))?;
-        let recipe = Recipe::resolve(table)?;
-        if self.dry_run {
+        let recipe = recipe_of(dir)?;
+        if self.training.dry_run {
             return self.plan(&recipe, device);
         }
         signal::watch()?;
@@ -371,57 +265,18 @@ impl Quantize {
             progress.note(&format!("{}: this run is finished", dir.display()));
             return self.report(dir, Ok(summary));
         }
-        self.report(dir, quantize::run(&recipe, dir, device, progress))
-    }
-
-    /// Makes the run folder, whole or not at all.
-    fn create(&self, recipe: &Recipe) -> Result<PathBuf> {
-        let dir = match &self.out {
-            Some(dir) => dir.clone(),
-            None => (1..)
-                .map(|n| PathBuf::from(format!("runs/{}-{n}", recipe.name)))
-                .find(|dir| !dir.exists())
-                .unwrap_or_default(),
-        };
-        if dir.exists() {
-            let message = format!(
-                "--out {}: it exists; name another folder, or continue it with --resume {}",
-                dir.display(),
-                dir.display()
-            );
-            return Err(Error::usage(message).into());
-        }
-        if let Some(parent) = dir.parent().filter(|p| !p.as_os_str().is_empty()) {
-            std::fs::create_dir_all(parent).map_err(|e| Error::io(parent, e))?;
-            files::sweep(parent)?;
-        }
-        let staging = files::Staging::new(&dir)?;
-        files::write_bytes(&staging.path().join("recipe.toml"), recipe.to_toml()?.as_bytes())?;
-        staging.commit()?;
-        Ok(dir)
+        self.report(dir, run_recipe(&recipe, dir, device, progress))
     }
 
     fn report(&self, dir: &Path, summary: qtune::Result<serde_json::Value>) -> Result<()> {
-        let summary = match summary {
-            Ok(summary) => summary,
-            Err(error) => {
-                // A run that failed before its first checkpoint leaves nothing worth keeping.
-                let stopped = matches!(error, Error::Stopped { .. });
-                if !stopped && !dir.join("checkpoints").exists() && self.resume.is_none() {
-                    // What went wrong is the news, not that cleaning up did too.
-                    let _ = files::discard(dir);
-                    if self.out.is_none() {
-                        // `runs`, where this was its only run; one that is not empty stays.
-                        let _ = dir.parent().map(std::fs::remove_dir);
-                    }
-                }
-                return Err(error.into());
-            }
-        };
+        let summary = self.training.settle(dir, summary)?;
         if self.common.json {
             return print_json(&summary);
         }
         let number = |key: &str| summary.get(key).and_then(serde_json::Value::as_f64);
+        if summary.get("fp_loss").is_some() {
+            return self.report_text(dir, &number);
+        }
         let percent = |key: &str| number(key).map(|v| format!("{v:.2} %")).unwrap_or("not measured".into());
         let size = |key: &str| bytes(number(key).unwrap_or(0.0) as usize);
         print(&format!(
@@ -435,7 +290,24 @@ impl Quantize {
         ))
     }
 
+    fn report_text(&self, dir: &Path, number: &dyn Fn(&str) -> Option<f64>) -> Result<()> {
+        let loss = |key: &str| number(key).map(|v| format!("{v:.4}")).unwrap_or("not measured".into());
+        let size = |key: &str| bytes(number(key).unwrap_or(0.0) as usize);
+        print(&format!(
+            "full precision  loss {:>12}   {:>10}\npacked          loss {:>12}   {:>10}   {:.1} times smaller\nmodel: {}",
+            loss("fp_loss"),
+            size("fp_bytes"),
+            loss("q_loss"),
+            size("packed_bytes"),
+            number("compression").unwrap_or(0.0),
+            dir.join("model").display()
+        ))
+    }
+
     fn plan(&self, recipe: &Recipe, device: &candle_core::Device) -> Result<()> {
+        if matches!(recipe.model, ModelConfig::Llama(_)) {
+            return super::finetune::print_plan(recipe, device, self.common.json);
+        }
         let plan = quantize::plan(recipe, device)?;
         if self.common.json {
             let tensors: Vec<_> = plan

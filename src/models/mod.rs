@@ -25,7 +25,7 @@ use serde_json::Value;
 
 pub use drop_path::DropPath;
 pub use import::{import_model, Imported, Want};
-pub use llama::{open_llama, Cache, Llama, OpenedLlama, Places};
+pub use llama::{held, open_llama, Cache, Llama, OpenedLlama, Places};
 pub use llama_config::LlamaConfig;
 pub use swin::Swin;
 pub use swin_config::SwinConfig;

@@ -1,6 +1,7 @@
 //! Update rules for one tensor; walking, clipping and schedules live in the trainer.
 
 pub mod adamw;
+pub mod lion;
 pub mod schedule;
 pub mod sgd;
 
@@ -35,6 +36,8 @@ pub trait Optimizer: Send {
 pub enum OptimizerConfig {
     /// Adam with decoupled weight decay.
     Adamw(adamw::AdamWConfig),
+    /// The sign of a momentum, with decoupled weight decay.
+    Lion(lion::LionConfig),
     /// Stochastic gradient descent with momentum.
     Sgd(sgd::SgdConfig),
 }
@@ -44,6 +47,7 @@ impl OptimizerConfig {
     pub fn build(&self) -> Box<dyn Optimizer> {
         match self {
             OptimizerConfig::Adamw(config) => Box::new(adamw::AdamW::new(config.clone())),
+            OptimizerConfig::Lion(config) => Box::new(lion::Lion::new(config.clone())),
             OptimizerConfig::Sgd(config) => Box::new(sgd::Sgd::new(config.clone())),
         }
     }
@@ -54,6 +58,7 @@ impl OptimizerConfig {
             OptimizerConfig::Adamw(c) => {
                 (vec![("beta1", c.beta1), ("beta2", c.beta2)], Some(("eps", c.eps)), c.weight_decay)
             }
+            OptimizerConfig::Lion(c) => (vec![("beta1", c.beta1), ("beta2", c.beta2)], None, c.weight_decay),
             OptimizerConfig::Sgd(c) => (vec![("momentum", c.momentum)], None, c.weight_decay),
         };
         let bad = |key: &str, value: f64, what: &str| {
@@ -74,6 +79,7 @@ impl OptimizerConfig {
     fn no_decay(&self) -> &[String] {
         match self {
             OptimizerConfig::Adamw(config) => &config.no_decay,
+            OptimizerConfig::Lion(config) => &config.no_decay,
             OptimizerConfig::Sgd(config) => &config.no_decay,
         }
     }
@@ -82,6 +88,7 @@ impl OptimizerConfig {
     pub fn state_bytes(&self) -> usize {
         match self {
             OptimizerConfig::Adamw(_) => 8,
+            OptimizerConfig::Lion(_) => 4,
             OptimizerConfig::Sgd(config) if config.momentum == 0.0 => 0,
             OptimizerConfig::Sgd(_) => 4,
         }

@@ -15,6 +15,9 @@ pub enum Schedule {
     CosineEpochs,
     /// A straight line from `lr` at the end of warm-up to `min_lr`.
     Linear,
+    /// Warm-up, stable, decay (Hu et al. 2024): stays at `lr` and over the last tenth of the steps after
+    /// warm-up falls in a straight line to `min_lr`.
+    Wsd,
 }
 
 /// The learning rate of a phase.
@@ -53,6 +56,7 @@ impl Rate {
         match self.schedule {
             Schedule::Constant | Schedule::CosineEpochs => self.lr,
             Schedule::Linear => self.lr + (self.min_lr - self.lr) * share,
+            Schedule::Wsd => self.lr + (self.min_lr - self.lr) * ((share - 0.9) * 10.0).max(0.0),
             Schedule::Cosine => {
                 self.min_lr + (self.lr - self.min_lr) * 0.5 * (1.0 + (std::f64::consts::PI * share).cos())
             }

@@ -50,6 +50,7 @@ pub fn start(recipe: &Recipe, dataset: Option<&Dataset>, device: &Device) -> Res
     match &recipe.model {
         ModelConfig::Vit(source) => new_vit(recipe, source, dataset, device),
         ModelConfig::Swin(source) => new_swin(recipe, source, dataset, device),
+        ModelConfig::Llama(_) => Err(Error::usage("model.kind = \"llama\": expected a vision transformer")),
     }
 }
 

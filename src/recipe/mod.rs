@@ -3,6 +3,7 @@
 //! One direction: the file, then `--set` and flags, then [`Recipe::check`], then work. After the check
 //! nothing is validated again.
 
+mod adapter;
 mod model;
 mod phase;
 mod set;
@@ -11,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::data::text::TextConfig;
 use crate::data::{Augment, DataConfig};
 use crate::optim::OptimizerConfig;
 use crate::select::SelectBits;
@@ -18,6 +20,9 @@ use crate::transform::WeightQuant;
 use crate::weights::nearest;
 use crate::{files, Error, Result};
 
+pub use adapter::{
+    AdapterKind, AdapterSlot, BaseConfig, Biases, Format, Init, LlamaSource, Modules, NewLlama, PeftType,
+};
 pub use model::{ModelConfig, SwinSource, VitSource};
 pub use phase::{CalmQk, PhaseConfig, QkrBias, QkrConfig, When};
 pub use set::{put, set};
@@ -38,6 +43,17 @@ pub const EMBEDDED: &[(&str, &str)] = &[
     ("swin-tiny-w3a3", include_str!("../../recipes/swin-tiny-w3a3.toml")),
     ("swin-tiny-w4a4", include_str!("../../recipes/swin-tiny-w4a4.toml")),
     ("ablation-ofq", include_str!("../../recipes/ablation-ofq.toml")),
+    ("bone", include_str!("../../recipes/bone.toml")),
+    ("miss", include_str!("../../recipes/miss.toml")),
+    ("mini", include_str!("../../recipes/mini.toml")),
+    ("lora", include_str!("../../recipes/lora.toml")),
+    ("rslora", include_str!("../../recipes/rslora.toml")),
+    ("dora", include_str!("../../recipes/dora.toml")),
+    ("pissa", include_str!("../../recipes/pissa.toml")),
+    ("full", include_str!("../../recipes/full.toml")),
+    ("sorting", include_str!("../../recipes/sorting.toml")),
+    ("tiny-llama", include_str!("../../recipes/tiny-llama.toml")),
+    ("llama-w2", include_str!("../../recipes/llama-w2.toml")),
 ];
 
 /// A whole run.
@@ -57,6 +73,15 @@ pub struct Recipe {
     /// `[data]`.
     #[serde(default)]
     pub data: DataConfig,
+    /// `[text]`: what a language model reads, in place of `[data]`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub text: Option<TextConfig>,
+    /// `[base]`: the frozen weights of a language model packed. None: they are as they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<BaseConfig>,
+    /// `[adapter]`: what is trained beside frozen weights. None: the weights themselves are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<AdapterSlot>,
     /// `[augment]`: random changes to the training images.
     #[serde(default)]
     pub augment: Augment,
@@ -78,15 +103,36 @@ pub struct Recipe {
     #[serde(default)]
     pub train: TrainConfig,
     /// `[[transform]]`: the weight quantizers, the blocks' first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub transform: Vec<TransformConfig>,
     /// `[[phase]]`: what is trained, one after another.
     pub phase: Vec<PhaseConfig>,
+}
+
+/// How the steps of weights that are not trained are found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Fit {
+    /// The better of the largest weight's and of least squared error, group by group.
+    #[default]
+    Best,
+    /// From the largest weight of each group: plain round to nearest.
+    Nearest,
+}
+
+impl Fit {
+    fn is_best(&self) -> bool {
+        *self == Fit::Best
+    }
 }
 
 /// `[[transform]]`: a weight quantizer and what it is for.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TransformConfig {
+    /// How the steps of a language model are found that is packed without training.
+    #[serde(default, skip_serializing_if = "Fit::is_best")]
+    pub fit: Fit,
     /// The quantizer.
     pub kind: WeightQuant,
     /// Bits per weight: 2, 3, 4 or 8.
@@ -269,8 +315,9 @@ impl Recipe {
 
     /// What only several tables together can tell, and what types cannot hold.
     pub fn check(&self) -> Result<()> {
-        if self.transform.is_empty() {
-            return Err(Error::usage("transform: found none, expected a weight quantizer"));
+        match self.model {
+            ModelConfig::Llama(_) => self.check_language()?,
+            _ => self.check_vision()?,
         }
         for (i, transform) in self.transform.iter().enumerate() {
             transform.kind.grid(transform.bits).map_err(|e| Error::usage(format!("transform.{i}: {e}")))?;
@@ -323,6 +370,60 @@ impl Recipe {
         self.check_phases()
     }
 
+    /// Whether the model is a language model that is adapted rather than quantized.
+    pub fn adapts(&self) -> bool {
+        matches!(self.model, ModelConfig::Llama(_)) && self.transform.is_empty()
+    }
+
+    fn check_vision(&self) -> Result<()> {
+        let stray = [
+            ("text", self.text.is_some()),
+            ("base", self.base.is_some()),
+            ("adapter", self.adapter.is_some()),
+        ];
+        if let Some((table, _)) = stray.iter().find(|(_, there)| *there) {
+            return Err(Error::usage(format!("{table}: only a model of kind llama has it")));
+        }
+        match self.transform.is_empty() {
+            true => Err(Error::usage("transform: found none, expected a weight quantizer")),
+            false => Ok(()),
+        }
+    }
+
+    fn check_language(&self) -> Result<()> {
+        let plain = Augment::default();
+        let stray = [
+            ("augment", self.augment != plain),
+            ("activation", self.activation.bits != 32),
+            ("qkr", self.qkr.is_some()),
+            ("train.drop_path", self.train.drop_path > 0.0),
+        ];
+        if let Some((table, _)) = stray.iter().find(|(_, there)| *there) {
+            return Err(Error::usage(format!("{table}: only a vision transformer has it")));
+        }
+        if let Some(base) = self.base {
+            base.check()?;
+            if self.adapter.is_none() {
+                return Err(Error::usage(
+                    "base: packed weights are frozen, expected an [adapter] that is trained",
+                ));
+            }
+        }
+        if let Some(adapter) = &self.adapter {
+            adapter.check()?;
+            if !self.transform.is_empty() {
+                return Err(Error::usage("adapter and transform: expected one of them"));
+            }
+            if self.phase.iter().any(|phase| phase.quantize) {
+                return Err(Error::usage("phase: quantize = true needs a [[transform]]"));
+            }
+        }
+        if self.distill.kind == DistillKind::Pld {
+            return Err(Error::usage("distill.kind = \"pld\": a ranking of classes, expected soft or none"));
+        }
+        Ok(())
+    }
+
     fn check_phases(&self) -> Result<()> {
         for (i, phase) in self.phase.iter().enumerate() {
             let key = |key: &str| format!("phase.{i}.{key}");
@@ -370,7 +471,7 @@ impl Recipe {
                 )));
             }
         }
-        if !self.phase.iter().any(|phase| phase.quantize) {
+        if !self.adapts() && !self.phase.iter().any(|phase| phase.quantize) {
             return Err(Error::usage("phase: found none with quantize = true, expected at least one"));
         }
         Ok(())

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::LlamaSource;
 use crate::{Error, Result};
 
 /// `[model]`: where to start from.
@@ -14,6 +15,8 @@ pub enum ModelConfig {
     Vit(VitSource),
     /// A Swin transformer.
     Swin(SwinSource),
+    /// A language model of the Llama family.
+    Llama(LlamaSource),
 }
 
 impl ModelConfig {
@@ -22,6 +25,7 @@ impl ModelConfig {
         match self {
             ModelConfig::Vit(vit) => vit.path.as_deref(),
             ModelConfig::Swin(swin) => swin.path.as_deref(),
+            ModelConfig::Llama(llama) => llama.path.as_deref(),
         }
     }
 
@@ -30,6 +34,7 @@ impl ModelConfig {
         match self {
             ModelConfig::Vit(vit) => vit.allow_pickle,
             ModelConfig::Swin(swin) => swin.allow_pickle,
+            ModelConfig::Llama(_) => false,
         }
     }
 
@@ -38,6 +43,7 @@ impl ModelConfig {
         match self {
             ModelConfig::Vit(vit) => &mut vit.path,
             ModelConfig::Swin(swin) => &mut swin.path,
+            ModelConfig::Llama(llama) => &mut llama.path,
         }
     }
 
@@ -46,6 +52,7 @@ impl ModelConfig {
         match self {
             ModelConfig::Vit(vit) => vit.image_size,
             ModelConfig::Swin(swin) => swin.image_size,
+            ModelConfig::Llama(_) => None,
         }
     }
 
@@ -54,6 +61,11 @@ impl ModelConfig {
         match self {
             ModelConfig::Vit(vit) => vit.check(),
             ModelConfig::Swin(swin) => swin.check(),
+            ModelConfig::Llama(llama) => match (&llama.path, llama.new) {
+                (Some(_), Some(_)) => Err(Error::usage("model.path and model.new: expected one of them")),
+                (_, Some(new)) => new.check(),
+                _ => Ok(()),
+            },
         }
     }
 }

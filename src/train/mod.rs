@@ -291,10 +291,13 @@ impl<S: Supply> Trainer<'_, S> {
             self.state.phase_step += 1;
             self.state.step += 1;
             let done = self.state.phase_step;
+            let right = match supply.counts_right() {
+                true => format!("  top-1 {:.1} %", step.top1),
+                false => String::new(),
+            };
             let message = format!(
-                "loss {:.4}  top-1 {:.1} %  lr {lr:.1e}  {:.0} {}",
+                "loss {:.4}{right}  lr {lr:.1e}  {:.0} {}",
                 step.loss,
-                step.top1,
                 self.state.samples_per_s,
                 supply.unit().1
             );
@@ -312,7 +315,7 @@ impl<S: Supply> Trainer<'_, S> {
                 if let Some(average) = &mut self.average {
                     average.swap(&params)?;
                 }
-                let got = self.evaluate(&weights.folded()?, &config.name, false)?;
+                let got = self.evaluate(&weights.settled()?, &config.name, false)?;
                 match &mut self.average {
                     // At the end of the phase the averages stay.
                     Some(average) if !last => average.swap(&params)?,
@@ -448,7 +451,9 @@ impl<S: Supply> Trainer<'_, S> {
         put("split", json!("train"));
         put("phase", json!(phase.name));
         put("loss", json!(step.loss));
-        put("top1", json!(step.top1));
+        if self.supply.counts_right() {
+            put("top1", json!(step.top1));
+        }
         put("lr", json!(lr));
         put("grad_norm", json!(step.grad_norm));
         let gates = if phase.calm.is_some() { weights.gates()? } else { Vec::new() };

@@ -40,6 +40,11 @@ pub trait Supply {
     /// What is counted a second: its key in metrics.jsonl and its name in messages.
     fn unit(&self) -> (&'static str, &'static str);
 
+    /// Whether training counts right answers.
+    fn counts_right(&self) -> bool {
+        true
+    }
+
     /// What could not be read so far, one line each.
     fn left_out(&self) -> Vec<String>;
 

@@ -119,15 +119,29 @@ impl Weights {
 
     /// The values of now: every expression a frozen leaf, every tap's rule without trainables.
     pub fn folded(&self) -> Result<Self> {
-        let mut entries = IndexMap::with_capacity(self.entries.len());
+        let mut folded = self.folded_taps()?;
         for (name, weight) in &self.entries {
-            entries.insert(name.clone(), weight.folded()?);
+            folded.entries.insert(name.clone(), weight.folded()?);
         }
+        Ok(folded)
+    }
+
+    /// The same without trainables: every expression frozen, what is on a grid computed, adapters beside
+    /// their bases (see [`Weight::settled`]).
+    pub fn settled(&self) -> Result<Self> {
+        let mut settled = self.folded_taps()?;
+        for (name, weight) in &self.entries {
+            settled.entries.insert(name.clone(), weight.settled()?);
+        }
+        Ok(settled)
+    }
+
+    fn folded_taps(&self) -> Result<Self> {
         let mut taps = IndexMap::with_capacity(self.taps.len());
         for (name, rule) in &self.taps {
             taps.insert(name.clone(), rule.frozen()?);
         }
-        Ok(Weights { entries, taps, calibration: None })
+        Ok(Weights { entries: IndexMap::with_capacity(self.entries.len()), taps, calibration: None })
     }
 
     /// As [`Weights::folded`], with every weight that lies on a grid packed.

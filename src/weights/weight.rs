@@ -283,6 +283,19 @@ impl Weight {
         }
     }
 
+    /// The same without trainables, for evaluation: what was put on a grid and what several weights make is
+    /// computed once, an adapter stays beside its base.
+    pub fn settled(&self) -> Result<Self> {
+        match self.expr() {
+            Expr::Node { transform, inputs } if inputs.len() == 1 && transform.grid().is_none() => {
+                let inputs = vec![inputs[0].settled()?];
+                Ok(Expr::Node { transform: transform.frozen()?, inputs }.into())
+            }
+            Expr::Stored { .. } => Ok(self.clone()),
+            _ => self.folded(),
+        }
+    }
+
     /// The value of now as a frozen dense leaf; packed leaves stay packed.
     pub fn folded(&self) -> Result<Self> {
         match self.expr() {

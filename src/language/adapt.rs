@@ -1,0 +1,243 @@
+//! The road of `qtune finetune`: a frozen model, an adapter beside it or all of it trained, the adapter
+//! written as PEFT has it, read back and measured.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU64;
+use std::sync::Arc;
+use std::time::Instant;
+
+use candle_core::{DType, Device};
+use serde_json::{json, Value};
+
+use super::phases::{train, Training};
+use super::supply::Texts;
+use super::{open, open_text, source, summary_head, write_language_model, write_summary, Start};
+use crate::adapter::{self, Adapter, AdapterConfig, Attach, Modules, Save};
+use crate::models::held;
+use crate::recipe::{AdapterKind, AdapterSlot, Recipe};
+use crate::train::{resume, signal, Accuracy, Metrics, Progress, Trainer};
+use crate::transform::Bat;
+use crate::weights::{Centering, Grid, Weights};
+use crate::{files, Error, Result};
+
+/// A model made ready for training: what is frozen is packed, what is trained is in place.
+pub(super) struct Ready {
+    /// The store that is trained.
+    pub weights: Weights,
+    /// What is frozen, without the adapter.
+    pub base: Weights,
+    /// The adapter's configuration, where there is one.
+    pub config: Option<AdapterConfig>,
+    /// PiSSA's factors at the start, which were taken out of the base.
+    pub factors: Option<Adapter>,
+    /// The modules that are trained.
+    pub selected: Vec<String>,
+    /// The number that dropout draws by.
+    pub pass: Arc<AtomicU64>,
+}
+
+/// Names of the weights that `[base]` packs: the matrices of all blocks, and an output embedding of its
+/// own stays as it is.
+pub(super) fn packable(start: &Start) -> Vec<String> {
+    let shapes = start.config.shapes();
+    let inside = |name: &str| name.starts_with("model.layers.");
+    shapes
+        .into_iter()
+        .filter(|(name, shape)| shape.len() == 2 && inside(name))
+        .map(|(name, _)| name)
+        .collect()
+}
+
+/// The rank of an adapter, and what to say of it.
+pub(super) fn rank_of(slot: &AdapterSlot, modules: &Modules) -> Result<(usize, Option<String>)> {
+    let usual = if slot.is_block() { 64 } else { 16 };
+    match slot.rank {
+        Some(rank) => Ok((rank, None)),
+        None if slot.kind != AdapterKind::Bone => Ok((usual, None)),
+        None => {
+            let targets = slot.peft(1, "").targets(modules)?;
+            let sizes: Vec<(usize, usize)> = targets.into_iter().map(|(_, size)| size).collect();
+            let rank = Bat::rank_for(&sizes, usual);
+            let note = format!("rank {rank}: the largest divisor of every adapted size up to {usual}");
+            Ok((rank, (rank != usual).then_some(note)))
+        }
+    }
+}
+
+/// Packs what `[base]` says and lays the adapter over it, or makes every weight trainable.
+pub(super) fn ready(recipe: &Recipe, start: &Start, progress: &dyn Progress) -> Result<Ready> {
+    let pass = Arc::new(AtomicU64::new(0));
+    let Some(slot) = &recipe.adapter else {
+        let weights = held(&start.config, &start.weights, DType::F32)?.trainable()?;
+        let selected = weights.iter().map(|(name, _)| name.to_string()).collect();
+        return Ok(Ready { weights, base: Weights::default(), config: None, factors: None, selected, pass });
+    };
+    let mut weights = start.weights.clone();
+    if let Some(base) = recipe.base {
+        if slot.kind == AdapterKind::Pissa {
+            return Err(Error::usage(
+                "base and adapter.kind = \"pissa\": its base is a residual that packing would change",
+            ));
+        }
+        let grid = Grid::new(base.bits, if base.bits == 2 { Centering::MidRise } else { Centering::Signed })?;
+        let (mut worst, mut count) = (0f64, 0usize);
+        weights.pack_frozen(&packable(start), grid, Some(base.group_size), |_, fit| {
+            worst = worst.max(fit.mse);
+            count += 1;
+        })?;
+        progress.note(&format!(
+            "{count} weights packed to {} bits in groups of {}, root mean square error at most {:.2e}",
+            base.bits,
+            base.group_size,
+            worst.sqrt()
+        ));
+    }
+    // Packed from where they lie: the rest alone comes to memory as it is.
+    let base = held(&start.config, &weights, source(recipe)?.dtype.dtype())?;
+    let mut weights = base.clone();
+    let modules = Modules::of_shapes(&start.json, &start.config.shapes());
+    let (rank, note) = rank_of(slot, &modules)?;
+    note.iter().for_each(|note| progress.note(note));
+    let config = slot.peft(rank, &start.name);
+    let training = adapter::Training { seed: recipe.seed, pass: pass.clone() };
+    let started = config.start(&mut weights, &modules, &training)?;
+    started.attached.notes.iter().for_each(|note| progress.note(note));
+    let all = started.attached.wrapped.iter().chain(&started.attached.replaced);
+    let selected = all.map(|name| name.strip_suffix(".weight").unwrap_or(name).to_string()).collect();
+    Ok(Ready { weights, base, config: Some(config), factors: started.start, selected, pass })
+}
+
+/// Runs the recipe. See [`super::run`].
+pub(super) fn run(
+    recipe: &Recipe,
+    dir: &Path,
+    device: &Device,
+    progress: &dyn Progress,
+    started: Instant,
+) -> Result<Value> {
+    let saved = resume::latest(dir)?;
+    let state = saved.as_ref().map(|s| s.state.clone()).unwrap_or_default();
+    let start = open(recipe, device)?;
+    start.notes.iter().for_each(|note| progress.note(note));
+    let data = open_text(recipe, &start)?;
+    data.notes.iter().for_each(|note| progress.note(note));
+    if let Some(signal) = signal::asked() {
+        return Err(Error::Stopped { signal, resume: Some(dir.to_path_buf()) });
+    }
+    let ready = ready(recipe, &start, progress)?;
+    let metrics = Metrics::open(&dir.join("metrics.jsonl"), state.metrics_lines)?;
+    if let Some(saved) = &saved {
+        progress.note(&format!("continuing from step {} ({})", state.step, saved.dir.display()));
+    }
+    let config = start.config.clone();
+    let dtype = source(recipe)?.dtype.dtype();
+    let texts = Texts { recipe, data: &data, model: &config, dtype, device };
+    let mut trainer = Trainer {
+        recipe,
+        dir,
+        supply: &texts,
+        device,
+        progress,
+        metrics,
+        average: None,
+        earlier_s: state.wall_s,
+        state,
+        started,
+    };
+    let base = match trainer.state.full_precision {
+        Some(base) => base,
+        None => {
+            let base = trainer.evaluate(&ready.weights.settled()?, "base", true)?;
+            trainer.state.full_precision = Some(base);
+            trainer.state.measured = None;
+            base
+        }
+    };
+    progress.note(&format!("before: loss {:.4}, perplexity {:.2}", base.loss, base.loss.exp()));
+    let training = Training {
+        weights: &ready.weights,
+        teacher: None,
+        pass: ready.pass.clone(),
+        untrained: source(recipe)?.new.is_some(),
+    };
+    train(&mut trainer, &training, saved)?;
+    finish(&mut trainer, &start, &ready, base)
+}
+
+/// Writes the result, reads it back, measures and sums up.
+fn finish(
+    trainer: &mut Trainer<'_, Texts<'_>>,
+    start: &Start,
+    ready: &Ready,
+    base: Accuracy,
+) -> Result<Value> {
+    let (recipe, device) = (trainer.recipe, trainer.device);
+    let (written, bytes, read_back) = match &ready.config {
+        None => {
+            let dir = trainer.dir.join("model");
+            let bytes = write_language_model(&dir, start, &ready.weights.folded()?)?;
+            let opened = super::open_at(&dir, device)?;
+            (dir, bytes, held(&start.config, &opened.weights, trainer.supply.dtype)?)
+        }
+        Some(config) => save_adapter(trainer, start, ready, config)?,
+    };
+    let got = trainer.evaluate(&read_back, "final", true)?;
+    trainer.state.measured = None;
+    let params = ready.weights.params();
+    let trainable: usize = params.iter().map(|p| p.var.elem_count()).sum();
+    let method = match &recipe.adapter {
+        None => "full".to_string(),
+        Some(slot) => format!("{:?}", slot.kind).to_lowercase(),
+    };
+    let mut summary = summary_head(recipe, "finetune", &method, start, trainer.wall_s(), device);
+    let mut put = |key: &str, value: Value| summary.insert(key.to_string(), value);
+    put("steps", json!(trainer.state.step));
+    put("params_trainable", json!(trainable));
+    put("base_loss", json!(base.loss));
+    put("final_loss", json!(got.loss));
+    put("base_ppl", json!(base.loss.exp()));
+    put("final_ppl", json!(got.loss.exp()));
+    put("eval_tokens", json!(got.samples));
+    let rate = trainer.state.samples_per_s;
+    put("tokens_per_s", if rate > 0.0 { json!(rate) } else { Value::Null });
+    put("adapter_bytes", if ready.config.is_some() { json!(bytes) } else { Value::Null });
+    put("selected", json!(ready.selected));
+    put("base_bits", json!(recipe.base.map(|base| base.bits)));
+    put("skipped_steps", json!(trainer.state.skipped));
+    put("output", json!(written.display().to_string()));
+    write_summary(trainer.dir, summary, trainer.progress)
+}
+
+/// Saves the adapter as PEFT has it and puts what was read back on the base again.
+fn save_adapter(
+    trainer: &Trainer<'_, Texts<'_>>,
+    start: &Start,
+    ready: &Ready,
+    config: &AdapterConfig,
+) -> Result<(PathBuf, u64, Weights)> {
+    let recipe = trainer.recipe;
+    let dir = trainer.dir.join("adapter");
+    let modules = Modules::of_shapes(&start.json, &start.config.shapes());
+    // What is read back goes on the base that it was trained on.
+    let base = ready.base.clone();
+    let mut adapter = Adapter::of(config, &ready.weights, &modules)?;
+    if let Some(factors) = &ready.factors {
+        adapter = adapter.converted(factors)?;
+    }
+    if dir.exists() {
+        files::discard(&dir)?;
+    }
+    let bytes = adapter.save(&dir, &Save::default())?;
+    if recipe.adapter.as_ref().is_some_and(|slot| slot.as_lora) {
+        let lora = trainer.dir.join("adapter-lora");
+        if lora.exists() {
+            files::discard(&lora)?;
+        }
+        let (plain, notes) = adapter.as_lora(&base, &modules)?;
+        notes.iter().for_each(|note| trainer.progress.note(note));
+        plain.save(&lora, &Save::default())?;
+    }
+    let mut read_back = base;
+    Adapter::open(&dir)?.attach(&mut read_back, &modules, &Attach::default())?;
+    Ok((dir, bytes, read_back))
+}

@@ -1,0 +1,72 @@
+//! The roads of language models: adapted to a text (`qtune finetune`) and quantized with it (`qtune quantize`),
+//! under the trainer that images have too.
+
+mod adapt;
+pub mod generate;
+mod pack;
+mod phases;
+pub mod plan;
+mod start;
+mod supply;
+mod task;
+mod write;
+
+use std::path::Path;
+use std::time::Instant;
+
+use candle_core::Device;
+use serde_json::{json, Map, Value};
+
+use crate::quantize::device_name;
+use crate::recipe::Recipe;
+use crate::train::{peak_rss_bytes, Progress};
+use crate::{files, report, Error, Result};
+
+pub use start::{attach, open, open_at, open_text, source, start, tiny, Start};
+pub use supply::{evaluate_text, text_figures, Texts};
+pub use task::{batch_loss, Predict, Rows};
+pub use write::write_language_model;
+
+/// Runs a recipe for a language model in the folder `dir`, which exists and holds the resolved recipe; from
+/// its latest checkpoint where it has one. Returns what summary.json holds.
+pub fn run(recipe: &Recipe, dir: &Path, device: &Device, progress: &dyn Progress) -> Result<Value> {
+    let started = Instant::now();
+    match recipe.adapts() {
+        true => adapt::run(recipe, dir, device, progress, started),
+        false => pack::run(recipe, dir, device, progress, started),
+    }
+}
+
+/// The figures that every summary.json has.
+fn summary_head(
+    recipe: &Recipe,
+    command: &str,
+    method: &str,
+    start: &Start,
+    wall_s: f64,
+    device: &Device,
+) -> Map<String, Value> {
+    let head = json!({
+        "command": command,
+        "method": method,
+        "recipe": recipe.name,
+        "model": start.name,
+        "seed": recipe.seed,
+        "device": device_name(device),
+        "threads": rayon::current_num_threads(),
+        "wall_s": wall_s,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "params_total": start.config.params(),
+        "version": env!("CARGO_PKG_VERSION"),
+        "commit": env!("QTUNE_COMMIT"),
+    });
+    head.as_object().cloned().unwrap_or_default()
+}
+
+fn write_summary(dir: &Path, summary: Map<String, Value>, progress: &dyn Progress) -> Result<Value> {
+    let summary = Value::Object(summary);
+    report::finish(dir, &summary).unwrap_or_else(|e| progress.note(&format!("report: {e}")));
+    let text = serde_json::to_vec_pretty(&summary).map_err(|e| Error::Run(format!("summary.json: {e}")))?;
+    files::write_bytes(&dir.join("summary.json"), &text)?;
+    Ok(summary)
+}

@@ -1,0 +1,211 @@
+//! What a language model learns: the next token, where the batch says so, and what a teacher would say.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor, Var};
+
+use crate::data::text::TextBatch;
+use crate::models::{Llama, Places};
+use crate::train::{Pass, Task};
+use crate::weights::Param;
+use crate::{kernels, Error, Result};
+
+/// Rows of text with the number that addresses what is random in their pass.
+#[derive(Debug)]
+pub struct Rows {
+    /// The tokens.
+    pub batch: TextBatch,
+    /// Epoch and row: a function of where the run stands, so that a resumed one repeats it.
+    pub number: u64,
+}
+
+/// Next-token prediction.
+#[derive(Debug)]
+pub struct Predict {
+    /// The student.
+    pub model: Llama,
+    /// A frozen teacher, whose probabilities are learned beside the text.
+    pub teacher: Option<Llama>,
+    /// Whether blocks keep their inputs only and are computed again going backward.
+    pub checkpointing: bool,
+    /// The number that dropout draws by, shared with the adapters.
+    pub pass: Arc<AtomicU64>,
+}
+
+/// Logits held at a time, in elements: more tokens than fit are taken in parts.
+const MOST_LOGITS: usize = 1 << 25;
+
+/// The positions that have a target, and the targets.
+pub(super) fn targets(batch: &TextBatch) -> (Vec<u32>, Vec<u32>) {
+    let with = batch.targets.iter().enumerate().filter(|(_, target)| **target != u32::MAX);
+    with.map(|(at, target)| (at as u32, *target)).unzip()
+}
+
+/// Where the tokens of a batch stand.
+pub(super) fn places(batch: &TextBatch) -> Places {
+    Places::new(batch.batch, batch.len, &batch.positions, &batch.segments)
+}
+
+/// Gradients summed over the parts of a pass.
+struct Sums<'a> {
+    params: &'a [Param],
+    grads: Vec<Option<Tensor>>,
+}
+
+impl Sums<'_> {
+    /// Goes backward from `loss`, adds what reached the parameters and gives what reached `input`.
+    fn backward(&mut self, loss: &Tensor, input: Option<&Var>) -> Result<Option<Tensor>> {
+        let mut found = loss.backward()?;
+        for (sum, param) in self.grads.iter_mut().zip(self.params) {
+            let Some(grad) = found.remove(param.var.as_tensor()) else { continue };
+            *sum = Some(match sum.take() {
+                Some(sum) => (sum + grad)?,
+                None => grad,
+            });
+        }
+        Ok(input.and_then(|var| found.remove(var.as_tensor())))
+    }
+
+    /// Goes backward from `y`, whose gradient is known.
+    fn onward(&mut self, y: &Tensor, grad: &Tensor, input: Option<&Var>) -> Result<Option<Tensor>> {
+        self.backward(&(y * grad)?.sum_all()?, input)
+    }
+}
+
+impl Predict {
+    /// The loss of `hidden [n, C]` against `labels`, and of a teacher's `hidden` where there is one.
+    fn loss(&self, hidden: &Tensor, labels: &[u32], teacher: Option<&Tensor>) -> Result<Tensor> {
+        let logits = self.model.head(hidden)?;
+        let ids = Tensor::from_slice(labels, labels.len(), logits.device())?;
+        let hard = kernels::cross_entropy(&logits, &ids)?;
+        let (Some(model), Some(teacher)) = (&self.teacher, teacher) else { return Ok(hard) };
+        let probs = kernels::softmax(&model.head(teacher)?.detach())?;
+        Ok((hard + kernels::soft_cross_entropy(&logits, &probs)?)?)
+    }
+
+    fn body(&self, batch: &TextBatch, places: &Places, device: &Device) -> Result<(Tensor, Vec<Tensor>)> {
+        let mut x = self.model.embed(&batch.tokens, places, device)?;
+        let mut inputs = Vec::new();
+        for i in 0..self.model.config().layers {
+            if self.checkpointing {
+                x = x.detach();
+                inputs.push(x.clone());
+            }
+            x = self.model.block(i, &x, places, None)?;
+        }
+        Ok((x, inputs))
+    }
+
+    fn check(&self, value: f64, batch: &TextBatch, places: &Places, device: &Device) -> Result<f64> {
+        if value.is_finite() {
+            return Ok(value);
+        }
+        let place = self.model.not_finite(&batch.tokens, places, device)?;
+        let place = place.map(|layer| format!("; first seen behind {layer}")).unwrap_or_default();
+        Err(Error::NotFinite(format!("the loss is {value}, expected a finite number{place}")))
+    }
+}
+
+/// Rows `at` of `x [batch, len, C]` as `[n, C]`.
+fn rows_of(x: &Tensor, at: &[u32]) -> Result<Tensor> {
+    let flat = x.flatten(0, 1)?;
+    Ok(flat.index_select(&Tensor::from_slice(at, at.len(), x.device())?, 0)?)
+}
+
+impl Task for Predict {
+    type Batch = Rows;
+
+    fn learn(&self, rows: &Rows, params: &[Param], device: &Device) -> Result<Pass> {
+        let batch = &rows.batch;
+        self.pass.store(rows.number, Ordering::Relaxed);
+        let places = places(batch);
+        let (at, labels) = targets(batch);
+        if labels.is_empty() {
+            return Err(Error::Run("a batch without a token to learn".into()));
+        }
+        let teacher = match &self.teacher {
+            Some(teacher) => Some(rows_of(&teacher.hidden(&batch.tokens, &places, device)?.detach(), &at)?),
+            None => None,
+        };
+        let mut sums = Sums { params, grads: vec![None; params.len()] };
+        let (x, inputs) = self.body(batch, &places, device)?;
+        let part = (MOST_LOGITS / self.model.config().vocab.max(1)).max(1);
+        if !self.checkpointing && labels.len() <= part {
+            let hidden = rows_of(&self.model.finish(&x)?, &at)?;
+            let loss = self.loss(&hidden, &labels, teacher.as_ref())?;
+            let value = self.check(f64::from(loss.to_scalar::<f32>()?), batch, &places, device)?;
+            sums.backward(&loss, None)?;
+            return Ok(Pass { loss: value, right: 0, grads: sums.grads });
+        }
+        // The output's part first, in pieces, down to the gradient of what the blocks gave.
+        let given = Var::from_tensor(&x.detach())?;
+        let (mut value, mut grad) = (0f64, None);
+        for from in (0..labels.len()).step_by(part) {
+            let count = part.min(labels.len() - from);
+            let share = count as f64 / labels.len() as f64;
+            let hidden = rows_of(&self.model.finish(given.as_tensor())?, &at[from..from + count])?;
+            let teacher = teacher.as_ref().map(|t| t.narrow(0, from, count)).transpose()?;
+            let loss = self.loss(&hidden, &labels[from..from + count], teacher.as_ref())?;
+            value += share * f64::from(loss.to_scalar::<f32>()?);
+            let reached = sums.backward(&(loss * share)?, Some(&given))?;
+            grad = match (grad, reached) {
+                (Some(sum), Some(more)) => Some((sum + more)?),
+                (sum, more) => sum.or(more),
+            };
+        }
+        let value = self.check(value, batch, &places, device)?;
+        drop(given);
+        let Some(mut grad) = grad else { return Ok(Pass { loss: value, right: 0, grads: sums.grads }) };
+        if !self.checkpointing {
+            sums.onward(&x, &grad, None)?;
+            return Ok(Pass { loss: value, right: 0, grads: sums.grads });
+        }
+        drop(x);
+        for (i, x) in inputs.iter().enumerate().rev() {
+            let input = Var::from_tensor(x)?;
+            let y = self.model.block(i, input.as_tensor(), &places, None)?;
+            match sums.onward(&y, &grad, Some(&input))? {
+                Some(reached) => grad = reached,
+                None => return Ok(Pass { loss: value, right: 0, grads: sums.grads }),
+            }
+        }
+        let embedded = self.model.embed(&batch.tokens, &places, device)?;
+        if embedded.track_op() {
+            sums.onward(&embedded, &grad, None)?;
+        }
+        Ok(Pass { loss: value, right: 0, grads: sums.grads })
+    }
+
+    fn predictions(rows: &Rows) -> usize {
+        rows.batch.trained
+    }
+
+    fn counted(rows: &Rows) -> usize {
+        rows.batch.tokens.len()
+    }
+
+    fn samples(rows: &Rows) -> Vec<u32> {
+        rows.batch.samples.clone()
+    }
+}
+
+/// The loss in nats, summed over the targets of a batch, and how many there are.
+pub fn batch_loss(model: &Llama, batch: &TextBatch, device: &Device) -> Result<(f64, usize)> {
+    let places = places(batch);
+    let (at, labels) = targets(batch);
+    if labels.is_empty() {
+        return Ok((0.0, 0));
+    }
+    let hidden = model.hidden(&batch.tokens, &places, device)?;
+    let part = (MOST_LOGITS / model.config().vocab.max(1)).max(1);
+    let mut sum = 0f64;
+    for from in (0..labels.len()).step_by(part) {
+        let count = part.min(labels.len() - from);
+        let logits = model.head(&rows_of(&hidden, &at[from..from + count])?)?;
+        let ids = Tensor::from_slice(&labels[from..from + count], count, device)?;
+        let loss = kernels::cross_entropy(&logits.to_dtype(DType::F32)?, &ids)?.to_scalar::<f32>()?;
+        sum += f64::from(loss) * count as f64;
+    }
+    Ok((sum, labels.len()))
+}
