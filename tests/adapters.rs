@@ -133,7 +133,7 @@ fn the_two_readings_agree() {
     every_case(|Case { what, shape, base, trained, .. }| {
         let weight = base.wrap(trained);
         let w = weight.tensor().unwrap();
-        assert_eq!(w.dtype(), DType::F32, "{what}");
+        assert_eq!((w.dtype(), weight.shape().unwrap()), (DType::F32, vec![shape.0, shape.1]), "{what}");
         for x in inputs(shape.1) {
             let got = weight.matmul(&x).unwrap();
             assert_eq!(got.dtype(), DType::F32, "{what}");
@@ -161,6 +161,25 @@ fn a_fresh_adapter_changes_nothing() {
             assert_eq!(values(&weight.matmul(&x).unwrap()), values(&base.matmul(&x).unwrap()), "{what}");
         }
     });
+}
+
+#[test]
+fn nor_does_one_whose_weight_takes_several_panels() {
+    let shape = (300, 4096);
+    for (kind, base) in bases(shape) {
+        if kind == "f16" {
+            continue; // as bf16
+        }
+        let dtype = if kind == "bf16" { DType::BF16 } else { DType::F32 };
+        for tokens in [1, 260] {
+            let x = random("x", &[tokens, 4096]).to_dtype(dtype).unwrap();
+            let want = values(&base.matmul(&x).unwrap());
+            for (name, fresh) in fresh(shape, &base) {
+                let same = values(&base.wrap(fresh).matmul(&x).unwrap()) == want;
+                assert!(same, "{name} on {kind}, {tokens} tokens");
+            }
+        }
+    }
 }
 
 /// `sum y * weights` of f32 results, summed in f64.
@@ -386,6 +405,22 @@ fn rows_are_those_of_the_table() {
         }
         let far = Tensor::new(&[1u32, 6], &Device::Cpu).unwrap();
         let error = base.rows(&far).unwrap_err().to_string();
+        assert_eq!(error, "found id 6, expected one below the 6 rows of the table");
+    }
+    // A table in a file, whose other rows are not read.
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.safetensors");
+    let list: Vec<(String, Tensor)> = [DType::F32, DType::F16, DType::BF16, DType::F64]
+        .map(|dtype| (format!("{dtype:?}"), random("weight", &[6, 9]).to_dtype(dtype).unwrap()))
+        .to_vec();
+    qtune::weights::checkpoint::save(&path, &list, &Default::default()).unwrap();
+    let checkpoint = Arc::new(qtune::weights::Checkpoint::open(&path).unwrap());
+    let store = qtune::weights::Weights::from_checkpoint(checkpoint, &Device::Cpu);
+    for (name, table) in &list {
+        let rows = store.get(name).unwrap().rows(&ids).unwrap();
+        assert_eq!((rows.dtype(), values(&rows)), (table.dtype(), values(&picked(table))), "{name}");
+        let far = Tensor::new(&[1u32, 6], &Device::Cpu).unwrap();
+        let error = store.get(name).unwrap().rows(&far).unwrap_err().to_string();
         assert_eq!(error, "found id 6, expected one below the 6 rows of the table");
     }
     // Gradients: to a trainable table and to the adapter, none to a frozen table.
