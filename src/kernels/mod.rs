@@ -15,6 +15,7 @@ mod adamw;
 mod attention;
 mod block_affine;
 mod block_sum;
+mod change;
 mod cpu;
 mod cross_entropy;
 mod dropout;
