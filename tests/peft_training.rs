@@ -10,13 +10,13 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use qtune::adapter::{Adapter, Attach, Modules, Part, Training};
 use qtune::data::text::{TextBatch, NO_TARGET};
+use qtune::kernels;
 use qtune::language::{Predict, Rows};
 use qtune::models::{held, import_model, open_llama, Llama, Places, VisionConfig, Want};
 use qtune::optim::adamw::AdamWConfig;
 use qtune::optim::OptimizerConfig;
 use qtune::transform::pissa::pissa;
 use qtune::weights::{Checkpoint, Param, Weights};
-use qtune::kernels;
 use serde_json::Value;
 
 fn golden() -> Option<(PathBuf, Value)> {
@@ -60,7 +60,11 @@ impl Case<'_> {
         assert_eq!(got.dims(), want.dims(), "{}: {what}", self.name);
         for (i, (g, w)) in values(got).iter().zip(values(want)).enumerate() {
             let gap = f64::from((g - w).abs());
-            assert!(gap <= tolerance, "{}: {what}: element {i}: got {g}, want {w} within {tolerance:e}", self.name);
+            assert!(
+                gap <= tolerance,
+                "{}: {what}: element {i}: got {g}, want {w} within {tolerance:e}",
+                self.name
+            );
         }
     }
 
@@ -70,7 +74,8 @@ impl Case<'_> {
 
     /// The checkpoint's path of a module that the adapter's file calls `path`.
     fn checkpoint_path(&self, path: &str) -> String {
-        let Some(table) = self.index["vit_module_to_checkpoint"].as_object().filter(|_| path.starts_with("vit."))
+        let Some(table) =
+            self.index["vit_module_to_checkpoint"].as_object().filter(|_| path.starts_with("vit."))
         else {
             return path.to_string();
         };
@@ -250,7 +255,11 @@ fn check(case: &Case<'_>, model: &dyn Model, modules: &Modules, adapter: &Adapte
     for (step, want) in losses.iter().enumerate() {
         let (loss, grads) = model.learn(&case.weights, &params);
         let gap = (loss - want.as_f64().unwrap()).abs();
-        assert!(gap <= case.tolerance("loss_abs").unwrap().max(2e-5), "{}: step {step}: {loss} {want}", case.name);
+        assert!(
+            gap <= case.tolerance("loss_abs").unwrap().max(2e-5),
+            "{}: step {step}: {loss} {want}",
+            case.name
+        );
         if step < train["steps"].as_u64().unwrap() as usize {
             for (param, grad) in params.iter().zip(&grads) {
                 let lr = train["lr"].as_f64().unwrap();

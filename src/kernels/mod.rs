@@ -16,6 +16,7 @@ mod attention;
 mod best_step;
 mod block_affine;
 mod block_sum;
+mod change;
 mod cpu;
 mod cross_entropy;
 mod dropout;
@@ -43,7 +44,7 @@ pub use best_step::{absmax_step, best_step, round_to};
 pub use block_affine::{block_affine, merged as block_affine_merged};
 pub use block_sum::block_sum;
 pub use cross_entropy::{cross_entropy, soft_cross_entropy};
-pub use dropout::{dropout, Mask};
+pub use dropout::{dropout, DropoutMask};
 pub use fake_quant::{
     dequantize, lsq, lsq_codes, lsq_init, quantize, statsq, statsq_annealed, statsq_codes, statsq_free,
     statsq_scale, Levels, SCALE_FLOOR,

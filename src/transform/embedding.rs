@@ -66,6 +66,7 @@ impl Transform for EmbeddingLora {
         Ok((base_matmul(&wide, e)? + change)?.to_dtype(x.dtype())?)
     }
 
+    /// The rows in f32, whatever the table's dtype.
     fn rows(&self, ids: &Tensor, inputs: &[Weight]) -> Result<Tensor> {
         let e = only("embedding_lora", inputs)?.rows(ids)?.to_dtype(DType::F32)?;
         let (flat, width) = (ids.flatten_all()?.to_dtype(DType::U32)?, self.b.dim(0)?);

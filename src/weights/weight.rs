@@ -194,6 +194,15 @@ impl Weight {
     pub fn rows(&self, ids: &Tensor) -> Result<Tensor> {
         match self.expr() {
             Expr::Dense(table) => gather(&table.detach(), ids),
+            Expr::Stored { checkpoint, name, device }
+                if checkpoint.shape(name).is_some_and(|s| s.len() == 2) =>
+            {
+                let rows = checkpoint.shape(name).and_then(|s| s.first().copied()).unwrap_or(0);
+                let (ids, list) = checked(ids, rows)?;
+                let picked = checkpoint.rows(name, &list, device)?;
+                let cols = picked.dim(1)?;
+                Ok(picked.reshape([ids.dims(), &[cols]].concat())?)
+            }
             Expr::Stored { .. } => gather(&self.tensor()?, ids),
             Expr::Latent(table) => gather(table.as_tensor(), ids),
             Expr::Packed(packed) if packed.shape().len() == 2 => {
