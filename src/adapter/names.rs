@@ -64,14 +64,31 @@ const ENDS: [(Part, &[&str]); 7] = [
 
 /// The segment that older versions put between a part and its leaf: the adapter's own name.
 const DEFAULT: &str = "default";
+/// The segments that it may follow.
+const NAMED: [&str; 8] = [
+    "lora_A",
+    "lora_B",
+    "lora_magnitude_vector",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "miss_block",
+    "bone_block",
+    "modules_to_save",
+];
 
 impl Part {
     /// Module path and part of the tensor that an adapter file calls `name`; `None` where the name does
     /// not begin with [`PREFIX`] or ends in nothing known.
     pub fn parse(name: &str) -> Option<(String, Part)> {
-        let segments: Vec<&str> = name.strip_prefix(PREFIX)?.split('.').filter(|s| *s != DEFAULT).collect();
-        if segments.iter().any(|s| s.is_empty()) {
-            return None;
+        let mut segments: Vec<&str> = Vec::new();
+        for segment in name.strip_prefix(PREFIX)?.split('.') {
+            let named = segments.last().is_some_and(|before| NAMED.contains(before));
+            if segment.is_empty() {
+                return None;
+            }
+            if !(named && segment == DEFAULT) {
+                segments.push(segment);
+            }
         }
         let rest = segments.join(".");
         for (part, ends) in ENDS {
@@ -144,6 +161,10 @@ fn renamed(
     format!("{model}{to}{layer}{dot}{part}")
 }
 
+/// What transformers puts before the module paths of a model that has a head; published files of some
+/// models, GPT-2's among them, lack it.
+const FIRST: [&str; 7] = ["model.", "vit.", "deit.", "transformer.", "gpt_neox.", "bert.", "roberta."];
+
 /// How the module paths of an adapter relate to those of the base.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {
@@ -157,15 +178,10 @@ pub enum Form {
 
 impl Form {
     /// Every form, the likelier first.
-    pub const ALL: [Form; 7] = [
-        Form::Same,
-        Form::Headless("model."),
-        Form::Headless("vit."),
-        Form::Headless("deit."),
-        Form::Headed("model."),
-        Form::Headed("vit."),
-        Form::Headed("deit."),
-    ];
+    pub fn all() -> impl Iterator<Item = Form> {
+        let headless = FIRST.into_iter().map(Form::Headless);
+        std::iter::once(Form::Same).chain(headless).chain(FIRST.into_iter().map(Form::Headed))
+    }
 
     /// The base's module path of the adapter's.
     pub fn to_base(self, path: &str) -> Option<String> {

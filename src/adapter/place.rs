@@ -166,7 +166,7 @@ impl Adapter {
             paths.iter().filter(|p| form.to_base(p).is_some_and(|path| modules.get(&path).is_some())).count()
         };
         let mut best = (0, Form::Same);
-        for form in Form::ALL {
+        for form in Form::all() {
             let count = found(form);
             if count > best.0 {
                 best = (count, form);
