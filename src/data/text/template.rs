@@ -6,7 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde, Value};
-use minijinja::{Environment, ErrorKind, Output, State, UndefinedBehavior};
+use minijinja::{Environment, ErrorKind, State, UndefinedBehavior};
 use serde_json::{Map, Value as Json};
 
 use super::python;
@@ -207,7 +207,6 @@ fn environment(origin: &Path, text: String, now: i64) -> Result<Environment<'sta
     env.set_recursion_limit(64);
     env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     env.set_unknown_method_callback(python::method);
-    env.set_formatter(write_value);
     env.add_filter("tojson", python::to_json);
     env.add_function("raise_exception", |message: String| -> Result<Value, minijinja::Error> {
         Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
@@ -219,17 +218,6 @@ fn environment(origin: &Path, text: String, now: i64) -> Result<Environment<'sta
     });
     env.add_template_owned("chat", text).map_err(|e| refusal(origin, &e))?;
     Ok(env)
-}
-
-/// Values as Python prints them.
-fn write_value(out: &mut Output, state: &mut State, value: &Value) -> Result<(), minijinja::Error> {
-    let word = match (value.is_none(), bool::try_from(value.clone())) {
-        (true, _) => "None",
-        (_, Ok(true)) if value.kind() == minijinja::value::ValueKind::Bool => "True",
-        (_, Ok(false)) if value.kind() == minijinja::value::ValueKind::Bool => "False",
-        _ => return minijinja::escape_formatter(out, state, value),
-    };
-    out.write_str(word).map_err(minijinja::Error::from)
 }
 
 /// A template's error on one line, with its line.
