@@ -272,7 +272,9 @@ fn show(shown: &Shown, tokenizer: &Tokenizer, colour: bool) -> qtune::Result<Str
     let mut line = String::from(" ");
     let mut width = 1;
     for (id, train) in sample.tokens.iter().zip(&sample.train) {
-        let piece = tokenizer.token_of(*id).unwrap_or_default().escape_debug().to_string();
+        let piece = tokenizer.token_of(*id).unwrap_or_default();
+        let shown = |c: char| if c.is_control() { '\u{FFFD}' } else { c };
+        let piece: String = piece.chars().map(shown).collect();
         let token = format!("{id} {piece}");
         let size = token.chars().count() + 3;
         if width + size > 100 {

@@ -240,8 +240,8 @@ fn generation_blocks(text: &str, open: &str, close: &str) -> (String, bool) {
     let (mut out, mut rest, mut found) = (String::new(), text, false);
     while let Some(at) = rest.find("{%") {
         let (head, tail) = rest.split_at(at);
-        let Some(end) = tail.find("%}") else { break };
-        let (tag, after) = tail.split_at(end + 2);
+        let Some(end) = tail[2..].find("%}") else { break };
+        let (tag, after) = tail.split_at(end + 4);
         let inner = tag[2..tag.len() - 2].trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+');
         out.push_str(head);
         match inner {
@@ -329,6 +329,7 @@ mod tests {
         assert!(says("\n{% for %}").contains("line 2"), "{}", says("\n{% for %}"));
         assert!(says("{{ messages[0].nothing.more }}").contains("line 1"));
         assert!(says("{% include '/etc/passwd' %}").contains("t.jinja"));
+        assert!(says("{%}").contains("t.jinja") && says("a {% generation").contains("t.jinja"));
         let endless = says("{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}");
         assert!(endless.contains("takes too long"), "{endless}");
         assert!(says("{{ 'x' * 99999999999 }}").contains("line 1"));
