@@ -1,6 +1,7 @@
 //! The command line: flags to recipes, progress to stderr, results to stdout.
 
 mod ablate;
+mod data;
 mod eval;
 mod finetune;
 mod flags;
@@ -40,6 +41,8 @@ enum Command {
     Eval(eval::Eval),
     /// Say what is in an image
     Predict(predict::Predict),
+    /// Show what training would see: tokens, what is learned of them and templates; or a sheet of images
+    Data(data::Data),
     /// List what a model, checkpoint or run holds
     Inspect(inspect::Inspect),
     /// Print shell completions
@@ -73,6 +76,7 @@ pub fn run() -> Result<()> {
         Command::Ablate(command) => command.run(),
         Command::Eval(command) => command.run(),
         Command::Predict(command) => command.run(),
+        Command::Data(command) => command.run(),
         Command::Inspect(command) => command.run(),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Args::command(), "qtune", &mut std::io::stdout());

@@ -300,7 +300,7 @@ mod tests {
             ("{{ 'a,b,c'.rsplit(',', 1)[0] }} {{ ' a  b c '.split()|join('.') }}", "a,b a.b.c"),
             ("{{ ' a  b  c '.split(None, 1)[1] }}|{{ 'a,b'.split(',', maxsplit=1)|length }}", "b  c|2"),
             ("{{ ' a  b  c '.rsplit(None, 1)[0] }}", "a  b"),
-            ("{{ 'abc'.startswith('ab') }} {{ 'abc'.endswith(['x', 'bc']) }}", "true true"),
+            ("{{ 'abc'.startswith('ab') }} {{ 'abc'.endswith(['x', 'bc']) }}", "True True"),
             ("{{ 'hELLO wORLD'.title() }} {{ 'hELLO'.capitalize() }} {{ 'a'.upper() }}", "Hello World Hello A"),
             ("{{ 'aaa'.replace('a', 'b', 2) }} {{ 'héh'.find('h') }} {{ 'x'.find('y') }}", "bba 0 -1"),
             ("{{ 'ab'.removeprefix('a') }} {{ ','.join(['a', 'b']) }} {{ 'banana'.count('an') }}", "b a,b 2"),

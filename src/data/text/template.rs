@@ -6,7 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde, Value};
-use minijinja::{Environment, ErrorKind, Output, State, UndefinedBehavior};
+use minijinja::{Environment, ErrorKind, State, UndefinedBehavior};
 use serde_json::{Map, Value as Json};
 
 use super::python;
@@ -207,7 +207,6 @@ fn environment(origin: &Path, text: String, now: i64) -> Result<Environment<'sta
     env.set_recursion_limit(64);
     env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     env.set_unknown_method_callback(python::method);
-    env.set_formatter(write_value);
     env.add_filter("tojson", python::to_json);
     env.add_function("raise_exception", |message: String| -> Result<Value, minijinja::Error> {
         Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
@@ -219,17 +218,6 @@ fn environment(origin: &Path, text: String, now: i64) -> Result<Environment<'sta
     });
     env.add_template_owned("chat", text).map_err(|e| refusal(origin, &e))?;
     Ok(env)
-}
-
-/// Values as Python prints them.
-fn write_value(out: &mut Output, state: &mut State, value: &Value) -> Result<(), minijinja::Error> {
-    let word = match (value.is_none(), bool::try_from(value.clone())) {
-        (true, _) => "None",
-        (_, Ok(true)) if value.kind() == minijinja::value::ValueKind::Bool => "True",
-        (_, Ok(false)) if value.kind() == minijinja::value::ValueKind::Bool => "False",
-        _ => return minijinja::escape_formatter(out, state, value),
-    };
-    out.write_str(word).map_err(minijinja::Error::from)
 }
 
 /// A template's error on one line, with its line.
@@ -252,8 +240,8 @@ fn generation_blocks(text: &str, open: &str, close: &str) -> (String, bool) {
     let (mut out, mut rest, mut found) = (String::new(), text, false);
     while let Some(at) = rest.find("{%") {
         let (head, tail) = rest.split_at(at);
-        let Some(end) = tail.find("%}") else { break };
-        let (tag, after) = tail.split_at(end + 2);
+        let Some(end) = tail[2..].find("%}") else { break };
+        let (tag, after) = tail.split_at(end + 4);
         let inner = tag[2..tag.len() - 2].trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+');
         out.push_str(head);
         match inner {
@@ -341,6 +329,7 @@ mod tests {
         assert!(says("\n{% for %}").contains("line 2"), "{}", says("\n{% for %}"));
         assert!(says("{{ messages[0].nothing.more }}").contains("line 1"));
         assert!(says("{% include '/etc/passwd' %}").contains("t.jinja"));
+        assert!(says("{%}").contains("t.jinja") && says("a {% generation").contains("t.jinja"));
         let endless = says("{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}");
         assert!(endless.contains("takes too long"), "{endless}");
         assert!(says("{{ 'x' * 99999999999 }}").contains("line 1"));
