@@ -8,7 +8,7 @@ use qtune::random::Random;
 use qtune::transform::{
     Bat, Dora, Dropout, EmbeddingLora, Lora, LoraInit, Mini, Miss, MissInit, WeightQuant,
 };
-use qtune::weights::{Expr, Packed, Transform, Weight};
+use qtune::weights::{checkpoint, Checkpoint, Expr, Packed, Transform, Weight, Weights};
 
 const SHAPES: [(usize, usize); 6] = [(1, 1), (5, 3), (3, 5), (6, 9), (10, 33), (48, 80)];
 const SCALE: f64 = 0.75;
@@ -47,12 +47,22 @@ fn bases(shape: (usize, usize)) -> Vec<(&'static str, Weight)> {
     let grid = WeightQuant::Lsq.untrained(4, &w).unwrap();
     let quantized = grid.quantize(std::slice::from_ref(&w)).unwrap().unwrap();
     let packed = Expr::Packed(Packed::pack(&quantized).unwrap());
+    let stored = stored(&[("weight".to_string(), w.clone())]);
     vec![
         ("f32", Weight::dense(w.clone())),
         ("bf16", Weight::dense(w.to_dtype(DType::BF16).unwrap())),
         ("f16", Weight::dense(w.to_dtype(DType::F16).unwrap())),
         ("packed", packed.into()),
+        ("stored", stored.get("weight").unwrap().clone()),
     ]
+}
+
+/// A store over a file of these tensors; so small a file is read whole when it is opened.
+fn stored(tensors: &[(String, Tensor)]) -> Weights {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.safetensors");
+    checkpoint::save(&path, tensors, &Default::default()).unwrap();
+    Weights::from_checkpoint(Arc::new(Checkpoint::open(&path).unwrap()), &Device::Cpu)
 }
 
 struct Case {
@@ -133,7 +143,7 @@ fn the_two_readings_agree() {
     every_case(|Case { what, shape, base, trained, .. }| {
         let weight = base.wrap(trained);
         let w = weight.tensor().unwrap();
-        assert_eq!(w.dtype(), DType::F32, "{what}");
+        assert_eq!((w.dtype(), weight.shape().unwrap()), (DType::F32, vec![shape.0, shape.1]), "{what}");
         for x in inputs(shape.1) {
             let got = weight.matmul(&x).unwrap();
             assert_eq!(got.dtype(), DType::F32, "{what}");
@@ -161,6 +171,27 @@ fn a_fresh_adapter_changes_nothing() {
             assert_eq!(values(&weight.matmul(&x).unwrap()), values(&base.matmul(&x).unwrap()), "{what}");
         }
     });
+}
+
+#[test]
+fn nor_does_one_on_a_weight_of_several_panels_but_for_the_order_of_sums() {
+    let shape = (300, 4096);
+    for (kind, base) in bases(shape) {
+        let dtype = match base.expr() {
+            Expr::Dense(w) => w.dtype(),
+            _ => DType::F32,
+        };
+        for tokens in [1, 260] {
+            let x = random("x", &[tokens, 4096]).to_dtype(dtype).unwrap();
+            let want = base.matmul(&x).unwrap();
+            for (name, fresh) in fresh(shape, &base) {
+                let what = format!("{name} on {kind}, {tokens} tokens");
+                // A product sums in an order that follows from the size of its tile.
+                let tolerance = if dtype == DType::F32 { PRODUCT } else { BF16 };
+                close(&what, &base.wrap(fresh).matmul(&x).unwrap(), &want, tolerance);
+            }
+        }
+    }
 }
 
 /// `sum y * weights` of f32 results, summed in f64.
@@ -386,6 +417,18 @@ fn rows_are_those_of_the_table() {
         }
         let far = Tensor::new(&[1u32, 6], &Device::Cpu).unwrap();
         let error = base.rows(&far).unwrap_err().to_string();
+        assert_eq!(error, "found id 6, expected one below the 6 rows of the table");
+    }
+    // A table in a file, whose other rows are not read.
+    let list: Vec<(String, Tensor)> = [DType::F32, DType::F16, DType::BF16, DType::F64]
+        .map(|dtype| (format!("{dtype:?}"), random("weight", &[6, 9]).to_dtype(dtype).unwrap()))
+        .to_vec();
+    let store = stored(&list);
+    for (name, table) in &list {
+        let rows = store.get(name).unwrap().rows(&ids).unwrap();
+        assert_eq!((rows.dtype(), values(&rows)), (table.dtype(), values(&picked(table))), "{name}");
+        let far = Tensor::new(&[1u32, 6], &Device::Cpu).unwrap();
+        let error = store.get(name).unwrap().rows(&far).unwrap_err().to_string();
         assert_eq!(error, "found id 6, expected one below the 6 rows of the table");
     }
     // Gradients: to a trainable table and to the adapter, none to a frozen table.

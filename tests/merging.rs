@@ -332,7 +332,9 @@ fn a_packed_base_becomes_dense_or_is_packed_again() {
     let small = Merge { onto: Onto::Requantize, ..with(&[&dir.join("small")]) };
     let merged = merge(&base, &dir.join("lost"), &small);
     match merged {
-        Ok(merged) => assert!(merged.notes.iter().any(|n| n.contains("packing again lost")), "{:?}", merged.notes),
+        Ok(merged) => {
+            assert!(merged.notes.iter().any(|n| n.contains("packing again lost")), "{:?}", merged.notes)
+        }
         Err(error) => assert!(error.to_string().contains("no tensor"), "{error}"),
     }
 }

@@ -13,7 +13,7 @@
 use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::cpu;
+use super::block_sum::{add_tiled, sum_rows};
 use super::linear::{add_product, matmul, View};
 use super::rows::{self, floats, with_last, FrozenRows, Panels, Source};
 
@@ -44,18 +44,17 @@ struct Sizes {
 }
 
 /// Turns the rows of one block, `r` of them, into those of W'.
-fn turn(Sizes { i, r, .. }: Sizes, b: &[f32], rows: &mut [f32], scratch: &mut Vec<f32>) {
-    scratch.clear();
-    scratch.extend_from_slice(rows);
-    add_product((i, r, r), rows, r, View::rows(scratch, r), View::rows(b, r));
-    super::block_sum::add_tiled(b, r, rows, i);
+fn turn(Sizes { i, r, .. }: Sizes, b: &[f32], rows: &mut [f32]) {
+    let plain = rows.to_vec();
+    add_product((i, r, r), rows, r, View::rows(&plain, r), View::rows(b, r));
+    add_tiled(b, r, rows, i);
 }
 
 fn with_panels<R>(source: Source, sizes: Sizes, b: &[f32], f: impl FnOnce(Panels) -> R) -> R {
     let square = sizes.r * sizes.r;
     let edit = |first: usize, rows: &mut [f32]| {
         let p = first / sizes.r;
-        turn(sizes, &b[p * square..(p + 1) * square], rows, &mut Vec::new());
+        turn(sizes, &b[p * square..(p + 1) * square], rows);
     };
     f(Panels::edited(source, (sizes.o, sizes.i), sizes.r, &edit))
 }
@@ -74,7 +73,7 @@ fn block_gradient(source: Source, Sizes { o, i, r }: Sizes, x: &[f32], g: &[f32]
             || vec![0f32; r * i],
             |w, (p, (db, outer))| {
                 source.read_rows(first + p * r, i, w);
-                super::block_sum::sum_rows(outer, i, r, db);
+                sum_rows(outer, i, r, db);
                 add_product((r, r, i), db, r, View::rows(w, r).t(), View::rows(outer, r));
             },
         );
@@ -113,20 +112,18 @@ impl CustomOp2 for BlockAffine {
         _y: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let wanted = (x.track_op(), b.track_op());
-        let op = BlockAffineGrad { of: self.clone(), wanted };
-        let flat = x.apply_op3_no_bwd(b, &grad.contiguous()?, &op)?;
-        let at = if wanted.0 { x.elem_count() } else { 0 };
-        let dx = wanted.0.then(|| cpu::unpack(&flat, 0, x.shape())).transpose()?;
-        let db = wanted.1.then(|| cpu::unpack(&flat, at, b.shape())).transpose()?;
+        let grad = grad.contiguous()?;
+        let of = |input| x.apply_op3_no_bwd(b, &grad, &BlockAffineGrad { of: self.clone(), input });
+        let dx = x.track_op().then(|| of(true)).transpose()?;
+        let db = b.track_op().then(|| of(false)).transpose()?;
         Ok((dx, db))
     }
 }
 
-/// (x, B, dy) to dx and dB, those that are wanted, in one flat result.
+/// (x, B, dy) to dx, or to dB.
 struct BlockAffineGrad {
     of: BlockAffine,
-    wanted: (bool, bool),
+    input: bool,
 }
 
 impl CustomOp3 for BlockAffineGrad {
@@ -145,18 +142,15 @@ impl CustomOp3 for BlockAffineGrad {
     ) -> Result<(CpuStorage, Shape)> {
         let (name, BlockAffine { rows, sizes }) = (self.name(), &self.of);
         let (x, b, g) = (floats(name, x, xl)?, floats(name, b, bl)?, floats(name, g, gl)?);
-        let flat = rows.with(|source| {
-            let mut flat = match self.wanted.0 {
-                true => with_panels(source, *sizes, b, |w| w.product_back(g)),
-                false => Vec::new(),
-            };
-            if self.wanted.1 {
-                flat.extend(block_gradient(source, *sizes, x, g));
-            }
-            Ok(flat)
-        })?;
-        let shape = Shape::from(flat.len());
-        Ok((CpuStorage::F32(flat), shape))
+        rows.with(|source| {
+            Ok(match self.input {
+                true => {
+                    let dx = with_panels(source, *sizes, b, |w| w.product_back(g));
+                    (CpuStorage::F32(dx), xl.shape().clone())
+                }
+                false => (CpuStorage::F32(block_gradient(source, *sizes, x, g)), bl.shape().clone()),
+            })
+        })
     }
 }
 

@@ -15,7 +15,7 @@ use rayon::prelude::*;
 
 /// What decides a mask.
 #[derive(Clone, Debug)]
-pub struct Mask {
+pub struct DropoutMask {
     /// The share of elements that are dropped, in `[0, 1)`.
     pub p: f64,
     /// The run's seed.
@@ -26,7 +26,7 @@ pub struct Mask {
     pub pass: u64,
 }
 
-impl Mask {
+impl DropoutMask {
     /// The factors of the elements of one chunk: 0 or `1 / (1 - p)`.
     fn factors(&self, chunk: usize) -> impl FnMut() -> f64 {
         let mut random = Random::new(self.seed, &self.name, &[self.pass, chunk as u64]);
@@ -36,7 +36,7 @@ impl Mask {
 }
 
 /// Dropout in plain candle ops: a mask of factors, then a product.
-pub fn reference(x: &Tensor, mask: &Mask) -> Result<Tensor> {
+pub fn reference(x: &Tensor, mask: &DropoutMask) -> Result<Tensor> {
     let count = x.elem_count();
     let mut factors = Vec::with_capacity(count);
     for chunk in 0..count.div_ceil(cpu::GRAIN) {
@@ -46,7 +46,7 @@ pub fn reference(x: &Tensor, mask: &Mask) -> Result<Tensor> {
     x * Tensor::from_vec(factors, x.shape(), x.device())?.to_dtype(x.dtype())?
 }
 
-impl CustomOp1 for Mask {
+impl CustomOp1 for DropoutMask {
     fn name(&self) -> &'static str {
         "dropout"
     }
@@ -70,7 +70,7 @@ impl CustomOp1 for Mask {
 }
 
 /// Dropout of `x` (any shape) under `mask`; `p` outside `[0, 1)` is an error, 0 hands x back.
-pub fn dropout(x: &Tensor, mask: Mask) -> Result<Tensor> {
+pub fn dropout(x: &Tensor, mask: DropoutMask) -> Result<Tensor> {
     if !(0.0..1.0).contains(&mask.p) {
         bail!("dropout: expected p from 0 to below 1, got {}", mask.p)
     }
@@ -89,8 +89,8 @@ mod tests {
     use super::super::testing::*;
     use super::*;
 
-    fn mask(p: f64, name: &str, pass: u64) -> Mask {
-        Mask { p, seed: 3, name: name.to_string(), pass }
+    fn mask(p: f64, name: &str, pass: u64) -> DropoutMask {
+        DropoutMask { p, seed: 3, name: name.to_string(), pass }
     }
 
     #[test]

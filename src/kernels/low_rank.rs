@@ -7,20 +7,16 @@
 //! dx = dy W + D^T(dy U^T)     dU = h^T dy     dA = (dy U^T)^T x
 //! ```
 //!
-//! W is frozen, dense or packed, and gets no gradient. Where the change is cheaper to add onto the rows of
-//! W than to run beside them for every token, it is (W' panel by panel, see `rows`); which of the two
-//! depends on shapes alone. Sources: Hu et al. 2021, equation 3; arXiv 2409.15371, the additive form.
+//! W is frozen, dense or packed, and gets no gradient; neither it nor W' is ever whole in memory where it is
+//! large (see `change` and `rows`). Sources: Hu et al. 2021, equation 3; arXiv 2409.15371, the additive form.
 
 use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor};
-use rayon::prelude::*;
 
-use super::block_sum::{add_tiled, block_sum, sum_rows};
+use super::block_sum::block_sum;
+use super::change::{Change, Down};
 use super::cpu;
-use super::linear::{add_product, linear, matmul, product, View};
-use super::rows::{self, floats, with_last, FrozenRows, Panels, Source};
-
-/// Multiply-adds that make a unit of parallel work.
-const WORK: usize = 1 << 21;
+use super::linear::{linear, matmul, View};
+use super::rows::{self, floats, with_last, FrozenRows};
 
 /// [`shared_block`] in plain candle ops.
 pub fn reference_shared_block(x: &Tensor, rows: &FrozenRows, block: &Tensor) -> Result<Tensor> {
@@ -32,106 +28,6 @@ pub fn reference_shared_block(x: &Tensor, rows: &FrozenRows, block: &Tensor) -> 
 pub fn reference(x: &Tensor, rows: &FrozenRows, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
     let base = super::linear::reference(x, &rows.tensor(x.device())?, None)?;
     base + (linear(&linear(x, a, None)?, b, None)? * scale)?
-}
-
-/// How x comes down to rank r.
-#[derive(Clone, Copy)]
-enum Down<'a> {
-    /// Sums of slices of length r.
-    Blocks,
-    /// A matrix `[r, I]`.
-    Matrix(&'a [f32]),
-}
-
-/// The change, in the form that the loops take.
-struct Change<'a> {
-    o: usize,
-    i: usize,
-    r: usize,
-    down: Down<'a>,
-    /// U transposed, `[O, r]`, scale included.
-    up: Vec<f32>,
-}
-
-impl Change<'_> {
-    /// Adds the change onto the rows of W from `first` on.
-    fn add_onto(&self, first: usize, rows: &mut [f32]) {
-        let (i, r, count) = (self.i, self.r, rows.len() / self.i);
-        let up = &self.up[first * r..(first + count) * r];
-        match self.down {
-            Down::Blocks => add_tiled(up, r, rows, i),
-            Down::Matrix(a) => add_product((count, i, r), rows, i, View::rows(up, r), View::rows(a, i)),
-        }
-    }
-
-    /// Whether making W' costs less than the branch at so many tokens.
-    fn merges(&self, tokens: usize) -> bool {
-        self.o * self.i <= tokens * (self.o + self.i)
-    }
-
-    /// Tokens that one task takes through the branch.
-    fn step(&self) -> usize {
-        (WORK / (self.r * (self.o + self.i))).clamp(64, 4096)
-    }
-
-    /// `D(x)`, `[tokens, r]`.
-    fn down(&self, x: &[f32]) -> Vec<f32> {
-        let tokens = x.len() / self.i;
-        match self.down {
-            Down::Blocks => super::block_sum::sums(x, self.i, self.r),
-            Down::Matrix(a) => {
-                matmul((tokens, self.r, self.i), View::rows(x, self.i), View::rows(a, self.i).t(), None)
-            }
-        }
-    }
-
-    /// `dy U^T`, `[tokens, r]`.
-    fn up_back(&self, g: &[f32]) -> Vec<f32> {
-        let tokens = g.len() / self.o;
-        matmul((tokens, self.r, self.o), View::rows(g, self.o), View::rows(&self.up, self.r), None)
-    }
-
-    fn forward(&self, source: Source, x: &[f32]) -> Vec<f32> {
-        let (o, i, r) = (self.o, self.i, self.r);
-        if self.merges(x.len() / i) {
-            let edit = |first: usize, rows: &mut [f32]| self.add_onto(first, rows);
-            return Panels::edited_freely(source, (o, i), &edit).product(x);
-        }
-        let mut y = Panels::plain(source, (o, i)).product(x);
-        let step = self.step();
-        y.par_chunks_mut(step * o).zip(x.par_chunks(step * i)).for_each(|(y, x)| {
-            let tokens = y.len() / o;
-            let mut h = vec![0f32; tokens * r];
-            match self.down {
-                Down::Blocks => sum_rows(x, i, r, &mut h),
-                Down::Matrix(a) => {
-                    product((tokens, r, i), &mut h, r, View::rows(x, i), View::rows(a, i).t(), 1.0);
-                }
-            }
-            add_product((tokens, o, r), y, o, View::rows(&h, r), View::rows(&self.up, r).t());
-        });
-        y
-    }
-
-    fn input_gradient(&self, source: Source, g: &[f32]) -> Vec<f32> {
-        let (o, i, r) = (self.o, self.i, self.r);
-        if self.merges(g.len() / o) {
-            let edit = |first: usize, rows: &mut [f32]| self.add_onto(first, rows);
-            return Panels::edited_freely(source, (o, i), &edit).product_back(g);
-        }
-        let mut dx = Panels::plain(source, (o, i)).product_back(g);
-        let step = self.step();
-        dx.par_chunks_mut(step * i).zip(g.par_chunks(step * o)).for_each(|(dx, g)| {
-            let tokens = dx.len() / i;
-            let mut h = vec![0f32; tokens * r];
-            product((tokens, r, o), &mut h, r, View::rows(g, o), View::rows(&self.up, r), 1.0);
-            match self.down {
-                Down::Blocks => add_tiled(&h, r, dx, i),
-                Down::Matrix(a) => add_product((tokens, i, r), dx, i, View::rows(&h, r), View::rows(a, i)),
-            }
-        });
-        dx
-    }
 }
 
 /// The transpose of `a [rows, cols]`.
@@ -186,31 +82,26 @@ impl CustomOp2 for SharedBlock {
         _y: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let wanted = [x.track_op(), d.track_op()];
-        let op = SharedBlockGrad { of: self.clone(), wanted };
-        let flat = x.apply_op3_no_bwd(d, &grad.contiguous()?, &op)?;
-        let [dx, dd] = parts(&flat, [x, d], wanted)?;
+        let grad = grad.contiguous()?;
+        let of = |which| x.apply_op3_no_bwd(d, &grad, &SharedBlockGrad { of: self.clone(), which });
+        let dx = x.track_op().then(|| of(Operand::Input)).transpose()?;
+        let dd = d.track_op().then(|| of(Operand::Up)).transpose()?;
         Ok((dx, dd))
     }
 }
 
-/// The wanted ones of several gradients that lie one after another.
-fn parts<const N: usize>(flat: &Tensor, of: [&Tensor; N], wanted: [bool; N]) -> Result<[Option<Tensor>; N]> {
-    let mut found = [const { None }; N];
-    let mut at = 0;
-    for ((found, of), wanted) in found.iter_mut().zip(of).zip(wanted) {
-        if wanted {
-            *found = Some(cpu::unpack(flat, at, of.shape())?);
-            at += of.elem_count();
-        }
-    }
-    Ok(found)
+/// Whose gradient an op gives.
+#[derive(Clone, Copy)]
+enum Operand {
+    Input,
+    Down,
+    Up,
 }
 
-/// (x, block, dy) to dx and dU, those that are wanted, in one flat result.
+/// (x, block, dy) to dx or dU.
 struct SharedBlockGrad {
     of: SharedBlock,
-    wanted: [bool; 2],
+    which: Operand,
 }
 
 impl CustomOp3 for SharedBlockGrad {
@@ -231,16 +122,17 @@ impl CustomOp3 for SharedBlockGrad {
         let (x, d, g) = (floats(name, x, xl)?, floats(name, d, dl)?, floats(name, g, gl)?);
         let change = shared_change(&self.of.rows, d);
         let Change { o, i, r, .. } = change;
-        let mut flat = match self.wanted[0] {
-            true => self.of.rows.with(|source| Ok(change.input_gradient(source, g)))?,
-            false => Vec::new(),
-        };
-        if self.wanted[1] {
-            let h = change.down(x);
-            flat.extend(matmul((r, o, x.len() / i), View::rows(&h, r).t(), View::rows(g, o), None));
+        match self.which {
+            Operand::Input => {
+                let dx = self.of.rows.with(|source| Ok(change.input_gradient(source, g)))?;
+                Ok((CpuStorage::F32(dx), xl.shape().clone()))
+            }
+            Operand::Down | Operand::Up => {
+                let h = change.down(x);
+                let du = matmul((r, o, x.len() / i), View::rows(&h, r).t(), View::rows(g, o), None);
+                Ok((CpuStorage::F32(du), dl.shape().clone()))
+            }
         }
-        let shape = Shape::from(flat.len());
-        Ok((CpuStorage::F32(flat), shape))
     }
 }
 
@@ -280,19 +172,21 @@ impl CustomOp3 for LowRank {
         _y: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let wanted = [x.track_op(), a.track_op(), b.track_op()];
-        let op = LowRankGrad { of: self.clone(), a: a.detach(), wanted };
-        let flat = x.apply_op3_no_bwd(b, &grad.contiguous()?, &op)?;
-        let [dx, da, db] = parts(&flat, [x, a, b], wanted)?;
+        let grad = grad.contiguous()?;
+        let of =
+            |which| x.apply_op3_no_bwd(b, &grad, &LowRankGrad { of: self.clone(), a: a.detach(), which });
+        let dx = x.track_op().then(|| of(Operand::Input)).transpose()?;
+        let da = a.track_op().then(|| of(Operand::Down)).transpose()?;
+        let db = b.track_op().then(|| of(Operand::Up)).transpose()?;
         Ok((dx, da, db))
     }
 }
 
-/// (x, B, dy) to dx, dA and dB, those that are wanted, in one flat result.
+/// (x, B, dy) to dx, dA or dB.
 struct LowRankGrad {
     of: LowRank,
     a: Tensor,
-    wanted: [bool; 3],
+    which: Operand,
 }
 
 impl CustomOp3 for LowRankGrad {
@@ -311,26 +205,28 @@ impl CustomOp3 for LowRankGrad {
     ) -> Result<(CpuStorage, Shape)> {
         let (name, LowRank { rows, scale }) = (self.name(), &self.of);
         let (x, b, g) = (floats(name, x, xl)?, floats(name, b, bl)?, floats(name, g, gl)?);
-        let (a, al) = self.a.storage_and_layout();
-        let a = floats(name, cpu::host(name, &a)?, al)?;
+        let (a, a_layout) = self.a.storage_and_layout();
+        let a = floats(name, cpu::host(name, &a)?, a_layout)?;
         let change = low_rank_change(rows, a, b, *scale);
         let Change { o, i, r, .. } = change;
         let tokens = x.len() / i;
-        let mut flat = match self.wanted[0] {
-            true => rows.with(|source| Ok(change.input_gradient(source, g)))?,
-            false => Vec::new(),
-        };
-        if self.wanted[1] {
-            let h = change.up_back(g);
-            flat.extend(matmul((r, i, tokens), View::rows(&h, r).t(), View::rows(x, i), None));
+        match self.which {
+            Operand::Input => {
+                let dx = rows.with(|source| Ok(change.input_gradient(source, g)))?;
+                Ok((CpuStorage::F32(dx), xl.shape().clone()))
+            }
+            Operand::Down => {
+                let h = change.up_back(g);
+                let da = matmul((r, i, tokens), View::rows(&h, r).t(), View::rows(x, i), None);
+                Ok((CpuStorage::F32(da), a_layout.shape().clone()))
+            }
+            Operand::Up => {
+                let h = change.down(x);
+                let mut db = matmul((o, r, tokens), View::rows(g, o).t(), View::rows(&h, r), None);
+                db.iter_mut().for_each(|v| *v *= scale);
+                Ok((CpuStorage::F32(db), bl.shape().clone()))
+            }
         }
-        if self.wanted[2] {
-            let h = change.down(x);
-            let db = matmul((o, r, tokens), View::rows(g, o).t(), View::rows(&h, r), None);
-            flat.extend(db.into_iter().map(|v| v * scale));
-        }
-        let shape = Shape::from(flat.len());
-        Ok((CpuStorage::F32(flat), shape))
     }
 }
 

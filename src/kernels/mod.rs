@@ -15,6 +15,7 @@ mod adamw;
 mod attention;
 mod block_affine;
 mod block_sum;
+mod change;
 mod cpu;
 mod cross_entropy;
 mod dropout;
@@ -37,7 +38,7 @@ pub use attention::{attention_mix, attention_probs};
 pub use block_affine::{block_affine, merged as block_affine_merged};
 pub use block_sum::block_sum;
 pub use cross_entropy::{cross_entropy, soft_cross_entropy};
-pub use dropout::{dropout, Mask};
+pub use dropout::{dropout, DropoutMask};
 pub use fake_quant::{
     dequantize, lsq, lsq_codes, lsq_init, quantize, statsq, statsq_annealed, statsq_codes, statsq_free,
     statsq_scale, Levels, SCALE_FLOOR,

@@ -80,6 +80,10 @@ impl Transform for Bat {
         Ok(y.to_dtype(x.dtype())?)
     }
 
+    fn keeps_shape(&self) -> bool {
+        true
+    }
+
     fn params(&self) -> Vec<(&'static str, Var, Role)> {
         plain(&[("miss_block", self.block.clone())])
     }

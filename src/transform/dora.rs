@@ -124,10 +124,14 @@ impl Transform for Dora {
         };
         let mut y = kernels::scale_columns(&turned, &self.magnitude, &n)?;
         if dropped.is_some() {
-            // What dropout takes from the base term, back to it whole.
-            y = (y + (base_matmul(&wide, w)? - base_matmul(seen, w)?)?)?;
+            // x W^T - x_d W^T in one product: what dropout took from the base term.
+            y = (y + base_matmul(&(&wide - seen)?, w)?)?;
         }
         Ok(y.to_dtype(x.dtype())?)
+    }
+
+    fn keeps_shape(&self) -> bool {
+        true
     }
 
     fn params(&self) -> Vec<(&'static str, Var, Role)> {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use candle_core::{DType, Tensor, Var};
 
 use super::lsq::trainable;
-use crate::kernels::{self, FrozenRows, Mask};
+use crate::kernels::{self, DropoutMask, FrozenRows};
 use crate::weights::{Expr, Role, Weight};
 use crate::{Error, Result};
 
@@ -44,7 +44,7 @@ impl Dropout {
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
         let Dropout { p, seed, ref name, ref pass } = *self;
         let pass = pass.load(Ordering::Relaxed);
-        Ok(kernels::dropout(x, Mask { p, seed, name: name.clone(), pass })?)
+        Ok(kernels::dropout(x, DropoutMask { p, seed, name: name.clone(), pass })?)
     }
 }
 

@@ -66,12 +66,17 @@ impl Transform for EmbeddingLora {
         Ok((base_matmul(&wide, e)? + change)?.to_dtype(x.dtype())?)
     }
 
+    /// The rows in f32, whatever the table's dtype.
     fn rows(&self, ids: &Tensor, inputs: &[Weight]) -> Result<Tensor> {
         let e = only("embedding_lora", inputs)?.rows(ids)?.to_dtype(DType::F32)?;
         let (flat, width) = (ids.flatten_all()?.to_dtype(DType::U32)?, self.b.dim(0)?);
         let picked = self.a.t()?.contiguous()?.index_select(&flat, 0)?; // [ids, r]
         let change = (kernels::linear(&picked, &self.b, None)? * self.scale)?;
         Ok((e.reshape(((), width))? + change)?.reshape(e.shape())?)
+    }
+
+    fn keeps_shape(&self) -> bool {
+        true
     }
 
     fn params(&self) -> Vec<(&'static str, Var, Role)> {

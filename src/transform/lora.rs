@@ -157,6 +157,10 @@ impl Transform for Lora {
         Ok(y.to_dtype(x.dtype())?)
     }
 
+    fn keeps_shape(&self) -> bool {
+        true
+    }
+
     fn params(&self) -> Vec<(&'static str, Var, Role)> {
         plain(&self.list())
     }

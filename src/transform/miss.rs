@@ -147,6 +147,10 @@ impl Transform for Miss {
         product("miss", x, inputs, &self.block, self.shape, self.dropout.as_ref())
     }
 
+    fn keeps_shape(&self) -> bool {
+        true
+    }
+
     fn params(&self) -> Vec<(&'static str, Var, Role)> {
         plain(&[("miss_block", self.block.clone())])
     }
@@ -212,6 +216,10 @@ impl Transform for Mini {
 
     fn matmul(&self, x: &Tensor, inputs: &[Weight]) -> Result<Tensor> {
         product("mini", x, inputs, &self.repeated()?, self.shape, self.dropout.as_ref())
+    }
+
+    fn keeps_shape(&self) -> bool {
+        true
     }
 
     fn params(&self) -> Vec<(&'static str, Var, Role)> {

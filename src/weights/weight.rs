@@ -56,6 +56,11 @@ pub trait Transform: Send + Sync + Debug {
     /// The same rule without trainables, for evaluation.
     fn frozen(&self) -> Result<Arc<dyn Transform>>;
 
+    /// Whether the result has the shape of the only input, whatever that is.
+    fn keeps_shape(&self) -> bool {
+        false
+    }
+
     /// What to append to a weight's name for the trainables of each input; one input: nothing.
     fn parts(&self) -> &'static [&'static str] {
         &[""]
@@ -194,6 +199,15 @@ impl Weight {
     pub fn rows(&self, ids: &Tensor) -> Result<Tensor> {
         match self.expr() {
             Expr::Dense(table) => gather(&table.detach(), ids),
+            Expr::Stored { checkpoint, name, device }
+                if checkpoint.shape(name).is_some_and(|s| s.len() == 2) =>
+            {
+                let rows = checkpoint.shape(name).and_then(|s| s.first().copied()).unwrap_or(0);
+                let (ids, list) = checked(ids, rows)?;
+                let picked = checkpoint.rows(name, &list, device)?;
+                let cols = picked.dim(1)?;
+                Ok(picked.reshape([ids.dims(), &[cols]].concat())?)
+            }
             Expr::Stored { .. } => gather(&self.tensor()?, ids),
             Expr::Latent(table) => gather(table.as_tensor(), ids),
             Expr::Packed(packed) if packed.shape().len() == 2 => {
@@ -213,6 +227,9 @@ impl Weight {
             Expr::Packed(packed) => Ok(packed.shape().to_vec()),
             Expr::Stored { checkpoint, name, .. } if checkpoint.shape(name).is_some() => {
                 Ok(checkpoint.shape(name).unwrap_or_default().to_vec())
+            }
+            Expr::Node { transform, inputs } if transform.keeps_shape() && inputs.len() == 1 => {
+                inputs[0].shape()
             }
             _ => Ok(self.tensor()?.dims().to_vec()),
         }

@@ -267,6 +267,32 @@ impl Checkpoint {
             Some(strides) => Cow::Owned(strides.gather(bytes, &entry.shape, entry.dtype.bitsize() / 8)),
         })
     }
+
+    /// Reads rows of a table `[rows, cols]`, `[ids.len(), cols]` in its stored dtype; of plain floats in a
+    /// file of safetensors only these rows are touched. Errs as [`Checkpoint::tensor`] does, and on an id
+    /// out of range.
+    pub fn rows(&self, name: &str, ids: &[u32], device: &Device) -> Result<Tensor> {
+        let entry = self.entries.get(name).filter(|e| e.strides.is_none() && e.stored.is_none());
+        let plain = entry.and_then(|e| match (e.dtype, e.shape.as_slice()) {
+            (Dtype::F32, [rows, cols]) => Some((e, DType::F32, *rows, *cols)),
+            (Dtype::F16, [rows, cols]) => Some((e, DType::F16, *rows, *cols)),
+            (Dtype::BF16, [rows, cols]) => Some((e, DType::BF16, *rows, *cols)),
+            _ => None,
+        });
+        let Some((entry, dtype, rows, cols)) = plain else {
+            let ids = Tensor::new(ids, device).on(name)?;
+            return self.tensor(name, device)?.contiguous()?.index_select(&ids, 0).on(name);
+        };
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= rows) {
+            return Err(Error::tensor(name, format!("found id {id}, expected one below the {rows} rows")));
+        }
+        let (data, path) = (&self.data[entry.file], self.files[entry.file].as_path());
+        let table = data.slice(path, entry.begin..entry.end)?;
+        let width = cols * dtype.size_in_bytes();
+        let picked: Vec<u8> =
+            ids.iter().flat_map(|&id| &table[id as usize * width..][..width]).copied().collect();
+        Tensor::from_raw_buffer(&picked, dtype, &[ids.len(), cols], device).on(name)
+    }
 }
 
 /// An open file and its length in bytes.
