@@ -7,8 +7,9 @@
 use candle_core::{DType, Device, Tensor};
 use indexmap::IndexMap;
 
-use super::config::{AdapterConfig, LoraConfig, Method, MissConfig, Variant};
+use super::config::AdapterConfig;
 use super::files::Adapter;
+use super::method::{LoraConfig, Method, MissConfig, Variant};
 use super::modules::{Kind, Modules};
 use super::names::{Form, Part};
 use super::place::{Placed, Ranks, Target};
