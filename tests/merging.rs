@@ -287,7 +287,7 @@ fn pack(dir: &Path) {
     for path in [Q, DOWN] {
         let name = format!("{path}.weight");
         let w = weights.get(&name).unwrap().tensor().unwrap();
-        let rule = OnGrid::fit(Grid::new(4, Centering::MidRise).unwrap(), &w).unwrap();
+        let rule = OnGrid::fit(Grid::new(4, Centering::MidRise).unwrap(), None, &w).unwrap();
         weights.wrap(&name, std::sync::Arc::new(rule)).unwrap();
     }
     let packed = weights.packed().unwrap();
@@ -332,7 +332,9 @@ fn a_packed_base_becomes_dense_or_is_packed_again() {
     let small = Merge { onto: Onto::Requantize, ..with(&[&dir.join("small")]) };
     let merged = merge(&base, &dir.join("lost"), &small);
     match merged {
-        Ok(merged) => assert!(merged.notes.iter().any(|n| n.contains("lost more")), "{:?}", merged.notes),
+        Ok(merged) => {
+            assert!(merged.notes.iter().any(|n| n.contains("packing again lost")), "{:?}", merged.notes)
+        }
         Err(error) => assert!(error.to_string().contains("no tensor"), "{error}"),
     }
 }

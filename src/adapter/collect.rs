@@ -85,8 +85,8 @@ impl AdapterConfig {
 #[cfg(test)]
 mod tests {
     use super::super::attach::{Attach, Training};
-    use super::super::config::{LoraConfig, Method};
     use super::super::files::tests::{adapter, ramp};
+    use super::super::method::{LoraConfig, Method};
     use super::super::modules::tests::{llama, llama_shapes};
     use super::*;
 

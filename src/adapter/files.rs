@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use indexmap::IndexMap;
 
-use super::config::{AdapterConfig, Method};
+use super::config::AdapterConfig;
+use super::method::Method;
 use super::names::{self, Part};
 use crate::files::{read_text, write_bytes, Staging};
 use crate::weights::checkpoint::{check_finite, save};

@@ -7,8 +7,9 @@
 use candle_core::{DType, Device, Tensor};
 use indexmap::IndexMap;
 
-use super::config::{AdapterConfig, LoraConfig, Method, MissConfig, Variant};
+use super::config::AdapterConfig;
 use super::files::Adapter;
+use super::method::{LoraConfig, Method, MissConfig, Variant};
 use super::modules::{Kind, Modules};
 use super::names::{Form, Part};
 use super::place::{Placed, Ranks, Target};
@@ -78,11 +79,12 @@ impl Adapter {
                 tensors.insert((path.clone(), part), tensor.contiguous()?);
             }
         }
-        let dropout = match &self.config.method {
-            Method::Miss(miss) => miss.dropout,
-            Method::Lora(lora) => lora.dropout,
+        let (dropout, fan_in_fan_out) = match &self.config.method {
+            Method::Miss(miss) => (miss.dropout, false),
+            Method::Lora(lora) => (lora.dropout, lora.fan_in_fan_out),
         };
-        let lora = LoraConfig { r: rank, alpha: rank as f64, dropout, ..LoraConfig::default() };
+        let alpha = rank as f64;
+        let lora = LoraConfig { r: rank, alpha, dropout, fan_in_fan_out, ..LoraConfig::default() };
         let selection = Selection {
             targets: Targets::List(listed(&self.config, &placed, modules)?),
             bias: Bias::None,

@@ -22,7 +22,7 @@ use crate::models::read_config;
 use crate::transform::OnGrid;
 use crate::weights::checkpoint::{save_model_pieces, Dtype, Piece, Planned};
 use crate::weights::format::QuantizationConfig;
-use crate::weights::{Checkpoint, Expr, Packed, Weights};
+use crate::weights::{Checkpoint, Expr, Packed, Weight, Weights};
 use crate::{Error, On, Result};
 
 /// What a packed base becomes.
@@ -85,6 +85,8 @@ struct Source {
     quantization: Option<QuantizationConfig>,
     base: Weights,
     merged: Weights,
+    /// Names of a table and of the head that shares it.
+    tied: Option<(String, String)>,
     onto: Onto,
     dtype: Option<DType>,
 }
@@ -126,6 +128,7 @@ pub fn merge(base: &Path, out: &Path, how: &Merge) -> Result<Merged> {
         checkpoint,
         base: weights.clone(),
         merged: weights,
+        tied: modules.tied().map(|(table, head)| (format!("{table}.weight"), format!("{head}.weight"))),
         onto: if quantization.is_some() { how.onto } else { Onto::Dense },
         quantization,
         dtype: how.dtype,
@@ -208,9 +211,19 @@ fn travels(path: &Path) -> bool {
 }
 
 impl Source {
-    /// The base's weight called `name`, or what an untied head was.
-    fn before(&self, name: &str) -> Option<&crate::weights::Weight> {
-        self.base.contains(name).then(|| self.base.get(name).ok()).flatten()
+    /// What the base calls the tensor that the merged model calls `name`: a head that came apart was its
+    /// table.
+    fn origin<'a>(&'a self, name: &'a str) -> Option<&'a str> {
+        match &self.tied {
+            _ if self.base.contains(name) => Some(name),
+            Some((table, head)) if head == name => Some(table),
+            _ => None,
+        }
+    }
+
+    /// The base's weight behind the merged model's.
+    fn before(&self, name: &str) -> Option<&Weight> {
+        self.base.get(self.origin(name)?).ok()
     }
 
     fn touched(&self, name: &str) -> Result<bool> {
@@ -222,9 +235,17 @@ impl Source {
     fn plan(&self) -> Result<Vec<(Origin, Planned)>> {
         let mut plan = Vec::new();
         for (name, weight) in self.merged.iter() {
-            let packed = self.quantization.as_ref().is_some_and(|q| q.weights.contains_key(name));
+            let packed = matches!(self.before(name).map(Weight::expr), Some(Expr::Packed(_)));
             let touched = self.touched(name)?;
-            if packed && self.onto == Onto::Requantize {
+            // A head that came apart from a packed table has no codes of its own: it becomes dense.
+            if packed && self.onto == Onto::Requantize && self.base.contains(name) {
+                let (found, expected) = (shape_of(weight)?, self.base.get(name)?.shape()?);
+                if found != expected {
+                    let message = format!(
+                        "found shape {found:?}, expected {expected:?} to pack again: merge onto a dense model"
+                    );
+                    return Err(Error::tensor(name, message));
+                }
                 for (part, codes) in [("codes", true), ("scale", false)] {
                     let stored = format!("{name}.{part}");
                     let planned = self.stored(&stored)?;
@@ -236,20 +257,16 @@ impl Source {
                 }
                 continue;
             }
-            let stored = match self.checkpoint.dtype(name) {
-                Some(dtype) => dtype,
-                // A head that came apart is stored as its table is; what was packed becomes f32.
-                None => match weight_dtype(weight, &self.checkpoint)? {
-                    Some(dtype) => dtype,
-                    None => Dtype::F32,
-                },
-            };
+            // What was packed becomes f32.
+            let origin = self.origin(name).unwrap_or(name);
+            let stored = self.checkpoint.dtype(origin).unwrap_or(Dtype::F32);
             let dtype = match (float(stored), self.dtype) {
                 (true, Some(asked)) => spelled(asked)?,
                 _ => stored,
             };
             if !touched && !packed && dtype == stored {
-                plan.push((Origin::Copied(name.to_string()), self.stored(name)?));
+                let planned = Planned { name: name.to_string(), ..self.stored(origin)? };
+                plan.push((Origin::Copied(origin.to_string()), planned));
                 continue;
             }
             if !matches!(dtype, Dtype::F32 | Dtype::BF16 | Dtype::F16 | Dtype::F64) {
@@ -328,7 +345,7 @@ impl Source {
             return Err(Error::Run(format!("{name}: packed in the file, and not here")));
         };
         let rule = OnGrid::fit(old.grid(), old.rows().groups().group(), &exact)?;
-        let weight = crate::weights::Weight::dense(exact.clone()).wrap(Arc::new(rule));
+        let weight = Weight::dense(exact.clone()).wrap(Arc::new(rule));
         let Some(quantized) = weight.quantize()? else {
             return Err(Error::Run(format!("{name}: its grid packs nothing")));
         };
@@ -388,19 +405,6 @@ impl Source {
             }
         }
         Ok((changed != *config).then_some(changed))
-    }
-}
-
-/// The dtype of the stored leaf under a weight's adapters; `None` where it is packed.
-fn weight_dtype(weight: &crate::weights::Weight, checkpoint: &Checkpoint) -> Result<Option<Dtype>> {
-    match weight.expr() {
-        Expr::Stored { name, .. } => Ok(checkpoint.dtype(name)),
-        Expr::Node { inputs, .. } => match inputs.first() {
-            Some(input) => weight_dtype(input, checkpoint),
-            None => Ok(None),
-        },
-        Expr::Dense(tensor) => Ok(spelled(tensor.dtype()).ok()),
-        Expr::Latent(_) | Expr::Packed(_) => Ok(None),
     }
 }
 

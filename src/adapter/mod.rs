@@ -9,6 +9,8 @@
 //! The contract, down to file names and rules of selection, was taken from PEFT 0.18 and 0.21.
 
 mod attach;
+#[cfg(test)]
+mod attach_tests;
 mod change;
 mod collect;
 mod config;
@@ -16,6 +18,7 @@ mod fields;
 mod files;
 mod lora_export;
 mod merge;
+mod method;
 mod modules;
 mod names;
 mod pattern;
@@ -29,9 +32,10 @@ mod turned;
 
 pub use attach::{Attach, Attached, Residual, Training};
 pub use change::{Changes, Rounding};
-pub use config::{AdapterConfig, LoraConfig, Method, MissConfig, Variant};
+pub use config::AdapterConfig;
 pub use files::{Adapter, Save};
 pub use merge::{merge, Merge, Merged, Onto};
+pub use method::{LoraConfig, Method, MissConfig, Variant};
 pub use modules::{Kind, Module, Modules};
 pub use names::{Form, Part, PREFIX};
 pub use pattern::Pattern;

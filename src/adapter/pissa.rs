@@ -3,8 +3,8 @@
 use indexmap::IndexMap;
 use serde_json::json;
 
-use super::config::Method;
 use super::files::Adapter;
+use super::method::Method;
 use super::names::Part;
 use super::place::Ranks;
 use crate::transform::pissa::convert;

@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use candle_core::Tensor;
 
-use super::config::{LoraConfig, Method, Variant};
 use super::files::Adapter;
+use super::method::{LoraConfig, Method, Variant};
 use super::modules::{Kind, Module, Modules};
 use super::names::{Form, Part};
 use super::pattern::Pattern;

@@ -7,8 +7,9 @@
 
 use std::collections::BTreeSet;
 
-use super::config::{AdapterConfig, Method};
+use super::config::AdapterConfig;
 use super::files::Adapter;
+use super::method::Method;
 use super::names::{newer, older, Part};
 use super::pattern::Pattern;
 use super::targets::{of_pattern, Targets};
@@ -117,8 +118,8 @@ fn disjoint<T: Copy + PartialEq>(
 
 #[cfg(test)]
 mod tests {
-    use super::super::config::LoraConfig;
     use super::super::files::tests::{adapter, ramp};
+    use super::super::method::LoraConfig;
     use super::*;
 
     const LAYER: &str = "vit.encoder.layer.0";

@@ -7,8 +7,9 @@ use indexmap::IndexMap;
 use serde_json::Value;
 
 use super::attach::{Attached, Training};
-use super::config::{AdapterConfig, LoraConfig, Method, MissConfig, Variant};
+use super::config::AdapterConfig;
 use super::files::Adapter;
+use super::method::{LoraConfig, Method, MissConfig, Variant};
 use super::modules::{Kind, Module, Modules};
 use super::names::{Form, Part};
 use super::place::{block_shape, Ranks};

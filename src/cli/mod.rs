@@ -5,6 +5,7 @@ mod data;
 mod eval;
 mod finetune;
 mod flags;
+mod generate;
 mod inspect;
 mod predict;
 mod progress;
@@ -39,6 +40,8 @@ enum Command {
     Ablate(Box<ablate::Ablate>),
     /// Measure a full-precision or packed model: top-1, top-5, loss
     Eval(eval::Eval),
+    /// Go on from a text with a language model, plain, packed or adapted
+    Generate(generate::Generate),
     /// Say what is in an image
     Predict(predict::Predict),
     /// Show what training would see: tokens, what is learned of them and templates; or a sheet of images
@@ -76,6 +79,7 @@ pub fn run() -> Result<()> {
         Command::Ablate(command) => command.run(),
         Command::Eval(command) => command.run(),
         Command::Predict(command) => command.run(),
+        Command::Generate(command) => command.run(),
         Command::Data(command) => command.run(),
         Command::Inspect(command) => command.run(),
         Command::Completions { shell } => {

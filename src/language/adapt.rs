@@ -9,12 +9,13 @@ use std::time::Instant;
 use candle_core::{DType, Device};
 use serde_json::{json, Value};
 
+use super::generate::{generate, Limits, Sampling};
 use super::phases::{train, Training};
 use super::supply::Texts;
 use super::{open, open_text, source, summary_head, write_language_model, write_summary, Start};
 use crate::adapter::{self, Adapter, AdapterConfig, Attach, Modules, Save};
-use crate::models::held;
-use crate::recipe::{AdapterKind, AdapterSlot, Recipe};
+use crate::models::{held, Llama};
+use crate::recipe::{AdapterKind, AdapterSlot, BaseConfig, Recipe};
 use crate::train::{resume, signal, Accuracy, Metrics, Progress, Trainer};
 use crate::transform::Bat;
 use crate::weights::{Centering, Grid, Weights};
@@ -64,6 +65,34 @@ pub(super) fn rank_of(slot: &AdapterSlot, modules: &Modules) -> Result<(usize, O
     }
 }
 
+/// Packs the weights of `[base]` from where they lie.
+fn pack(base: BaseConfig, start: &Start, weights: &mut Weights, progress: &dyn Progress) -> Result<()> {
+    let grid = Grid::new(base.bits, if base.bits == 2 { Centering::MidRise } else { Centering::Signed })?;
+    let names = packable(start);
+    let (mut worst, mut done) = (0f64, 0usize);
+    progress.start("packing", names.len());
+    weights.pack_frozen(&names, grid, Some(base.group_size), |name, fit| {
+        worst = worst.max(fit.relative());
+        done += 1;
+        progress.tick(done, name);
+    })?;
+    progress.finish();
+    progress.note(&format!(
+        "{done} weights packed to {} bits in groups of {}, relative error at most {worst:.3}",
+        base.bits, base.group_size
+    ));
+    Ok(())
+}
+
+/// Packs the base of an opened model as a recipe's `[base]` says.
+pub fn pack_base(recipe: &Recipe, start: &mut Start, progress: &dyn Progress) -> Result<()> {
+    let Some(base) = recipe.base else { return Ok(()) };
+    let mut weights = start.weights.clone();
+    pack(base, start, &mut weights, progress)?;
+    start.weights = weights;
+    Ok(())
+}
+
 /// Packs what `[base]` says and lays the adapter over it, or makes every weight trainable.
 pub(super) fn ready(recipe: &Recipe, start: &Start, progress: &dyn Progress) -> Result<Ready> {
     let pass = Arc::new(AtomicU64::new(0));
@@ -79,18 +108,7 @@ pub(super) fn ready(recipe: &Recipe, start: &Start, progress: &dyn Progress) -> 
                 "base and adapter.kind = \"pissa\": its base is a residual that packing would change",
             ));
         }
-        let grid = Grid::new(base.bits, if base.bits == 2 { Centering::MidRise } else { Centering::Signed })?;
-        let (mut worst, mut count) = (0f64, 0usize);
-        weights.pack_frozen(&packable(start), grid, Some(base.group_size), |_, fit| {
-            worst = worst.max(fit.mse);
-            count += 1;
-        })?;
-        progress.note(&format!(
-            "{count} weights packed to {} bits in groups of {}, root mean square error at most {:.2e}",
-            base.bits,
-            base.group_size,
-            worst.sqrt()
-        ));
+        pack(base, start, &mut weights, progress)?;
     }
     // Packed from where they lie: the rest alone comes to memory as it is.
     let base = held(&start.config, &weights, source(recipe)?.dtype.dtype())?;
@@ -205,6 +223,10 @@ fn finish(
     put("base_bits", json!(recipe.base.map(|base| base.bits)));
     put("skipped_steps", json!(trainer.state.skipped));
     put("output", json!(written.display().to_string()));
+    if let Some((before, after)) = samples(trainer, start, ready, &read_back)? {
+        put("sample_before", json!(before));
+        put("sample_after", json!(after));
+    }
     write_summary(trainer.dir, summary, trainer.progress)
 }
 
@@ -240,4 +262,45 @@ fn save_adapter(
     let mut read_back = base;
     Adapter::open(&dir)?.attach(&mut read_back, &modules, &Attach::default())?;
     Ok((dir, bytes, read_back))
+}
+
+/// Tokens of a sample.
+const SAMPLE: usize = 48;
+
+/// How the model goes on from the first evaluation text, before and after.
+fn samples(
+    trainer: &Trainer<'_, Texts<'_>>,
+    start: &Start,
+    ready: &Ready,
+    after: &Weights,
+) -> Result<Option<(String, String)>> {
+    let (config, dtype) = (trainer.supply.model, trainer.supply.dtype);
+    let data = trainer.supply.data;
+    let prompt: Vec<u32> = match data.eval.samples().first() {
+        Some(sample) => {
+            let asked = sample.train.iter().position(|t| *t).unwrap_or(1).max(1);
+            // Of a text without a prompt its first tokens.
+            let asked = if asked < 4 { 12.min(sample.tokens.len()) } else { asked };
+            sample.tokens[..asked].to_vec()
+        }
+        None => data.eval.stream().map(|s| s[..16.min(s.len())].to_vec()).unwrap_or_default(),
+    };
+    if prompt.is_empty() || prompt.len() >= config.max_positions {
+        return Ok(None);
+    }
+    let before = match ready.config {
+        Some(_) => ready.base.clone(),
+        None => held(config, &start.weights, dtype)?,
+    };
+    let asked = start.tokenizer.decode(&prompt)?;
+    let limits = Limits { tokens: SAMPLE, stop: vec!["\n".into()], ignore_eos: false };
+    let answer = |weights: &Weights| -> Result<String> {
+        let model = Llama::new(config, weights, dtype)?;
+        let sampling = Sampling::default();
+        let device = trainer.device;
+        let answer =
+            generate(&model, &start.tokenizer, &prompt, &sampling, &limits, device, &mut |_| Ok(()))?;
+        Ok(format!("{asked}{}", answer.text))
+    };
+    Ok(Some((answer(&before)?, answer(after)?)))
 }

@@ -22,6 +22,7 @@ use crate::recipe::Recipe;
 use crate::train::{peak_rss_bytes, Progress};
 use crate::{files, report, Error, Result};
 
+pub use adapt::pack_base;
 pub use start::{attach, open, open_at, open_text, source, start, tiny, Start};
 pub use supply::{evaluate_text, text_figures, Texts};
 pub use task::{batch_loss, Predict, Rows};
@@ -35,6 +36,19 @@ pub fn run(recipe: &Recipe, dir: &Path, device: &Device, progress: &dyn Progress
         true => adapt::run(recipe, dir, device, progress, started),
         false => pack::run(recipe, dir, device, progress, started),
     }
+}
+
+/// The number that an answer ends with: behind `####` as GSM8K writes it, else the last one; commas,
+/// currency signs and a last full stop left out.
+pub fn final_number(text: &str) -> Option<String> {
+    let tail = text.rsplit_once("####").map_or(text, |(_, tail)| tail);
+    let word = match text.contains("####") {
+        true => tail.split_whitespace().next(),
+        false => tail.split_whitespace().rev().find(|word| word.contains(|c: char| c.is_ascii_digit())),
+    }?;
+    let number: String = word.chars().filter(|c| c.is_ascii_digit() || matches!(c, '.' | '-')).collect();
+    let number = number.trim_end_matches('.');
+    (!number.is_empty()).then(|| number.to_string())
 }
 
 /// The figures that every summary.json has.
@@ -69,4 +83,19 @@ fn write_summary(dir: &Path, summary: Map<String, Value>, progress: &dyn Progres
     let text = serde_json::to_vec_pretty(&summary).map_err(|e| Error::Run(format!("summary.json: {e}")))?;
     files::write_bytes(&dir.join("summary.json"), &text)?;
     Ok(summary)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::final_number;
+
+    #[test]
+    fn numbers_that_answers_end_with() {
+        let of = |text: &str| final_number(text);
+        assert_eq!(of("2 + 2 = 4\n#### 4"), Some("4".into()));
+        assert_eq!(of("#### 1,234"), Some("1234".into()));
+        assert_eq!(of("It is $18."), Some("18".into()));
+        assert_eq!(of("#### -3.5 then more 7"), Some("-3.5".into()));
+        assert_eq!(of("none"), None);
+    }
 }
