@@ -28,6 +28,7 @@ pub mod ablation;
 pub mod adapter;
 pub mod data;
 pub mod error;
+pub mod export;
 pub mod files;
 pub mod hub;
 pub mod kernels;

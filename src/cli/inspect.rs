@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use clap::Args;
+use qtune::adapter::Record;
 use qtune::models::{model_dir, open_model_with, read_config};
 use qtune::quantize::sensitivity;
 use qtune::report::layers::{last_line, Layer};
@@ -15,12 +16,17 @@ use serde_json::{json, Value};
 
 use super::eval::images_for;
 use super::flags::Common;
-use super::{bytes, print, print_json};
+use super::merge::adapter_dir;
+use super::{bytes, inspect_adapter, print, print_json};
 
 #[derive(Args, Debug)]
 pub struct Inspect {
-    /// A model folder, a safetensors or PyTorch file, a run folder or a hub name
-    path: PathBuf,
+    /// A model or adapter folder, a safetensors or PyTorch file, a run folder or a hub name
+    #[arg(required_unless_present = "recipes")]
+    path: Option<PathBuf>,
+    /// List the recipes that the program carries
+    #[arg(long, conflicts_with_all = ["path", "sensitivity"])]
+    recipes: bool,
     /// Rank the layers of a full-precision model by the accuracy lost when each alone is quantized; a run
     /// folder keeps the figures as sensitivity.json, which [select] of a recipe reads
     #[arg(long)]
@@ -50,11 +56,19 @@ struct Row {
 
 impl Inspect {
     pub fn run(self) -> Result<()> {
-        let path = hub::resolve(&self.path.to_string_lossy())?;
+        if self.recipes {
+            return inspect_adapter::recipes(self.common.json);
+        }
+        let path = self.path.clone().unwrap_or_default();
+        let path = hub::resolve(&path.to_string_lossy())?;
         if self.sensitivity {
             return self.rank(&path);
         }
         let dir = model_dir(&path);
+        let adapter = adapter_dir(&path);
+        if !dir.join("config.json").exists() && adapter.join("adapter_config.json").exists() {
+            return inspect_adapter::adapter(&adapter, self.common.json, &self.common.progress());
+        }
         // A run that is not finished has no model yet: its full-precision start is there to look at.
         let start = path.join("checkpoints").join("float");
         let dir =
@@ -74,6 +88,7 @@ impl Inspect {
         let elements: usize = rows.iter().map(|r| r.shape.iter().product::<usize>()).sum();
         let summary = read_summary(&path)?;
         let layers = read_layers(&path)?;
+        let merged = if dir.is_dir() { Record::read(&dir)? } else { None };
         if self.common.json {
             let tensors: Vec<Value> = rows
                 .iter()
@@ -91,6 +106,7 @@ impl Inspect {
                 "notes": checkpoint.notes(),
                 "summary": summary,
                 "layers": layers.map(|(_, layers)| layers),
+                "merged": merged,
             }));
         }
         let width = rows.iter().map(|r| r.name.len()).max().unwrap_or(0);
@@ -126,6 +142,9 @@ impl Inspect {
         );
         for (key, value) in checkpoint.metadata() {
             text += &format!("\nmetadata {key}: {value}");
+        }
+        if let Some(record) = &merged {
+            text += &format!("\n{}", inspect_adapter::merged_lines(record));
         }
         if let Some((step, layers)) = layers {
             text += &format!("\n\n{}", layer_table(step, &layers));

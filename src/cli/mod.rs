@@ -3,10 +3,13 @@
 mod ablate;
 mod data;
 mod eval;
+mod export;
 mod finetune;
 mod flags;
 mod generate;
 mod inspect;
+mod inspect_adapter;
+mod merge;
 mod predict;
 mod progress;
 mod quantize;
@@ -46,7 +49,11 @@ enum Command {
     Predict(predict::Predict),
     /// Show what training would see: tokens, what is learned of them and templates; or a sheet of images
     Data(data::Data),
-    /// List what a model, checkpoint or run holds
+    /// Fold adapters into a model: a plain folder that needs none; --unmerge gives the base back
+    Merge(merge::Merge),
+    /// Write the same model in another form: plain safetensors, GGUF; or an adapter as plain LoRA
+    Export(export::Export),
+    /// List what a model, checkpoint, adapter or run holds
     Inspect(inspect::Inspect),
     /// Print shell completions
     Completions {
@@ -81,6 +88,8 @@ pub fn run() -> Result<()> {
         Command::Predict(command) => command.run(),
         Command::Generate(command) => command.run(),
         Command::Data(command) => command.run(),
+        Command::Merge(command) => command.run(),
+        Command::Export(command) => command.run(),
         Command::Inspect(command) => command.run(),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Args::command(), "qtune", &mut std::io::stdout());

@@ -91,6 +91,11 @@ impl Tokenizer {
         Tokenizer::assemble(from_json(Path::new(BYTES), &value)?, PathBuf::from(BYTES), &side)
     }
 
+    /// Whether the folder `dir` holds a file that [`Tokenizer::open`] would take.
+    pub fn beside(dir: &Path) -> bool {
+        dir.is_dir() && find(dir).is_ok()
+    }
+
     fn assemble(mut inner: tokenizers::Tokenizer, source: PathBuf, side: &Side) -> Result<Self> {
         // Length is our own affair: what a tokenizer.json says of it was meant for other software.
         inner.with_truncation(None).map_err(|e| Error::input(&source, one_line(&e.to_string())))?;
@@ -229,6 +234,12 @@ impl Tokenizer {
     /// What it was read from.
     pub fn source(&self) -> &Path {
         &self.source
+    }
+
+    /// The tokenizer as its `tokenizer.json` says it, whatever file it came from.
+    pub fn to_json(&self) -> Result<Value> {
+        let text = self.inner.to_string(false).map_err(|e| self.fails("write", &e))?;
+        serde_json::from_str(&text).map_err(|e| Error::input(&self.source, format!("not JSON: {e}")))
     }
 
     /// Writes `tokenizer.json` and `tokenizer_config.json` into `dir`, as Hugging Face's libraries read
