@@ -30,6 +30,7 @@ pub mod data;
 pub mod error;
 pub mod files;
 pub mod hub;
+mod import;
 pub mod kernels;
 pub mod language;
 pub mod models;
@@ -44,3 +45,4 @@ pub mod transform;
 pub mod weights;
 
 pub use error::{Error, On, Result};
+pub use import::var_builder;
