@@ -11,6 +11,7 @@ pub(super) const PUBLIC: &str = "https://huggingface.co";
 
 /// A token. It does not show itself.
 #[derive(Clone, PartialEq)]
+#[cfg_attr(not(feature = "hub"), allow(dead_code))]
 pub(super) struct Token(String);
 
 impl Token {
