@@ -456,6 +456,11 @@ fn the_program_takes_hub_names_and_says_no_token() {
     let bearer = format!("Bearer {TOKEN}");
     assert!(server.asked().iter().all(|a| a.header("authorization") == Some(&bearer)));
     assert!(dir.path().join("hf/hub/datasets--org--words/refs/main").exists());
+    // Offline, a run finds it again.
+    let mut plan = qtune(dir.path(), &server);
+    plan.env("HF_HUB_OFFLINE", "1").args(["finetune", "--data", "org/words", "--dry-run"]);
+    let out = plan.output().unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
 
     let mut inspect = qtune(dir.path(), &server);
     let out = inspect.args(["inspect", "org/absent"]).output().unwrap();
