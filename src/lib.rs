@@ -31,6 +31,7 @@ pub mod error;
 pub mod export;
 pub mod files;
 pub mod hub;
+mod import;
 pub mod kernels;
 pub mod language;
 pub mod models;
@@ -45,3 +46,4 @@ pub mod transform;
 pub mod weights;
 
 pub use error::{Error, On, Result};
+pub use import::var_builder;

@@ -90,7 +90,10 @@ impl Data {
         };
         let images = match &self.file {
             _ if self.out.is_some() || sees => true,
-            Some(file) => dir.is_none() && !is_text(file) && !reads_as_text(file),
+            Some(file) => {
+                let file = hub::resolve_data(&file.to_string_lossy())?;
+                dir.is_none() && !is_text(&file) && !reads_as_text(&file)
+            }
             None => false,
         };
         match images {

@@ -24,7 +24,7 @@ pub use sets::{Epoch, TextBatch, TextSet, NO_TARGET};
 pub use template::{Chat, Template};
 pub use tokenizer::{Stream, Tokenizer};
 
-use crate::{Error, Result};
+use crate::{hub, Error, Result};
 use records::{Content, Row};
 use samples::Maker;
 
@@ -41,7 +41,7 @@ use samples::Maker;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TextConfig {
-    /// A file or a folder; none is the built-in text.
+    /// A file, a folder or a hub name; none is the built-in text.
     pub path: Option<PathBuf>,
     /// A second path for the evaluation split; its test split where it has one, else all of it.
     pub eval_path: Option<PathBuf>,
@@ -219,14 +219,15 @@ impl TextConfig {
         };
         let name = path.file_name().map(|n| n.to_string_lossy().into_owned());
         let name = name.unwrap_or_else(|| path.display().to_string());
-        let found = records::splits(path)?;
+        let local = hub::resolve_data(&path.to_string_lossy())?;
+        let found = records::splits(&local)?;
         let (train, eval) = (Part::read(path, &found.train)?, Part::read(path, &found.eval)?);
         let (train, eval) = match (&self.eval_path, train, eval) {
             (Some(other), train, eval) => {
                 if train.is_none() {
                     notes.push(format!("{}: its test split is trained on", path.display()));
                 }
-                let found = records::splits(other)?;
+                let found = records::splits(&hub::resolve_data(&other.to_string_lossy())?)?;
                 let files = if found.eval.is_empty() { found.train } else { found.eval };
                 (train.or(eval), Part::read(other, &files)?)
             }
