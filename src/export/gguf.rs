@@ -263,26 +263,24 @@ fn encode(name: &str, tensor: &Tensor, kind: Kind) -> Result<Vec<u8>> {
             false => Err(too_large(name, kind)),
         }
     };
-    let values = || tensor.flatten_all().and_then(|t| t.to_vec1::<f32>()).on(name);
-    match kind {
-        Kind::F32 => Ok(values()?.iter().flat_map(|v| v.to_le_bytes()).collect()),
-        Kind::Bf16 => {
-            let rounded: Vec<bf16> = values()?.into_iter().map(bf16::from_f32).collect();
-            match rounded.iter().all(|v| v.is_finite()) {
-                true => Ok(rounded.iter().flat_map(|v| v.to_le_bytes()).collect()),
-                false => Err(too_large(name, kind)),
-            }
+    let values = match kind {
+        Kind::Q4_0 => return quantized(GgmlDType::Q4_0),
+        Kind::Q8_0 => return quantized(GgmlDType::Q8_0),
+        Kind::F32 | Kind::F16 | Kind::Bf16 => {
+            tensor.flatten_all().and_then(|t| t.to_vec1::<f32>()).on(name)?
         }
-        Kind::F16 => {
-            let rounded: Vec<f16> = values()?.into_iter().map(f16::from_f32).collect();
-            match rounded.iter().all(|v| v.is_finite()) {
-                true => Ok(rounded.iter().flat_map(|v| v.to_le_bytes()).collect()),
-                false => Err(too_large(name, kind)),
-            }
+    };
+    let mut bytes = Vec::with_capacity(values.len() * kind.block_bytes());
+    for v in values {
+        let (half, bfloat) = (f16::from_f32(v), bf16::from_f32(v));
+        match kind {
+            Kind::F16 if half.is_finite() => bytes.extend_from_slice(&half.to_le_bytes()),
+            Kind::Bf16 if bfloat.is_finite() => bytes.extend_from_slice(&bfloat.to_le_bytes()),
+            Kind::F32 => bytes.extend_from_slice(&v.to_le_bytes()),
+            _ => return Err(too_large(name, kind)),
         }
-        Kind::Q4_0 => quantized(GgmlDType::Q4_0),
-        Kind::Q8_0 => quantized(GgmlDType::Q8_0),
     }
+    Ok(bytes)
 }
 
 fn too_large(name: &str, kind: Kind) -> Error {
