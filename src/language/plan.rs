@@ -33,6 +33,15 @@ pub struct Plan {
 /// Program, tables, tokenizer and text apart from tensors.
 const FIXED: usize = 60 << 20;
 
+/// Of what is asked for, a tenth more: the allocator keeps what was freed, and not every size is asked for again.
+const SLACK: usize = 10;
+
+/// Bytes of activations in an evaluation: a block of one batch, and a part of the logits twice.
+fn evaluation(recipe: &Recipe, config: &LlamaConfig, seq_len: usize, width: usize) -> usize {
+    let rows = recipe.train.eval_batch_size * seq_len;
+    rows * (2 * config.hidden + 2 * config.mlp) * width + 2 * 4 * (rows * config.vocab).min(1 << 25)
+}
+
 /// Floats that a block holds a token while it goes forward, its graph kept.
 fn block_floats(config: &LlamaConfig) -> usize {
     let (q, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
@@ -114,10 +123,12 @@ pub fn plan(recipe: &Recipe, device: &Device) -> Result<Plan> {
         .collect();
     let seq_len = recipe.text.as_ref().map_or(256, |text| text.seq_len);
     let rows = recipe.train.batch_size * seq_len;
-    let memory = FIXED
-        + held
-        + trainable * (4 + recipe.optimizer.state_bytes())
-        + activations(recipe, config, rows, width);
+    // Gradients and the optimizer's state, and once more the state as a checkpoint is written.
+    let state = recipe.optimizer.state_bytes();
+    let steady = FIXED + held + trainable * (4 + 2 * state);
+    let evaluated = evaluation(recipe, config, seq_len, width);
+    let peak = steady + activations(recipe, config, rows, width).max(evaluated);
+    let memory = peak + peak / SLACK;
     Ok(Plan { tensors, params: config.params(), trainable, phases, memory, notes })
 }
 
