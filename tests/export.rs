@@ -73,7 +73,7 @@ fn theirs(path: &Path, tokens: &[u32]) -> Vec<f32> {
     let mut file = File::open(path).unwrap();
     let content = Content::read(&mut file).unwrap();
     let arch = content.metadata["general.architecture"].to_string().unwrap().clone();
-    let x = Tensor::new(&[tokens], &Device::Cpu).unwrap();
+    let x = Tensor::from_slice(tokens, (1, tokens.len()), &Device::Cpu).unwrap();
     let logits = match arch.as_str() {
         "qwen2" => {
             quantized_qwen2::ModelWeights::from_gguf(content, &mut file, &Device::Cpu).unwrap().forward(&x, 0)
