@@ -44,7 +44,7 @@ fn close(what: &str, a: &Tensor, b: &Tensor, tolerance: f64) {
 /// A weight as it lies in a store, and its name.
 fn bases(shape: (usize, usize)) -> Vec<(&'static str, Weight)> {
     let w = random("weight", &[shape.0, shape.1]);
-    let grid = WeightQuant::Lsq.untrained(4, &w).unwrap();
+    let grid = WeightQuant::Lsq.untrained(4, None, &w).unwrap();
     let quantized = grid.quantize(std::slice::from_ref(&w)).unwrap().unwrap();
     let packed = Expr::Packed(Packed::pack(&quantized).unwrap());
     let stored = stored(&[("weight".to_string(), w.clone())]);

@@ -27,10 +27,13 @@ pub(super) fn none() -> Vec<(String, Value)> {
     vec![("tokenizer.ggml.model".into(), Value::Text("none".into()))]
 }
 
+/// Keys of a header with their values.
+pub(super) type Entries = Vec<(String, Value)>;
+
 /// What the file says of a tokenizer whose model has `rows` tokens, and what is worth a line.
 ///
 /// Errs on a tokenizer that is no byte-pair encoding.
-pub(super) fn metadata(tokenizer: &Tokenizer, rows: usize) -> Result<(Vec<(String, Value)>, Vec<String>)> {
+pub(super) fn metadata(tokenizer: &Tokenizer, rows: usize) -> Result<(Entries, Vec<String>)> {
     let json = tokenizer.to_json()?;
     let model = Bpe::read(tokenizer.source(), &json)?;
     let mut notes = Vec::new();

@@ -290,7 +290,7 @@ mod tests {
                 let edited = w.to_dtype(DType::F32).unwrap().broadcast_add(&number).unwrap();
                 // The row's number onto each of its elements.
                 let edit = |first: usize, out: &mut [f32]| {
-                    assert!(out.len() <= block * k && first % block == 0);
+                    assert!(out.len() <= block * k && first.is_multiple_of(block));
                     for (i, row) in out.chunks_exact_mut(k).enumerate() {
                         row.iter_mut().for_each(|v| *v += (first + i) as f32);
                     }

@@ -115,7 +115,9 @@ mod tests {
         let state = lion.state().unwrap();
         let mut other = Lion::new(LionConfig::default());
         other
-            .restore(&[param.clone()], &|name| Ok(state.iter().find(|(n, _)| n == name).unwrap().1.clone()))
+            .restore(std::slice::from_ref(&param), &|name| {
+                Ok(state.iter().find(|(n, _)| n == name).unwrap().1.clone())
+            })
             .unwrap();
         let values = |lion: &Lion| lion.state().unwrap()[0].1.to_vec1::<f32>().unwrap();
         assert_eq!(values(&lion), values(&other));

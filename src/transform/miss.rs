@@ -173,7 +173,7 @@ impl Mini {
             return Err(Error::tensor("miss_block", message));
         };
         check_rank("mini", r, shape)?;
-        if m == 0 || shape.0 % m != 0 {
+        if m == 0 || !shape.0.is_multiple_of(m) {
             return Err(Error::usage(format!(
                 "mini: mini_r {m} for a weight of {} outputs and {} inputs: expected a divisor of {}",
                 shape.0, shape.1, shape.0

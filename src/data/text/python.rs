@@ -13,7 +13,7 @@ pub(super) fn method(state: &mut State, value: &Value, name: &str, args: &[Value
             None => Err(unknown()),
         },
         ValueKind::Map => match (name, args) {
-            ("items", []) => state.apply_filter("items", &[value.clone()]),
+            ("items", []) => state.apply_filter("items", std::slice::from_ref(value)),
             ("keys", []) => Ok(value.try_iter()?.collect()),
             ("values", []) => value.try_iter()?.map(|key| value.get_item(&key)).collect(),
             ("get", [key] | [key, _]) => {
