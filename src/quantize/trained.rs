@@ -297,6 +297,7 @@ mod tests {
             assert!(error.exit_code() == 2 && error.to_string().contains(expected), "{error}");
         };
         refused(&["activation.bits=32"], "--act-bits");
+        refused(&["transform.0.group=4"], "expected no group");
         refused(&["phase.1.steps=3"], "--teacher");
         refused(&["model.allow_pickle=false"], "--allow-pickle");
         refused(&["transform.0.kind='lsq'"], "expected a transform of kind statsq");
