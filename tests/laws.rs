@@ -32,15 +32,20 @@ fn close(a: &Tensor, b: &Tensor, tolerance: f32, what: &str) {
     }
 }
 
-/// Every weight rule on every shape: trained and untrained, at every width.
+/// Columns that share a step: all of a row, or some, with and without a rest.
+const GROUPS: [Option<usize>; 3] = [None, Some(4), Some(32)];
+
+/// Every weight rule on every shape: trained and untrained, at every width and group.
 fn every_rule(mut law: impl FnMut(&str, &Tensor, Arc<dyn Transform>)) {
     for kind in KINDS {
         for bits in BITS {
             for shape in SHAPES {
                 let w = random("weight", shape);
-                let what = |form: &str| format!("{kind:?} {form} {bits} bits {shape:?}");
-                law(&what("trained"), &w, kind.training(bits, None, &w).unwrap());
-                law(&what("untrained"), &w, kind.untrained(bits, None, &w).unwrap());
+                for group in GROUPS {
+                    let what = |form: &str| format!("{kind:?} {form} {bits} bits {shape:?} {group:?}");
+                    law(&what("trained"), &w, kind.training(bits, group, &w).unwrap());
+                    law(&what("untrained"), &w, kind.untrained(bits, group, &w).unwrap());
+                }
             }
         }
     }

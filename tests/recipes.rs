@@ -48,6 +48,8 @@ fn unknown_keys_and_wrong_types_are_named() {
     assert!(text.contains("many") && text.contains("batch_size"), "{text}");
     let text = wrong(|t| set(t, "transform.0.bits=5").unwrap());
     assert!(text.contains("transform.0") && text.contains("bits = 5"), "{text}");
+    let text = wrong(|t| set(t, "transform.1.group=0").unwrap());
+    assert!(text.contains("transform.1.group = 0"), "{text}");
     let text = wrong(|t| set(t, "activation.bits=1").unwrap());
     assert!(text.contains("activation.bits = 1"), "{text}");
     let text = wrong(|t| set(t, "optimizer.kind=lion").unwrap());
@@ -68,6 +70,18 @@ fn unknown_keys_and_wrong_types_are_named() {
     assert!(text.contains("hard") && text.contains("pld"), "{text}");
     let text = wrong(|t| set(t, "model.heads=5").unwrap());
     assert!(text.contains("model.heads = 5"), "{text}");
+}
+
+#[test]
+fn a_group_of_columns_is_kept_and_absent_where_it_was_not_set() {
+    let mut table = Recipe::table("glyphs").unwrap();
+    set(&mut table, "transform.0.group=64").unwrap();
+    let recipe = Recipe::resolve(table).unwrap();
+    let text = recipe.to_toml().unwrap();
+    let again = Recipe::resolve(text.parse().unwrap()).unwrap();
+    assert_eq!((recipe.transform[0].group, recipe.transform[1].group), (Some(64), None));
+    assert_eq!(recipe, again);
+    assert_eq!(text.matches("group").count(), 1, "{text}");
 }
 
 #[test]

@@ -115,7 +115,7 @@ mod tests {
     use super::*;
     use crate::data::Preprocess;
     use crate::models::{open_model, open_model_with, VitConfig};
-    use crate::quantize::{calibrate, lay_quantizers, run};
+    use crate::quantize::{calibrate, lay_quantizers, run, write_model};
     use crate::random::Random;
     use crate::recipe::set;
     use crate::train::Quiet;
@@ -151,15 +151,15 @@ mod tests {
         Recipe::resolve(table).unwrap()
     }
 
-    /// A model with its quantizers, every step and shift moved as training would.
-    fn trained_store() -> Weights {
+    /// A full-precision model.
+    fn reference() -> Start {
         let config = config();
         let tensors: Vec<(String, Tensor)> = config
             .shapes()
             .into_iter()
             .map(|(name, shape)| (name.clone(), normal(&shape, 0.3, &name)))
             .collect();
-        let start = Start {
+        Start {
             weights: Weights::from_tensors(tensors),
             preprocess: Preprocess::default_for(8, 8, 1),
             config,
@@ -167,7 +167,12 @@ mod tests {
             untrained: false,
             notes: Vec::new(),
             name: "reference".into(),
-        };
+        }
+    }
+
+    /// A model with its quantizers, every step and shift moved as training would.
+    fn trained_store() -> Weights {
+        let start = reference();
         let recipe = recipe(&["qkr.bias=\"drop\""]);
         let mut weights = start.weights.trainable().unwrap();
         lay_quantizers(&recipe, &start, &mut weights, true, &Quiet).unwrap();
@@ -183,6 +188,48 @@ mod tests {
             param.var.set(&moved).unwrap();
         }
         weights
+    }
+
+    #[test]
+    fn a_model_quantized_by_groups_is_written_and_read_back() {
+        let start = reference();
+        let images = normal(&[4, 1, 8, 8], 1.0, "images");
+        let answers = |weights: &Weights| {
+            let logits = start.config.build(weights).unwrap().forward(&images).unwrap().logits().unwrap();
+            logits.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        };
+        for (bits, training) in [(2, true), (2, false), (32, true), (32, false)] {
+            let act_bits = format!("activation.bits={bits}");
+            // Rows of 12 and 20 columns; of 16 and 12, which are one group.
+            let groups = ["transform.0.group=5", "transform.1.group=64"];
+            let recipe = recipe(&["qkr.bias=\"drop\"", &act_bits, groups[0], groups[1]]);
+            let mut weights = start.weights.trainable().unwrap();
+            lay_quantizers(&recipe, &start, &mut weights, training, &Quiet).unwrap();
+            calibrate(&recipe, &start.config, &mut weights, &images, training, &Quiet).unwrap();
+            let packed = weights.packed().unwrap();
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("model");
+            write_model(&path, &start.config, &start.preprocess, &packed).unwrap();
+            let opened = open_model(&path, &Device::Cpu).unwrap();
+            let mut grouped = 0;
+            for (name, weight) in packed.iter() {
+                let found = opened.weights.get(name).unwrap();
+                if let (Expr::Packed(a), Expr::Packed(b)) = (weight.expr(), found.expr()) {
+                    assert_eq!((a.grid(), a.group(), a.step()), (b.grid(), b.group(), b.step()), "{name}");
+                    assert!(a.group().is_none_or(|group| group == 5), "{name}");
+                    grouped += usize::from(a.group().is_some());
+                }
+            }
+            // The product, value, output and two of the MLP in each block.
+            assert_eq!(grouped, 2 * 5);
+            assert_eq!(answers(&packed), answers(&opened.weights), "{bits} {training}");
+            if bits == 32 {
+                for (got, want) in answers(&packed).iter().zip(answers(&weights.folded().unwrap())) {
+                    // The same values, through a few layers of sums in another order.
+                    assert!((got - want).abs() <= 1e-4 * (1.0 + want.abs()), "{training}: {got} {want}");
+                }
+            }
+        }
     }
 
     /// Our names to the authors', one after another.
@@ -297,6 +344,7 @@ mod tests {
             assert!(error.exit_code() == 2 && error.to_string().contains(expected), "{error}");
         };
         refused(&["activation.bits=32"], "--act-bits");
+        refused(&["transform.0.group=4"], "expected no group");
         refused(&["phase.1.steps=3"], "--teacher");
         refused(&["model.allow_pickle=false"], "--allow-pickle");
         refused(&["transform.0.kind='lsq'"], "expected a transform of kind statsq");

@@ -17,7 +17,7 @@ const NEAR: [(&str, f32); 4] = [("0.003", 0.003), ("0.005", 0.005), ("0.007", 0.
 const TURNS_WITHIN: f32 = 0.005;
 /// Bins of the histogram of distances, over half a step.
 const BINS: usize = 20;
-/// Rows of a layer whose scale is followed.
+/// Rows of a layer, or groups of columns of its rows, whose scale is followed.
 const ROWS: usize = 4;
 
 fn flat(t: &Tensor) -> Result<Vec<f32>> {

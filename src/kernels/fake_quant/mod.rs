@@ -89,8 +89,9 @@ fn reference_dequantize(codes: &Tensor, step: &Tensor, levels: Levels) -> Result
     (codes + levels.offset())?.broadcast_mul(&live)
 }
 
+/// The code nearest to `v`.
 #[inline(always)]
-fn code<T: Real>(v: T, lo: T, hi: T) -> T {
+pub(super) fn code<T: Real>(v: T, lo: T, hi: T) -> T {
     // Comparisons, not min and max: a NaN must come out as one.
     let v = if v < lo { lo } else { v };
     let v = if v > hi { hi } else { v };
@@ -99,7 +100,7 @@ fn code<T: Real>(v: T, lo: T, hi: T) -> T {
 
 simd! {
     /// Codes or values of rows on a grid with one step each.
-    fn grid_rows<T>(w: &[T], step: &[T], width: usize, levels: Levels, codes: bool, y: &mut [T]) {
+    pub(super) fn grid_rows<T>(w: &[T], step: &[T], width: usize, levels: Levels, codes: bool, y: &mut [T]) {
         let (lo, hi) = (T::from_f64(f64::from(levels.lo)), T::from_f64(f64::from(levels.hi)));
         let offset = T::from_f64(levels.offset());
         for ((row, &step), y) in w.chunks_exact(width).zip(step).zip(y.chunks_exact_mut(width)) {
