@@ -205,7 +205,8 @@ fn refusals_name_what_is_wrong() {
         ),
     ];
     for (args, code, parts) in cases {
-        let done = qtune(&[&["finetune", "-q", "--out", &out, "--seq-len", "64"], args].concat());
+        let short: &[&str] = if args.contains(&"--seq-len") { &[] } else { &["--seq-len", "64"] };
+        let done = qtune(&[&["finetune", "-q", "--out", &out], short, args].concat());
         let said = String::from_utf8_lossy(&done.stderr).into_owned();
         assert_eq!(done.status.code(), Some(code), "{args:?}: {said}");
         assert_eq!(said.lines().count(), 1, "{args:?}: {said}");
