@@ -116,7 +116,9 @@ fn candle_computes_the_same_from_the_file() {
             let (a, b) = (ours(&base, tokens), theirs(&out, tokens));
             let size = a.iter().fold(0f32, |m, v| m.max(v.abs()));
             assert!(size > 1.0, "{kind}: {size}");
-            assert!(gap(&a, &b) < 1e-4 * size, "{kind}, tied {tied}: {} of {size}", gap(&a, &b));
+            // candle rounds Qwen3's rotary frequencies to f16, which shows from the second token on.
+            let within = if kind == "qwen3" && tokens.len() > 1 { 1e-3 } else { 1e-4 };
+            assert!(gap(&a, &b) < within * size, "{kind}, tied {tied}: {} of {size}", gap(&a, &b));
         }
     }
 }
@@ -127,6 +129,7 @@ fn matrices_as_asked_and_vectors_in_f32() {
     model(&dir.path().join("base"), "llama", false);
     let exact = ours(&dir.path().join("base"), &TOKENS);
     let size = exact.iter().fold(0f32, |m, v| m.max(v.abs()));
+    // Seen, relative to the largest logit: f16 0.0009, bf16 0.011, q8_0 0.027, q4_0 0.35.
     for (encoding, kind, within) in [
         (Encoding::F16, Kind::F16, 0.005),
         (Encoding::Bf16, Kind::Bf16, 0.03),
@@ -140,7 +143,6 @@ fn matrices_as_asked_and_vectors_in_f32() {
             assert_eq!(info.kind, expected, "{}", info.name);
         }
         let off = gap(&exact, &theirs(&out, &TOKENS)) / size;
-        println!("{}: {off}", kind.name());
         assert!(off < within, "{}: {off}", kind.name());
         assert_eq!(gguf.notes.len(), 1, "{:?}", gguf.notes);
         assert!(gguf.notes[0].contains("no tokenizer"), "{:?}", gguf.notes);
@@ -163,13 +165,13 @@ fn a_trained_model_with_its_tokenizer() {
     let dir = tempfile::tempdir().unwrap();
     let tokens = [1u32, 403, 407, 261, 378];
     let exact = ours(&base, &tokens);
+    // Seen, of logits up to 18: f32 6e-6, f16 0.007, q8_0 0.23, q4_0 3.0.
     for (encoding, within) in
         [(Encoding::F32, 2e-3), (Encoding::F16, 2e-2), (Encoding::Q8_0, 1.0), (Encoding::Q4_0, 12.0)]
     {
         let out = dir.path().join(format!("{encoding:?}.gguf"));
         let gguf = export_gguf(&base, &out, &options(encoding)).unwrap();
         let off = gap(&exact, &theirs(&out, &tokens));
-        println!("{encoding:?}: {off} of {}", exact.iter().fold(0f32, |m, v| m.max(v.abs())));
         assert!(off < within, "{encoding:?}: {off}");
         let content = Content::read(&mut File::open(&out).unwrap()).unwrap();
         // 172 columns make no blocks of 32.
