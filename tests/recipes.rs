@@ -10,6 +10,10 @@ fn every_file_is_compiled_in_and_resolves() {
     let mut files = Vec::new();
     for entry in std::fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
+        // Beside the recipes lies the model that one of them trained.
+        if path.extension().is_none_or(|ending| ending != "toml") {
+            continue;
+        }
         let stem = path.file_stem().unwrap().to_str().unwrap().to_string();
         assert!(EMBEDDED.iter().any(|(name, _)| *name == stem), "{stem} is not compiled in");
         files.push(stem);
@@ -52,8 +56,8 @@ fn unknown_keys_and_wrong_types_are_named() {
     assert!(text.contains("transform.1.group = 0"), "{text}");
     let text = wrong(|t| set(t, "activation.bits=1").unwrap());
     assert!(text.contains("activation.bits = 1"), "{text}");
-    let text = wrong(|t| set(t, "optimizer.kind=lion").unwrap());
-    assert!(text.contains("lion"), "{text}");
+    let text = wrong(|t| set(t, "optimizer.kind=lamb").unwrap());
+    assert!(text.contains("lamb"), "{text}");
     let text = wrong(|t| set(t, "optimizer.beta3=0.5").unwrap());
     assert!(text.contains("beta3") && text.contains("nearest: beta"), "{text}");
     let text = wrong(|t| set(t, "train.accumulate=0").unwrap());
