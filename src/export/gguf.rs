@@ -294,7 +294,7 @@ mod tests {
     #[test]
     fn each_kind_by_hand() {
         let row: Vec<f32> = (0..32).map(|i| i as f32 - 16.0).collect();
-        let t = Tensor::new(&[row.as_slice()], &Device::Cpu).unwrap();
+        let t = Tensor::from_slice(&row, (1, 32), &Device::Cpu).unwrap();
         let f32s = encode("w", &t, Kind::F32).unwrap();
         assert_eq!((f32s.len(), &f32s[..4]), (128, &(-16f32).to_le_bytes()[..]));
         let f16s = encode("w", &t, Kind::F16).unwrap();
