@@ -496,7 +496,7 @@ mod tests {
         for cut in 0..bytes.len() - 31 {
             assert!(Header::parse(Path::new("m"), &bytes[..cut], length).is_err(), "{cut} bytes");
         }
-        refused(&bytes, length - 32, "cannot hold");
+        refused(&bytes, length - 32, "expected a head of");
         refused(&bytes, length + 32, "expected a head of");
         let with = |at: usize, new: &[u8]| {
             let mut bytes = bytes.clone();

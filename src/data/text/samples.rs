@@ -246,7 +246,7 @@ impl<'a> Maker<'a> {
         match &self.layout {
             Layout::Text(key) => {
                 let text = field(row, key)?.into_owned();
-                let answers = Vec::from([0..text.len()]);
+                let answers = std::iter::once(0..text.len()).collect();
                 Ok(vec![self.plain(text, answers)])
             }
             Layout::Messages => Ok(vec![self.chat(turns(row, "messages")?, row, 0)?]),
@@ -292,7 +292,7 @@ impl<'a> Maker<'a> {
             return self.chat(vec![turn("user", prompt), turn("assistant", completion)], &Map::new(), 0);
         }
         let text = format!("{prompt}{between}{completion}");
-        let answers = Vec::from([text.len() - completion.len()..text.len()]);
+        let answers = std::iter::once(text.len() - completion.len()..text.len()).collect();
         Ok(self.plain(text, answers))
     }
 
@@ -520,7 +520,12 @@ mod tests {
     /// A merge over the border between prompt and answer counts as answer.
     #[test]
     fn a_token_over_the_border_is_learned() {
-        let rendered = Rendered { text: "aéb".into(), answers: Vec::from([1..4]), begin: true, end: false };
+        let rendered = Rendered {
+            text: "aéb".into(),
+            answers: std::iter::once(1..4).collect(),
+            begin: true,
+            end: false,
+        };
         let c = TextConfig::default();
         let t = Tokenizer::bytes().unwrap();
         let maker = Maker { config: &c, tokenizer: &t, layout: Layout::Messages, template: None };
