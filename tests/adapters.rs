@@ -74,7 +74,7 @@ struct Case {
 }
 
 fn ranks(shape: (usize, usize)) -> (usize, usize, usize) {
-    let block = (2..shape.0).rev().find(|m| shape.0 % m == 0).unwrap_or(shape.0);
+    let block = (2..shape.0).rev().find(|m| shape.0.is_multiple_of(*m)).unwrap_or(shape.0);
     (shape.1.min(4), Bat::rank_for(&[shape], 8), block)
 }
 
