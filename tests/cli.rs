@@ -362,7 +362,7 @@ fn packed_files_that_lie_or_come_from_the_future_are_refused() {
         fails(qtune(dir.path()).args(["predict", "start/model", "x.png"]), 4, words);
     };
     let key = "quantization_config";
-    run(&|c| c[key]["format_version"] = 2.into(), &["format_version", "found 2", "newer qtune"]);
+    run(&|c| c[key]["format_version"] = 3.into(), &["format_version", "found 3", "newer qtune"]);
     run(&|c| c[key]["quant_method"] = "gptq".into(), &["gptq", "expected qtune"]);
     let weight = "vit.encoder.layer.0.output.dense.weight";
     run(&|c| c[key]["weights"][weight]["bits"] = 3.into(), &[weight]);
