@@ -51,7 +51,7 @@ fn texts_show_what_is_learned() {
     let json: Value =
         serde_json::from_str(&prints(dir.path(), &["x.jsonl", "--pack", "--seq-len", "16", "--json"]))
             .unwrap();
-    assert_eq!((json["train"]["rows"].clone(), json["train"]["samples"].clone()), (9.into(), 18.into()));
+    assert_eq!((json["train"]["rows"].clone(), json["train"]["samples"].clone()), (13.into(), 18.into()));
     assert_eq!(json["samples"][2]["tokens"][1], 113);
     assert_eq!(
         json["samples"][0]["trained"],

@@ -413,3 +413,72 @@ pub(super) fn wordpiece_json(text: &str, lower: bool) -> Value {
             "max_input_chars_per_word": 100, "vocab": vocab},
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A field of bytes in protobuf.
+    fn bytes(number: u8, body: &[u8]) -> Vec<u8> {
+        [&[number << 3 | 2, body.len() as u8], body].concat()
+    }
+
+    /// A SentencePiece model: pieces of a text, a score and a kind; the type of the model; its normalizer.
+    fn model(pieces: &[(&str, f32, u8)], kind: u8, normalizer: &[u8]) -> Vec<u8> {
+        let mut out = Vec::new();
+        for (text, score, kind) in pieces {
+            let score = [&[0x15][..], &score.to_le_bytes()].concat();
+            out.extend(bytes(1, &[bytes(1, text.as_bytes()), score, vec![0x18, *kind]].concat()));
+        }
+        out.extend(bytes(2, &[0x18, kind]));
+        out.extend(bytes(3, normalizer));
+        out
+    }
+
+    const SPECIAL: [(&str, f32, u8); 3] = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3)];
+
+    fn ids(model: &[u8], text: &str) -> Vec<u32> {
+        let tokenizer = from_sentencepiece(Path::new("t.model"), model).unwrap();
+        tokenizer.encode(text, true).unwrap().get_ids().to_vec()
+    }
+
+    #[test]
+    fn unigram_takes_the_likeliest_cut() {
+        let own = [("\u{2581}ab", -1.0, 1), ("\u{2581}", -2.0, 1), ("a", -3.0, 1), ("b", -3.5, 1)];
+        let pieces = [&SPECIAL[..], &own].concat();
+        assert_eq!(ids(&model(&pieces, 1, &[]), "ab  a"), [1, 3, 4, 5]);
+        // Without a space put before the text: field 3 of the normalizer is 0.
+        assert_eq!(ids(&model(&pieces, 1, &[0x18, 0]), "ab"), [1, 5, 6]);
+    }
+
+    #[test]
+    fn bpe_joins_by_score() {
+        let own = [("\u{2581}", -9.0, 1), ("a", -9.0, 1), ("b", -9.0, 1), ("c", -9.0, 1)];
+        let joined = [("bc", -1.0, 1), ("ab", -2.0, 1), ("\u{2581}ab", -3.0, 1), ("[x]", 0.0, 4)];
+        let pieces = [&SPECIAL[..], &own, &joined].concat();
+        assert_eq!(ids(&model(&pieces, 2, &[]), "ab abc"), [1, 9, 3, 4, 7]);
+        // Spaces stay as they are, what a user defined is one token, the unknown is one too.
+        assert_eq!(ids(&model(&pieces, 2, &[]), "a  "), [1, 3, 4, 3, 3]);
+        assert!(ids(&model(&pieces, 2, &[]), "a[x]").contains(&10));
+        assert_eq!(ids(&model(&pieces, 2, &[]), "zz"), [1, 3, 0]);
+    }
+
+    #[test]
+    fn damaged_files_are_told() {
+        let says = |bytes: &[u8]| from_sentencepiece(Path::new("t.model"), bytes).unwrap_err().to_string();
+        let whole = model(&SPECIAL, 1, &[]);
+        assert!(says(&whole[..whole.len() - 9]).contains("t.model: a damaged"), "{}", says(&whole[..9]));
+        assert!(says(&[]).contains("no pieces"));
+        assert!(says(b"not one").contains("t.model"));
+        assert!(says(&model(&SPECIAL, 3, &[])).contains("of type 3, expected 1 (unigram) or 2 (BPE)"));
+        let twice = [SPECIAL[0], SPECIAL[1], SPECIAL[1]];
+        assert!(says(&model(&twice, 2, &[])).contains("tokens 1 and 2 are both \"<s>\""));
+        let says = |bytes: &[u8]| from_llama2c(Path::new("t.bin"), bytes).unwrap_err().to_string();
+        assert!(says(&[1, 2]).contains("t.bin: 4 bytes of header"));
+        let entry = [&[0; 8][..], &5i32.to_le_bytes(), b"abc"].concat();
+        assert!(says(&entry).contains("token 0: the file ends within it"));
+        let negative = [&[0; 8][..], &(-1i32).to_le_bytes()].concat();
+        assert!(says(&negative).contains("token 0: found a length of -1"));
+        assert!(says(&[0; 12]).contains("found 1 tokens, expected 3 or more"));
+    }
+}

@@ -172,9 +172,14 @@ fn split_spaces(text: &str, most: Option<usize>, from_right: bool) -> Vec<&str> 
 /// spaces behind `,` and `:`, and nothing escaped for HTML.
 pub(super) fn to_json(value: &Value, args: Kwargs) -> Result<Value, Error> {
     let indent = args.get::<Option<usize>>("indent")?;
-    let _ = (args.get::<Option<bool>>("ensure_ascii")?, args.get::<Option<bool>>("sort_keys")?);
+    // What is beyond ASCII stays as it is, as Hugging Face's libraries have it.
+    let _ = args.get::<Option<bool>>("ensure_ascii")?;
+    let sorted = args.get::<Option<bool>>("sort_keys")?.unwrap_or(false);
     args.assert_all_used()?;
-    let json = serde_json::to_value(value).map_err(|e| wrong(format!("tojson: {e}")))?;
+    let mut json = serde_json::to_value(value).map_err(|e| wrong(format!("tojson: {e}")))?;
+    if sorted {
+        json.sort_all_objects();
+    }
     let mut out = String::new();
     write_json(&json, indent.map(|n| n.min(16)), 0, &mut out);
     Ok(Value::from(out))
