@@ -5,7 +5,6 @@ use std::path::Path;
 use serde_json::{json, Value};
 
 use super::start::Start;
-use crate::data::text::Tokenizer;
 use crate::weights::format::{stored_tensors, QuantizationConfig};
 use crate::weights::{checkpoint, Weights};
 use crate::{files, Error, Result};
@@ -39,10 +38,6 @@ fn copy_beside(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-fn tokenizer_of(start: &Start) -> &Tokenizer {
-    &start.tokenizer
-}
-
 /// Writes `weights` as the model that `start` was: config.json as it stood, but for what changed, the
 /// weights, the tokenizer's files. Returns the bytes of the weights' files.
 pub fn write_language_model(dir: &Path, start: &Start, weights: &Weights) -> Result<u64> {
@@ -71,7 +66,7 @@ pub fn write_language_model(dir: &Path, start: &Start, weights: &Weights) -> Res
     files::write_bytes(&staging.path().join("config.json"), &pretty(&json)?)?;
     match &start.dir {
         Some(from) => copy_beside(from, staging.path())?,
-        None => tokenizer_of(start).save(staging.path())?,
+        None => start.tokenizer.save(staging.path())?,
     }
     staging.commit()?;
     Ok(bytes)

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
-use super::llama_config::{expect_language_model, LlamaConfig};
+use super::llama_config::{expect_language_model, LlamaConfig, RopeScaling};
 use super::nn::{Embedding, Linear, RmsNorm};
 use super::{open_weights, read_config};
 use crate::kernels::{self, Rotations};
@@ -197,21 +197,21 @@ impl Llama {
         &self.config
     }
 
-    /// Cosines and sines for positions below `reach`; made once for the longest text seen.
+    /// Cosines and sines for positions below `reach`; made once for the longest text seen, of the dynamic
+    /// kind once for each length, which its frequencies follow.
     fn rotations(&self, reach: usize) -> Rotations {
+        let dynamic = match self.config.rope_scaling {
+            RopeScaling::Dynamic { original, .. } => Some(reach.max(original)),
+            _ => None,
+        };
         let mut slot = self.rotations.lock().unwrap_or_else(|e| e.into_inner());
+        let fits = |count: usize| dynamic.map_or(count >= reach, |length| count == length);
         match slot.as_ref() {
-            Some((count, rotations)) if *count >= reach => rotations.clone(),
+            Some((count, rotations)) if fits(*count) => rotations.clone(),
             _ => {
-                let count = reach.next_power_of_two().max(64);
-                // Only the dynamic kind looks at the length, and there it is the text's own.
-                let rotations = Rotations::new(&self.config.frequencies(reach), count, 1.0);
-                let kept = match self.config.rope_scaling {
-                    super::llama_config::RopeScaling::Dynamic { original, .. } if reach > original => reach,
-                    super::llama_config::RopeScaling::Dynamic { original, .. } => count.min(original),
-                    _ => count,
-                };
-                *slot = Some((kept, rotations.clone()));
+                let count = dynamic.unwrap_or(reach.next_power_of_two().max(64));
+                let rotations = Rotations::new(&self.config.frequencies(count), count, 1.0);
+                *slot = Some((count, rotations.clone()));
                 rotations
             }
         }
