@@ -5,27 +5,68 @@
 //! and in several processes whose parts differ.
 
 mod picture;
+mod trade;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
 use serde::{Deserialize, Serialize};
 use serde_json::{json, Value};
 
-use crate::recipe::{put, set, Recipe};
+use crate::recipe::{put, set, ModelConfig, Recipe};
 use crate::train::Progress;
-use crate::{files, quantize, Error, Result};
+use crate::{continual, files, language, quantize, Error, Result};
 
 /// `[ablation]` in a recipe.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Ablation {
-    /// Bits of weights and activations inside the blocks.
+    /// Bits of weights and activations inside the blocks; none where nothing is quantized.
+    #[serde(default)]
     pub bits: Vec<u8>,
     /// Seeds of each variant, counted from that of the recipe.
     pub seeds: u64,
     /// The variants, in the order of the table.
+    #[serde(default)]
     pub variant: Vec<Variant>,
+    /// Variants by the values of some keys, every value of one with every value of the others.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub grid: Vec<Grid>,
+}
+
+/// Variants that differ in the values of a few keys.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Grid {
+    /// What they are called together.
+    pub name: String,
+    /// What all of them change, as `--set` does.
+    #[serde(default)]
+    pub set: Vec<String>,
+    /// Keys and their values, as `--set` writes them.
+    pub over: BTreeMap<String, Vec<String>>,
+}
+
+impl Grid {
+    /// Every combination, the keys in alphabetical order, the last one's values next to one another.
+    fn variants(&self) -> Vec<Variant> {
+        let mut all = vec![(self.name.clone(), self.set.clone())];
+        for (key, values) in &self.over {
+            let short = key.rsplit('.').next().unwrap_or(key);
+            let with = |(name, set): &(String, Vec<String>)| -> Vec<(String, Vec<String>)> {
+                let one = |value: &String| {
+                    let mut set = set.clone();
+                    set.push(format!("{key}={value}"));
+                    (format!("{name} {short} {value}"), set)
+                };
+                values.iter().map(one).collect()
+            };
+            all = all.iter().flat_map(with).collect();
+        }
+        let family = Some(self.name.clone());
+        all.into_iter().map(|(name, set)| Variant { name, set, family: family.clone() }).collect()
+    }
 }
 
 /// A variant of the recipe.
@@ -36,6 +77,9 @@ pub struct Variant {
     pub name: String,
     /// What it changes, as `--set` does.
     pub set: Vec<String>,
+    /// The grid that it is of.
+    #[serde(skip)]
+    pub family: Option<String>,
 }
 
 /// One run of an ablation.
@@ -43,8 +87,8 @@ pub struct Variant {
 pub struct Cell {
     /// The variant's name.
     pub variant: String,
-    /// Bits of weights and activations.
-    pub bits: u8,
+    /// Bits of weights and activations, where they are quantized.
+    pub bits: Option<u8>,
     /// The seed.
     pub seed: u64,
     /// The run's recipe.
@@ -82,10 +126,19 @@ pub fn split(table: &mut toml::Table) -> Result<Ablation> {
     let found = table.remove("ablation").ok_or_else(|| {
         Error::usage("ablation: the recipe has no such table, expected bits, seeds, variants")
     })?;
-    let ablation = Ablation::deserialize(found)
+    let mut ablation = Ablation::deserialize(found)
         .map_err(|e| Error::usage(format!("ablation: {}", e.message().replace('\n', " "))))?;
-    if ablation.bits.is_empty() || !(1..=1000).contains(&ablation.seeds) || ablation.variant.is_empty() {
-        return Err(Error::usage("ablation: expected at least one width, 1 to 1000 seeds and one variant"));
+    let grids: Vec<Variant> = ablation.grid.drain(..).flat_map(|grid| grid.variants()).collect();
+    ablation.variant.extend(grids);
+    let widths = table.contains_key("transform");
+    if ablation.bits.is_empty() == widths {
+        let (found, expected) = if widths { ("none", "at least one") } else { ("some", "none") };
+        return Err(Error::usage(format!(
+            "ablation.bits: found {found}, expected {expected}: they are those of [[transform]]"
+        )));
+    }
+    if !(1..=1000).contains(&ablation.seeds) || ablation.variant.is_empty() {
+        return Err(Error::usage("ablation: expected 1 to 1000 seeds and at least one variant or grid"));
     }
     let mut names: Vec<String> = ablation.variant.iter().map(|v| slug(&v.name)).collect();
     names.sort();
@@ -104,15 +157,19 @@ impl Ablation {
     pub fn cells(&self, table: &toml::Table, dir: &Path) -> Result<Vec<Cell>> {
         let first = table.get("seed").and_then(toml::Value::as_integer).unwrap_or(0).max(0) as u64;
         let mut cells = Vec::new();
-        for &bits in &self.bits {
+        let widths: Vec<Option<u8>> = match self.bits.is_empty() {
+            true => vec![None],
+            false => self.bits.iter().copied().map(Some).collect(),
+        };
+        for bits in widths {
             for seed in first..first + self.seeds {
                 for variant in &self.variant {
                     let mut table = table.clone();
-                    let values = [
-                        ("seed", i64::try_from(seed).unwrap_or(i64::MAX)),
-                        ("transform.0.bits", i64::from(bits)),
-                        ("activation.bits", i64::from(bits)),
-                    ];
+                    let mut values = vec![("seed", i64::try_from(seed).unwrap_or(i64::MAX))];
+                    if let Some(bits) = bits {
+                        values.push(("transform.0.bits", i64::from(bits)));
+                        values.push(("activation.bits", i64::from(bits)));
+                    }
                     for (key, value) in values {
                         put(&mut table, key, toml::Value::Integer(value))
                             .map_err(|what| Error::usage(format!("{key}: {what}")))?;
@@ -122,7 +179,8 @@ impl Ablation {
                     }
                     let recipe = Recipe::resolve(table)
                         .map_err(|e| Error::usage(format!("ablation.variant {}: {e}", variant.name)))?;
-                    let dir = dir.join(format!("w{bits}a{bits}-{}-s{seed}", slug(&variant.name)));
+                    let width = bits.map(|bits| format!("w{bits}a{bits}-")).unwrap_or_default();
+                    let dir = dir.join(format!("{width}{}-s{seed}", slug(&variant.name)));
                     cells.push(Cell { variant: variant.name.clone(), bits, seed, recipe, dir });
                 }
             }
@@ -130,14 +188,22 @@ impl Ablation {
         Ok(cells)
     }
 
-    /// The rows of the table: the figures of those of `cells` that are finished.
-    pub fn rows(&self, cells: &[Cell]) -> Result<Vec<Row>> {
+    /// What the sweep has shown so far.
+    pub fn table(&self, cells: &[Cell]) -> Result<Table> {
+        match self.bits.is_empty() {
+            false => self.rows(cells).map(Table::Widths),
+            true => trade::rows(self, cells).map(Table::Trade),
+        }
+    }
+
+    /// The rows of the table of widths: the figures of those of `cells` that are finished.
+    fn rows(&self, cells: &[Cell]) -> Result<Vec<Row>> {
         let mut rows: Vec<Row> = Vec::new();
         for &bits in &self.bits {
             for variant in &self.variant {
                 let (variant, dirs) = (variant.name.clone(), Vec::new());
                 let mut row = Row { variant, bits, top1: vec![], oscillation: vec![], frozen: vec![], dirs };
-                for cell in cells.iter().filter(|c| c.bits == bits && c.variant == row.variant) {
+                for cell in cells.iter().filter(|c| c.bits == Some(bits) && c.variant == row.variant) {
                     let Some(summary) = quantize::finished(&cell.dir)? else { continue };
                     let number = |key: &str| {
                         let path = cell.dir.join("summary.json");
@@ -177,8 +243,13 @@ pub fn run(cell: &Cell, device: &Device, progress: &dyn Progress) -> Result<()> 
         files::write_bytes(&staging.path().join("recipe.toml"), cell.recipe.to_toml()?.as_bytes())?;
         staging.commit()?;
     }
-    progress.note(&format!("{} at {} bits, seed {}", cell.variant, cell.bits, cell.seed));
-    let done = quantize::run(&cell.recipe, &cell.dir, device, progress);
+    let width = cell.bits.map(|bits| format!(" at {bits} bits")).unwrap_or_default();
+    progress.note(&format!("{}{width}, seed {}", cell.variant, cell.seed));
+    let done = match (&cell.recipe.continual, &cell.recipe.model) {
+        (Some(_), _) => continual::run(&cell.recipe, &cell.dir, device, progress),
+        (None, ModelConfig::Llama(_)) => language::run(&cell.recipe, &cell.dir, device, progress),
+        _ => quantize::run(&cell.recipe, &cell.dir, device, progress),
+    };
     if !matches!(done, Ok(_) | Err(Error::Stopped { .. })) && !cell.dir.join("checkpoints").exists() {
         // It failed before there was anything to keep: what went wrong is the news, not that cleaning up did.
         let _ = files::discard(&cell.dir);
@@ -193,8 +264,41 @@ fn spread(values: &[f64]) -> Option<(f64, f64, f64)> {
     Some((mean, low, values.iter().copied().reduce(f64::max)?))
 }
 
+/// What a sweep has shown.
+pub enum Table {
+    /// Of quantizers at several widths.
+    Widths(Vec<Row>),
+    /// Of what is learned and what is forgotten.
+    Trade(Vec<trade::Trade>),
+}
+
+impl Table {
+    /// The table in Markdown.
+    pub fn markdown(&self) -> String {
+        match self {
+            Table::Widths(rows) => markdown(rows),
+            Table::Trade(rows) => trade::markdown(rows),
+        }
+    }
+
+    /// The picture; nothing where there are no finished runs.
+    fn svg(&self) -> Result<Option<String>> {
+        match self {
+            Table::Widths(rows) => picture::svg(rows),
+            Table::Trade(rows) => Ok(trade::svg(rows)),
+        }
+    }
+
+    fn rows(&self) -> Value {
+        match self {
+            Table::Widths(rows) => json!(rows),
+            Table::Trade(rows) => json!(rows),
+        }
+    }
+}
+
 /// The table of an ablation in Markdown: mean and range over the seeds that are finished.
-pub fn markdown(rows: &[Row]) -> String {
+fn markdown(rows: &[Row]) -> String {
     let mut text = String::from(
         "| bits | variant | top-1, mean (lowest to highest) | oscillating weights, mean (lowest to highest) | frozen | seeds |\n\
          | --- | --- | --- | --- | --- | --- |\n",
@@ -221,12 +325,12 @@ pub fn markdown(rows: &[Row]) -> String {
 }
 
 /// Writes `table.md`, `ablation.svg` and `ablation.json` into `dir`, and gives what the last holds.
-pub fn write(dir: &Path, rows: &[Row]) -> Result<Value> {
-    files::write_bytes(&dir.join("table.md"), markdown(rows).as_bytes())?;
-    if let Some(picture) = picture::svg(rows)? {
+pub fn write(dir: &Path, table: &Table) -> Result<Value> {
+    files::write_bytes(&dir.join("table.md"), table.markdown().as_bytes())?;
+    if let Some(picture) = table.svg()? {
         files::write_bytes(&dir.join("ablation.svg"), picture.as_bytes())?;
     }
-    let value = json!({ "command": "ablate", "version": env!("CARGO_PKG_VERSION"), "commit": env!("QTUNE_COMMIT"), "rows": rows });
+    let value = json!({ "command": "ablate", "version": env!("CARGO_PKG_VERSION"), "commit": env!("QTUNE_COMMIT"), "rows": table.rows() });
     let text = serde_json::to_vec_pretty(&value).map_err(|e| Error::Run(format!("ablation.json: {e}")))?;
     files::write_bytes(&dir.join("ablation.json"), &text)?;
     Ok(value)
@@ -253,8 +357,23 @@ mod tests {
         assert!(lsq.recipe.qkr.is_none() && all.recipe.qkr.is_some());
         let lengths = |c: &Cell| c.recipe.phase.iter().map(|p| p.steps).collect::<Vec<_>>();
         assert_eq!(lengths(lsq), lengths(all));
-        let wide = cells.iter().find(|c| c.bits == 4).unwrap();
+        let wide = cells.iter().find(|c| c.bits == Some(4)).unwrap();
         assert_eq!((wide.recipe.transform[0].bits, wide.recipe.activation.bits), (4, 4));
+    }
+
+    #[test]
+    fn grids_are_every_combination() {
+        let over = |key: &str, values: &[&str]| (key.to_string(), values.iter().map(|v| v.to_string()).collect());
+        let grid = Grid {
+            name: "g".into(),
+            set: vec!["seed=1".into()],
+            over: [over("phase.0.lr", &["0.1", "0.2"]), over("train.clip", &["0", "1"])].into_iter().collect(),
+        };
+        let variants = grid.variants();
+        let names: Vec<&str> = variants.iter().map(|v| v.name.as_str()).collect();
+        assert_eq!(names, ["g lr 0.1 clip 0", "g lr 0.1 clip 1", "g lr 0.2 clip 0", "g lr 0.2 clip 1"]);
+        assert_eq!(variants[1].set, ["seed=1", "phase.0.lr=0.1", "train.clip=1"]);
+        assert_eq!(variants[1].family.as_deref(), Some("g"));
     }
 
     #[test]

@@ -14,8 +14,13 @@ use crate::{files, Result};
 
 /// Colours that people with the usual forms of colour blindness tell apart (Okabe and Ito 2008), darkened
 /// where they would be faint on white.
-const COLOURS: [&str; 8] =
+pub(super) const COLOURS: [&str; 8] =
     ["#444444", "#0072b2", "#009e73", "#b58900", "#d55e00", "#a8327a", "#2f9bd0", "#6b4fbb"];
+
+/// How everything in a picture looks.
+pub(super) const STYLE: &str =
+    "text{font:12px system-ui,sans-serif;fill:#333}.h{font-size:15px;font-weight:600}.t{fill:#667}\
+     .e{text-anchor:end}.m{text-anchor:middle}.g{stroke:#e3e6ea;fill:none}.l{fill:none;stroke-width:1.8}";
 
 const WIDTH: f64 = 920.0;
 const ROW: f64 = 24.0;
@@ -73,11 +78,9 @@ pub fn svg(rows: &[Row]) -> Result<Option<String>> {
         curves(&mut body, &rows, y)?;
         y += PLOT + 56.0;
     }
-    let style = "text{font:12px system-ui,sans-serif;fill:#333}.h{font-size:15px;font-weight:600}.t{fill:#667}\
-                 .e{text-anchor:end}.m{text-anchor:middle}.g{stroke:#e3e6ea;fill:none}.l{fill:none;stroke-width:1.8}";
     Ok(Some(format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {y:.0}\" width=\"{WIDTH}\" height=\"{y:.0}\">\
-         <style>{style}</style><rect width=\"100%\" height=\"100%\" fill=\"#fff\"/>{body}</svg>\n"
+         <style>{STYLE}</style><rect width=\"100%\" height=\"100%\" fill=\"#fff\"/>{body}</svg>\n"
     )))
 }
 

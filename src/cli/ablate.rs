@@ -21,10 +21,13 @@ pub struct Ablate {
     /// Pretrained model to start every run from [default: a new one]
     #[arg(long, value_name = "MODEL")]
     model: Option<PathBuf>,
-    /// Images [default: built-in glyphs]
+    /// Images [default: built-in glyphs], or text
     #[arg(long, value_name = "PATH")]
     data: Option<PathBuf>,
-    /// Images to evaluate on, where they lie elsewhere
+    /// A text that is not to be forgotten, for a sweep over adapted language models
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
+    /// Images or text to evaluate on, where they lie elsewhere
     #[arg(long, value_name = "PATH")]
     eval_data: Option<PathBuf>,
     /// Widths to run [default: those of the recipe]
@@ -42,6 +45,9 @@ pub struct Ablate {
     /// Use the first N evaluation samples
     #[arg(long, value_name = "N")]
     limit_eval: Option<usize>,
+    /// Tasks of a sweep over tasks, in place of the recipe's: paths of images
+    #[arg(long, value_delimiter = ',', value_name = "TASK,..")]
+    tasks: Vec<PathBuf>,
     /// Set any key of the recipe, e.g. phase.1.steps=300
     #[arg(long, value_name = "KEY.PATH=VALUE")]
     set: Vec<String>,
@@ -62,19 +68,34 @@ impl Ablate {
         let mut table = Recipe::table(&self.recipe)?;
         let path = |p: &PathBuf| Value::String(anchored(p).display().to_string());
         let count = |n: usize| Value::Integer(i64::try_from(n).unwrap_or(i64::MAX));
+        let kind = table.get("model").and_then(|m| m.get("kind")).and_then(Value::as_str);
+        let data = if kind == Some("llama") { "text" } else { "data" };
+        let at = |key: &str| format!("{data}.{key}");
         let overrides = [
             ("model.path", self.model.as_ref().map(path)),
             ("model.allow_pickle", self.common.allow_pickle.then_some(Value::Boolean(true))),
-            ("data.path", self.data.as_ref().map(path)),
-            ("data.eval_path", self.eval_data.as_ref().map(path)),
-            ("data.limit_train", self.limit_train.map(count)),
-            ("data.limit_eval", self.limit_eval.map(count)),
+            (&at("path"), self.data.as_ref().map(path)),
+            (&at("eval_path"), self.eval_data.as_ref().map(path)),
+            (&at("limit_train"), self.limit_train.map(count)),
+            (&at("limit_eval"), self.limit_eval.map(count)),
+            ("text.control", self.control.as_ref().map(path)),
         ];
         for (key, value) in overrides.into_iter().filter_map(|(key, value)| Some((key, value?))) {
             put(&mut table, key, value).map_err(|what| Error::usage(format!("{key}: {what}")))?;
         }
         for assignment in &self.set {
             set(&mut table, assignment)?;
+        }
+        if !self.tasks.is_empty() {
+            let tasks = self.tasks.iter().map(|task| {
+                let name = task.file_stem().map(|stem| stem.to_string_lossy().into_owned());
+                let data: toml::Table = [("path".to_string(), path(task))].into_iter().collect();
+                let name = Value::String(name.unwrap_or_default());
+                Value::Table([("name".to_string(), name), ("data".to_string(), Value::Table(data))].into_iter().collect())
+            });
+            let tasks: Vec<Value> = tasks.collect();
+            put(&mut table, "continual.task", Value::Array(tasks))
+                .map_err(|what| Error::usage(format!("continual.task: {what}")))?;
         }
         let mut ablation = ablation::split(&mut table)?;
         if !self.bits.is_empty() {
@@ -104,14 +125,14 @@ impl Ablate {
                 progress.note(&format!("run {} of {}: {}", i + 1, wanted.len(), cell.dir.display()));
                 ablation::run(cell, &device, &progress)?;
                 // After each run, so that a sweep that is cut short shows what there is.
-                ablation::write(&self.out, &ablation.rows(&cells)?)?;
+                ablation::write(&self.out, &ablation.table(&cells)?)?;
             }
         }
-        let rows = ablation.rows(&cells)?;
-        let value = ablation::write(&self.out, &rows)?;
+        let shown = ablation.table(&cells)?;
+        let value = ablation::write(&self.out, &shown)?;
         if self.common.json {
             return print_json(&value);
         }
-        print(ablation::markdown(&rows).trim_end())
+        print(shown.markdown().trim_end())
     }
 }

@@ -54,6 +54,9 @@ pub struct Finetune {
     /// Text to evaluate on, where it lies elsewhere
     #[arg(long, value_name = "PATH")]
     eval_data: Option<PathBuf>,
+    /// A text that is not to be forgotten: its loss before and after
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
     /// Rank of the adapter
     #[arg(long, value_name = "N")]
     rank: Option<usize>,
@@ -110,6 +113,7 @@ impl Finetune {
         put("model.path", self.model.as_deref().map(path));
         put("text.path", self.data.as_deref().map(path));
         put("text.eval_path", self.eval_data.as_deref().map(path));
+        put("text.control", self.control.as_deref().map(path));
         put("text.seq_len", self.seq_len.map(count));
         put("text.pack", yes(self.pack));
         put("adapter.rank", self.rank.map(count));
@@ -179,7 +183,7 @@ impl Finetune {
             );
         }
         let model = recipe.model.path_mut();
-        let text = recipe.text.iter_mut().flat_map(|text| [&mut text.path, &mut text.eval_path]);
+        let text = recipe.text.iter_mut().flat_map(|text| [&mut text.path, &mut text.eval_path, &mut text.control]);
         for path in [model].into_iter().chain(text).flatten() {
             *path = anchored(path);
         }

@@ -1,6 +1,7 @@
 //! The command line: flags to recipes, progress to stderr, results to stdout.
 
 mod ablate;
+mod continual;
 mod data;
 mod eval;
 mod export;
@@ -39,6 +40,8 @@ enum Command {
     Quantize(Box<quantize::Quantize>),
     /// Adapt a language model to a text: shared blocks, low rank, or all of it
     Finetune(Box<finetune::Finetune>),
+    /// Learn tasks one after another, and measure what is forgotten
+    Continual(Box<continual::Continual>),
     /// Run variants of a recipe over widths and seeds, and write a table of what each part brings
     Ablate(Box<ablate::Ablate>),
     /// Measure a full-precision or packed model: top-1, top-5, loss
@@ -83,6 +86,7 @@ pub fn run() -> Result<()> {
     match args.command {
         Command::Quantize(command) => command.run(),
         Command::Finetune(command) => command.run(),
+        Command::Continual(command) => command.run(),
         Command::Ablate(command) => command.run(),
         Command::Eval(command) => command.run(),
         Command::Predict(command) => command.run(),

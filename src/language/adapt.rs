@@ -11,7 +11,8 @@ use serde_json::{json, Value};
 
 use super::generate::{generate, Limits, Sampling};
 use super::phases::{train, Training};
-use super::supply::Texts;
+use super::supply::{evaluate_text, Texts};
+use crate::data::text::TextSet;
 use super::{open, open_text, source, summary_head, write_language_model, write_summary, Start};
 use crate::adapter::{self, Adapter, AdapterConfig, Attach, Modules, Save};
 use crate::models::{held, Llama};
@@ -172,6 +173,15 @@ pub(super) fn run(
         }
     };
     progress.note(&format!("before: loss {:.4}, perplexity {:.2}", base.loss, base.loss.exp()));
+    let control = match (control_of(recipe, &start)?, trainer.state.control) {
+        (None, _) => None,
+        (Some(set), Some(loss)) => Some((set, loss)),
+        (Some(set), None) => {
+            let loss = control_loss(&trainer, &set, &ready.weights.settled()?)?;
+            trainer.state.control = Some(loss);
+            Some((set, loss))
+        }
+    };
     let training = Training {
         weights: &ready.weights,
         teacher: None,
@@ -179,7 +189,22 @@ pub(super) fn run(
         untrained: source(recipe)?.new.is_some(),
     };
     train(&mut trainer, &training, saved)?;
-    finish(&mut trainer, &start, &ready, base)
+    finish(&mut trainer, &start, &ready, base, control)
+}
+
+/// The text that is not to be forgotten, where the recipe has one.
+fn control_of(recipe: &Recipe, start: &Start) -> Result<Option<TextSet>> {
+    match &recipe.text {
+        Some(text) => text.open_control(&start.tokenizer),
+        None => Ok(None),
+    }
+}
+
+/// Mean loss in nats a token on the control text.
+fn control_loss(trainer: &Trainer<'_, Texts<'_>>, set: &TextSet, weights: &Weights) -> Result<f64> {
+    let model = Llama::new(trainer.supply.model, weights, trainer.supply.dtype)?;
+    let size = trainer.recipe.train.eval_batch_size;
+    Ok(evaluate_text(&model, set, size, trainer.device, trainer.progress, true)?.loss)
 }
 
 /// Writes the result, reads it back, measures and sums up.
@@ -188,6 +213,7 @@ fn finish(
     start: &Start,
     ready: &Ready,
     base: Accuracy,
+    control: Option<(TextSet, f64)>,
 ) -> Result<Value> {
     let (recipe, device) = (trainer.recipe, trainer.device);
     let (written, bytes, read_back) = match &ready.config {
@@ -200,6 +226,10 @@ fn finish(
         Some(config) => save_adapter(trainer, start, ready, config)?,
     };
     let got = trainer.evaluate(&read_back, "final", true)?;
+    let control = match control {
+        Some((set, before)) => Some((before, control_loss(trainer, &set, &read_back)?)),
+        None => None,
+    };
     trainer.state.measured = None;
     let params = ready.weights.params();
     let trainable: usize = params.iter().map(|p| p.var.elem_count()).sum();
@@ -215,6 +245,12 @@ fn finish(
     put("final_loss", json!(got.loss));
     put("base_ppl", json!(base.loss.exp()));
     put("final_ppl", json!(got.loss.exp()));
+    if let Some((before, after)) = control {
+        put("control_base_loss", json!(before));
+        put("control_final_loss", json!(after));
+        put("control_forgetting", json!(after - before));
+        put("control_ppl_ratio", json!((after - before).exp()));
+    }
     put("eval_tokens", json!(got.samples));
     let rate = trainer.state.samples_per_s;
     put("tokens_per_s", if rate > 0.0 { json!(rate) } else { Value::Null });

@@ -20,6 +20,8 @@ pub trait Optimizer: Send {
     /// acts on it.
     fn update(&mut self, param: &Param, grad: &Tensor, lr: f64, decay: bool) -> Result<()>;
 
+    fn next_task(&mut self) {}
+
     /// The state as named tensors, `PARAMETER#PART`, in the order in which parameters were first seen.
     fn state(&self) -> Result<Vec<(String, Tensor)>>;
 
@@ -74,6 +76,20 @@ impl OptimizerConfig {
             return bad("weight_decay", decay, "0 or more");
         }
         Ok(())
+    }
+
+    /// Its name on the command line.
+    pub fn name(&self) -> &'static str {
+        match self {
+            OptimizerConfig::Adamw(_) => "adamw",
+            OptimizerConfig::Lion(_) => "lion",
+            OptimizerConfig::Sgd(_) => "sgd",
+        }
+    }
+
+    /// Whether its state is what remembers earlier tasks, and outlives them.
+    pub fn remembers(&self) -> bool {
+        false
     }
 
     fn no_decay(&self) -> &[String] {

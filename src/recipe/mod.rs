@@ -4,6 +4,7 @@
 //! nothing is validated again.
 
 mod adapter;
+mod continual;
 mod model;
 mod phase;
 mod set;
@@ -22,6 +23,9 @@ use crate::{files, Error, Result};
 
 pub use adapter::{
     AdapterKind, AdapterSlot, BaseConfig, Biases, Format, Init, LlamaSource, Modules, NewLlama, PeftType,
+};
+pub use continual::{
+    ContinualConfig, EwcConfig, FieldConfig, FisherLabels, HeadKind, Protection, ReplayConfig, TaskConfig,
 };
 pub use model::{ModelConfig, SwinSource, VitSource};
 pub use phase::{CalmQk, PhaseConfig, QkrBias, QkrConfig, When};
@@ -82,6 +86,9 @@ pub struct Recipe {
     /// `[adapter]`: what is trained beside frozen weights. None: the weights themselves are.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub adapter: Option<AdapterSlot>,
+    /// `[continual]`: tasks that are learned one after another. None: one task.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub continual: Option<ContinualConfig>,
     /// `[augment]`: random changes to the training images.
     #[serde(default)]
     pub augment: Augment,
@@ -384,10 +391,40 @@ impl Recipe {
         if let Some((table, _)) = stray.iter().find(|(_, there)| *there) {
             return Err(Error::usage(format!("{table}: only a model of kind llama has it")));
         }
+        if let Some(continual) = &self.continual {
+            return self.check_continual(continual);
+        }
         match self.transform.is_empty() {
             true => Err(Error::usage("transform: found none, expected a weight quantizer")),
             false => Ok(()),
         }
+    }
+
+    fn check_continual(&self, continual: &ContinualConfig) -> Result<()> {
+        continual.check()?;
+        let stray = [
+            ("transform", !self.transform.is_empty()),
+            ("activation", self.activation.bits != 32),
+            ("qkr", self.qkr.is_some()),
+            ("select", self.select.is_some()),
+        ];
+        if let Some((table, _)) = stray.iter().find(|(_, there)| *there) {
+            return Err(Error::usage(format!("{table}: tasks that are learned one after another have none")));
+        }
+        let (phases, tasks) = (self.phase.len(), continual.task.len());
+        if phases != 1 && phases != tasks {
+            return Err(Error::usage(format!(
+                "phase: found {phases}, expected one for all tasks, or one for each of {tasks}"
+            )));
+        }
+        if self.phase.iter().any(|phase| phase.quantize) {
+            return Err(Error::usage("phase: quantize = true needs a [[transform]]"));
+        }
+        let classp = self.optimizer.remembers();
+        if continual.method == Protection::Classp && !classp {
+            return Err(Error::usage("continual.method = \"classp\": expected optimizer.kind = \"classp\""));
+        }
+        Ok(())
     }
 
     fn check_language(&self) -> Result<()> {
@@ -396,6 +433,7 @@ impl Recipe {
             ("augment", self.augment != plain),
             ("activation", self.activation.bits != 32),
             ("qkr", self.qkr.is_some()),
+            ("continual", self.continual.is_some()),
             ("train.drop_path", self.train.drop_path > 0.0),
         ];
         if let Some((table, _)) = stray.iter().find(|(_, there)| *there) {
@@ -471,7 +509,7 @@ impl Recipe {
                 )));
             }
         }
-        if !self.adapts() && !self.phase.iter().any(|phase| phase.quantize) {
+        if !self.adapts() && self.continual.is_none() && !self.phase.iter().any(|phase| phase.quantize) {
             return Err(Error::usage("phase: found none with quantize = true, expected at least one"));
         }
         Ok(())

@@ -9,7 +9,7 @@ use super::collect::{Run, Series};
 use super::heat::Heat;
 use super::series::{smooth, Point};
 use super::svg::{Chart, Line};
-use super::table;
+use super::{table, tasks};
 use super::text::{bytes, escape, number, seconds, short_names};
 
 /// Weights that have pictures of their own; beyond them only the table names every weight.
@@ -22,6 +22,7 @@ pub fn page(run: &Run) -> String {
     let mut body = String::new();
     head(&mut body, run);
     let sections = [
+        ("Tasks", tasks::html(run)),
         ("Curves", curves(run)),
         ("Oscillation", oscillation(run)),
         ("Scales", scales(run)),
@@ -67,6 +68,7 @@ fn shown(key: &str, value: f64) -> String {
         _ if key.ends_with("_bytes") => bytes(value),
         "wall_s" => seconds(value),
         "compression" => format!("{} times", number((value * 10.0).round() / 10.0)),
+        "average_accuracy" | "forgetting" => format!("{value:.2}"),
         "oscillation" | "frozen" => format!("{} %", number((value * 100.0).round() / 100.0)),
         _ if key.contains("top1") || key.contains("top5") => format!("{value:.2} %"),
         _ if key.ends_with("_per_s") || key.contains("_per_s_") => format!("{value:.0}/s"),
@@ -212,7 +214,9 @@ fn curves(run: &Run) -> String {
         html += &curve(run, shown.key, shown).html();
     }
     let known =
-        |k: &str| CURVES.iter().chain(OSCILLATION).any(|known| known.key == k) || LEFT_OUT.contains(&k);
+        |k: &str| CURVES.iter().chain(OSCILLATION).any(|known| known.key == k)
+            || LEFT_OUT.contains(&k)
+            || k.starts_with(tasks::PREFIX);
     let mut others: Vec<&str> = run.series.keys().map(|(_, k)| k.as_str()).filter(|k| !known(k)).collect();
     others.sort_unstable();
     others.dedup();

@@ -12,6 +12,7 @@ pub mod layers;
 pub(crate) mod series;
 pub(crate) mod svg;
 mod table;
+mod tasks;
 pub mod tensorboard;
 pub(crate) mod text;
 

@@ -1,6 +1,7 @@
 //! The trainer: phases as data, one loop for all of them.
 
 pub mod average;
+pub mod heads;
 pub mod layers;
 pub mod metrics;
 pub mod oscillation;
@@ -17,11 +18,12 @@ use candle_core::{Device, Tensor};
 use serde_json::{json, Map, Value};
 
 pub use average::Average;
+pub use heads::Heads;
 pub use metrics::{peak_rss_bytes, Metrics};
 pub use oscillation::Tracker;
 pub use resume::State;
 pub use supply::{Batches, Images, Supply};
-pub use task::{evaluate, Accuracy, Classify, Pass, Task};
+pub use task::{evaluate, evaluate_with, Accuracy, Classify, Pass, Task};
 
 use crate::optim::{Optimizer, Rate};
 use crate::recipe::{CalmQk, OnNan, PhaseConfig, Recipe};

@@ -36,6 +36,9 @@ pub struct State {
     pub wall_s: f64,
     /// The evaluation of the full-precision model that quantization starts from.
     pub full_precision: Option<Accuracy>,
+    /// The loss of the model that is adapted on the control text.
+    #[serde(default)]
+    pub control: Option<f64>,
     /// Bytes of that model's file.
     pub fp_bytes: u64,
     /// Samples a second of the last phase's training; 0 where nothing was trained.
@@ -70,6 +73,7 @@ impl Default for State {
             metrics_lines: 0,
             wall_s: 0.0,
             full_precision: None,
+            control: None,
             fp_bytes: 0,
             samples_per_s: 0.0,
             frozen: 0.0,

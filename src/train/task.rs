@@ -11,7 +11,7 @@ use crate::recipe::DistillKind;
 use crate::weights::Param;
 use crate::{kernels, Error, Result};
 
-use super::{signal, Progress};
+use super::{signal, Heads, Progress};
 
 /// The figures of an evaluation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -69,6 +69,8 @@ pub struct Classify {
     pub distill: DistillKind,
     /// Stochastic depth: the rate of the deepest layer and the seed.
     pub drop_path: Option<(f64, u64)>,
+    /// The classes of each task, where an image's task is known: the class head answers among its own.
+    pub heads: Option<Heads>,
 }
 
 /// The loss of a batch (mean over its samples, with its graph) and how many of its answers are right.
@@ -125,7 +127,10 @@ impl Classify {
             let samples = batch.indices.clone();
             DropPath { rate, seed, epoch: batch.epoch, samples }
         });
-        let output = self.model.train(&batch.images, drop.as_ref())?;
+        let mut output = self.model.train(&batch.images, drop.as_ref())?;
+        if let Some(heads) = &self.heads {
+            output.class = heads.open(&output.class, &batch.labels)?;
+        }
         let teacher = match (&self.teacher, self.distill) {
             (None, _) | (_, DistillKind::None) => None,
             (Some(teacher), DistillKind::Soft | DistillKind::Pld) => {
@@ -190,6 +195,20 @@ pub fn evaluate(
     progress: &dyn Progress,
     stoppable: bool,
 ) -> Result<Accuracy> {
+    let answer = |batch: &Batch| model.forward(&batch.images)?.logits();
+    evaluate_with(&answer, source, preprocess, batch_size, device, progress, stoppable)
+}
+
+/// As [`evaluate`], with whatever makes logits `[batch, classes]` of a batch.
+pub fn evaluate_with(
+    answer: &dyn Fn(&Batch) -> Result<Tensor>,
+    source: Arc<dyn Source>,
+    preprocess: Arc<Preprocess>,
+    batch_size: usize,
+    device: &Device,
+    progress: &dyn Progress,
+    stoppable: bool,
+) -> Result<Accuracy> {
     let started = std::time::Instant::now();
     let total = source.len();
     let order: Vec<u32> = (0..total as u32).collect();
@@ -202,7 +221,7 @@ pub fn evaluate(
             return Err(Error::Stopped { signal, resume: None });
         }
         let batch = batch?;
-        let logits = model.forward(&batch.images)?.logits()?;
+        let logits = answer(&batch)?;
         let labels = Tensor::from_slice(&batch.labels, batch.labels.len(), device)?;
         let log_p = candle_nn::ops::log_softmax(&logits, D::Minus1)?;
         let picked = log_p.gather(&labels.unsqueeze(1)?, 1)?.flatten_all()?.to_vec1::<f32>()?;

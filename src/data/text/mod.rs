@@ -45,6 +45,9 @@ pub struct TextConfig {
     pub path: Option<PathBuf>,
     /// A second path for the evaluation split; its test split where it has one, else all of it.
     pub eval_path: Option<PathBuf>,
+    /// A text that is not to be forgotten: a model that is adapted is measured on it before and after.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub control: Option<PathBuf>,
     /// The built-in text, where `path` is none.
     pub builtin: Builtin,
     /// Use the first so many training records only, or rows of plain text.
@@ -82,6 +85,7 @@ impl Default for TextConfig {
         TextConfig {
             path: None,
             eval_path: None,
+            control: None,
             builtin: Builtin::default(),
             limit_train: None,
             limit_eval: None,
@@ -160,6 +164,22 @@ impl TextConfig {
             return Err(Error::usage(format!("seq_len is {}, expected 2 to {}", self.seq_len, 1 << 20)));
         }
         Ok(())
+    }
+
+    /// The control text's evaluation set, in the same rows, where there is one: its held-out part.
+    pub fn open_control(&self, tokenizer: &Tokenizer) -> Result<Option<TextSet>> {
+        let Some(path) = &self.control else { return Ok(None) };
+        let plain = TextConfig {
+            path: Some(path.clone()),
+            eval_path: None,
+            control: None,
+            prompt: None,
+            completion: None,
+            text: None,
+            limit_train: None,
+            ..self.clone()
+        };
+        Ok(Some(plain.open(tokenizer, 0)?.eval))
     }
 
     /// Opens the text at `path`, or the built-in one without a path, which alone uses `seed`.

@@ -1,0 +1,289 @@
+//! `qtune continual`.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use clap::{Args, ValueEnum};
+use qtune::recipe::{put, set, Recipe};
+use qtune::train::{signal, Progress};
+use qtune::{continual, quantize, Error};
+use toml::Value;
+
+use super::flags::{anchored, Common};
+use super::training::{count, name_of, path, recipe_of, Training};
+use super::{bytes, print, print_json};
+
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+enum Method {
+    /// The optimizer remembers past gradients and moves what they moved less
+    Classp,
+    /// Elastic weight consolidation
+    Ewc,
+    /// A few samples of earlier tasks in every batch
+    Replay,
+    /// From the second task on only the weights of the lowest condition numbers
+    Kappatune,
+    /// Binary weights whose posterior is the next task's prior
+    Field,
+    /// Nothing protects earlier tasks
+    Finetune,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+enum Heads {
+    /// The same outputs for every task
+    Shared,
+    /// Outputs of its own for every task, an answer is one of all
+    Class,
+    /// Outputs of its own for every task, which is known
+    Task,
+}
+
+#[derive(Args, Debug)]
+pub struct Continual {
+    /// Tasks in order: paths of images, or recipes whose data they are [default: two of built-in glyphs]
+    #[arg(long, value_delimiter = ',', value_name = "TASK,..")]
+    tasks: Vec<String>,
+    /// What keeps earlier tasks [default: classp]
+    #[arg(long, value_enum)]
+    method: Option<Method>,
+    /// Which outputs an answer is picked from [default: shared]
+    #[arg(long, value_enum)]
+    heads: Option<Heads>,
+    /// Pretrained vision model: a folder, a run of ours or a hub name [default: a new one]
+    #[arg(long, value_name = "MODEL")]
+    model: Option<PathBuf>,
+    /// Evaluate on the last N training images of each task, which are not trained on, to choose settings
+    #[arg(long, value_name = "N")]
+    validation: Option<usize>,
+    /// Factor on the penalty of ewc
+    #[arg(long, value_name = "LAMBDA")]
+    ewc_lambda: Option<f64>,
+    /// Samples that replay keeps of each task
+    #[arg(long, value_name = "N")]
+    replay_samples: Option<usize>,
+    #[command(flatten)]
+    training: Training,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// The recipe of a method, where none is named.
+fn recipe_for(method: Method, built_in: bool) -> &'static str {
+    match (method, built_in) {
+        (Method::Field, true) => "continual-glyphs-field",
+        (Method::Field, false) => "continual-field",
+        (_, true) => "continual-glyphs",
+        (_, false) => "continual",
+    }
+}
+
+/// A task of the command line as `[[continual.task]]` has it.
+fn task(name: &str, taken: &[String]) -> Result<(String, toml::Table)> {
+    let mut table = toml::Table::new();
+    let as_path = Path::new(name);
+    let recipe = name.ends_with(".toml") || !as_path.exists();
+    let data = match recipe {
+        false => {
+            let mut data = toml::Table::new();
+            data.insert("path".into(), path(&anchored(as_path)));
+            data
+        }
+        true => {
+            let recipe = Recipe::table(name).map_err(|e| {
+                Error::usage(format!("--tasks {name}: no such file or folder, and not a recipe ({e})"))
+            })?;
+            recipe.get("data").and_then(Value::as_table).cloned().unwrap_or_default()
+        }
+    };
+    let stem = as_path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
+    let stem = stem.unwrap_or_else(|| name.to_string());
+    let mut unique = stem.clone();
+    let mut number = 2;
+    while taken.contains(&unique) {
+        unique = format!("{stem}-{number}");
+        number += 1;
+    }
+    table.insert("name".into(), Value::String(unique.clone()));
+    table.insert("data".into(), Value::Table(data));
+    Ok((unique, table))
+}
+
+impl Continual {
+    fn recipe(&self) -> Result<Recipe> {
+        let built_in = self.tasks.is_empty();
+        let method = self.method.unwrap_or(Method::Classp);
+        let name = match &self.training.recipe {
+            Some(name) => name.clone(),
+            None => recipe_for(method, built_in).to_string(),
+        };
+        let mut table = Recipe::table(&name)?;
+        if !self.tasks.is_empty() {
+            let limits = table.get("data").and_then(Value::as_table).cloned().unwrap_or_default();
+            let (mut names, mut tasks) = (Vec::new(), Vec::new());
+            for given in &self.tasks {
+                let (name, mut table) = task(given, &names)?;
+                if let Some(Value::Table(data)) = table.get_mut("data") {
+                    for (key, value) in limits.iter().filter(|(key, _)| key.starts_with("limit_")) {
+                        data.entry(key.clone()).or_insert_with(|| value.clone());
+                    }
+                }
+                names.push(name);
+                tasks.push(Value::Table(table));
+            }
+            let continual = table.entry("continual").or_insert_with(|| Value::Table(toml::Table::new()));
+            if let Some(continual) = continual.as_table_mut() {
+                continual.insert("task".into(), Value::Array(tasks));
+            }
+        }
+        let mut keys: Vec<(String, Value)> = Vec::new();
+        let mut put_key = |key: &str, value: Option<Value>| keys.extend(value.map(|v| (key.to_string(), v)));
+        if self.method.is_some() || table.get("continual").and_then(|c| c.get("method")).is_none() {
+            put_key("continual.method", Some(Value::String(name_of(&method))));
+        }
+        put_key("continual.heads", self.heads.map(|h| Value::String(name_of(&h))));
+        put_key("continual.validation", self.validation.map(count));
+        put_key("continual.ewc.lambda", self.ewc_lambda.map(Value::Float));
+        put_key("continual.replay.samples", self.replay_samples.map(count));
+        put_key("model.path", self.model.as_deref().map(|p| path(&anchored(p))));
+        put_key("model.allow_pickle", self.common.allow_pickle.then_some(Value::Boolean(true)));
+        self.optimizer(&mut table, method);
+        for (key, value) in keys.into_iter().chain(self.training.overrides("data")?) {
+            put(&mut table, &key, value).map_err(|what| Error::usage(format!("{key}: {what}")))?;
+        }
+        self.limits(&mut table);
+        if let Some(phases) = table.get_mut("phase").and_then(Value::as_array_mut) {
+            for phase in phases.iter_mut().filter_map(Value::as_table_mut) {
+                self.training.put_phase(phase);
+            }
+        }
+        for assignment in &self.training.set {
+            set(&mut table, assignment)?;
+        }
+        Ok(Recipe::resolve(table)?)
+    }
+
+    /// `--method classp` brings its optimizer with it, another method plain gradient descent in its place.
+    fn optimizer(&self, table: &mut toml::Table, method: Method) {
+        let kind = table.get("optimizer").and_then(|o| o.get("kind")).and_then(Value::as_str);
+        let classp = kind == Some("classp");
+        let other = match (self.training.optimizer, self.method) {
+            (None, Some(Method::Classp)) if !classp => Some("classp"),
+            (None, Some(_)) if classp && method != Method::Classp => Some("sgd"),
+            _ => None,
+        };
+        if let Some(kind) = other {
+            let mut optimizer = toml::Table::new();
+            optimizer.insert("kind".into(), Value::String(kind.into()));
+            if kind == "sgd" {
+                optimizer.insert("momentum".into(), Value::Float(0.0));
+            }
+            table.insert("optimizer".into(), Value::Table(optimizer));
+        }
+        self.training.replace_optimizer(table);
+    }
+
+    /// Limits of the command line hold for every task.
+    fn limits(&self, table: &mut toml::Table) {
+        let limits = [("limit_train", self.training.limit_train), ("limit_eval", self.training.limit_eval)];
+        let tasks = table.get_mut("continual").and_then(|c| c.get_mut("task")).and_then(Value::as_array_mut);
+        for data in tasks.into_iter().flatten().filter_map(|task| task.get_mut("data")) {
+            for (key, limit) in limits.iter().filter_map(|(key, limit)| Some((key, (*limit)?))) {
+                if let Some(data) = data.as_table_mut() {
+                    data.insert(key.to_string(), count(limit));
+                }
+            }
+        }
+    }
+
+    pub fn run(self) -> Result<()> {
+        let progress = self.common.progress();
+        let device = self.common.device()?;
+        if let Some(dir) = &self.training.resume {
+            if self.training.changes() || !self.tasks.is_empty() || self.method.is_some() {
+                let message = "--resume: a run goes on with the recipe that it was begun with, leave other flags away";
+                return Err(Error::usage(message).into());
+            }
+            let recipe = recipe_of(dir)?;
+            signal::watch()?;
+            if let Some(summary) = quantize::finished(dir)? {
+                progress.note(&format!("{}: this run is finished", dir.display()));
+                return self.report(dir, Ok(summary));
+            }
+            return self.report(dir, continual::run(&recipe, dir, &device, &progress));
+        }
+        let recipe = self.recipe()?;
+        if self.training.dry_run {
+            return self.plan(&recipe, &device);
+        }
+        signal::watch()?;
+        let dir = self.training.create(&recipe)?;
+        progress.note(&format!("{}: recipe {}", dir.display(), recipe.name));
+        self.report(&dir, continual::run(&recipe, &dir, &device, &progress))
+    }
+
+    /// What would be done, doing nothing.
+    fn plan(&self, recipe: &Recipe, device: &candle_core::Device) -> Result<()> {
+        let plan = continual::plan(recipe, device)?;
+        if self.common.json {
+            return print_json(&serde_json::json!({
+                "recipe": recipe,
+                "tasks": plan.tasks.iter().map(|t| serde_json::json!({
+                    "name": t.name, "train": t.train, "eval": t.eval, "steps": t.steps,
+                })).collect::<Vec<_>>(),
+                "classes": plan.classes,
+                "params_total": plan.params,
+                "params_trainable": plan.params,
+                "memory_bytes": plan.memory,
+                "state_bytes": plan.state,
+            }));
+        }
+        let mut text = recipe.to_toml()?;
+        text.push('\n');
+        for task in &plan.tasks {
+            text += &format!(
+                "task {}: {} images to train on, {} to evaluate on, {} steps\n",
+                task.name, task.train, task.eval, task.steps
+            );
+        }
+        text += &format!(
+            "{} classes; {} parameters; memory about {}; kept between tasks {}",
+            plan.classes.len(),
+            plan.params,
+            bytes(plan.memory),
+            bytes(plan.state)
+        );
+        print(&text)
+    }
+
+    fn report(&self, dir: &Path, summary: qtune::Result<serde_json::Value>) -> Result<()> {
+        let summary = self.training.settle(dir, summary)?;
+        if self.common.json {
+            return print_json(&summary);
+        }
+        let list = |key: &str| summary.get(key).and_then(serde_json::Value::as_array).cloned().unwrap_or_default();
+        let names: Vec<String> =
+            list("tasks").iter().map(|t| t.as_str().unwrap_or_default().to_string()).collect();
+        let width = names.iter().map(String::len).max().unwrap_or(0).max(8);
+        let mut text = format!("{:w$}", "", w = width + 6);
+        for name in &names {
+            text += &format!("  {name:>width$}");
+        }
+        for (name, row) in names.iter().zip(list("accuracy")) {
+            text += &format!("\nafter {name:width$}");
+            for figure in row.as_array().into_iter().flatten() {
+                text += &format!("  {:>width$.2}", figure.as_f64().unwrap_or(f64::NAN));
+            }
+        }
+        let number = |key: &str| summary.get(key).and_then(serde_json::Value::as_f64);
+        let shown = |key: &str| number(key).map_or("-".to_string(), |n| format!("{n:.2}"));
+        text += &format!(
+            "\naverage accuracy {} %   forgetting {}   kept between tasks {}",
+            shown("average_accuracy"),
+            shown("forgetting"),
+            bytes(number("state_bytes").unwrap_or(0.0) as usize)
+        );
+        let output = summary.get("output").and_then(serde_json::Value::as_str).unwrap_or_default();
+        print(&format!("{text}\n{output}"))
+    }
+}
