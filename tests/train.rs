@@ -199,7 +199,8 @@ fn what_annealing_freezes_does_not_move_by_a_bit() {
         let params = weights.params();
         let step = |weights: &Weights, optimizer: &mut dyn Optimizer, anneal: bool, at: usize| {
             let model = model.build(weights).unwrap();
-            let task = Classify { model, teacher: None, distill: DistillKind::None, drop_path: None, heads: None };
+            let task =
+                Classify { model, teacher: None, distill: DistillKind::None, drop_path: None, heads: None };
             let free = if anneal { step::free(weights, &params).unwrap() } else { Vec::new() };
             let mut rule = step::Rule { lr: 0.02, free: &free, first: false, ..plain(optimizer, &config) };
             let batch = &batches[at % batches.len()..][..1];

@@ -363,11 +363,14 @@ mod tests {
 
     #[test]
     fn grids_are_every_combination() {
-        let over = |key: &str, values: &[&str]| (key.to_string(), values.iter().map(|v| v.to_string()).collect());
+        let over =
+            |key: &str, values: &[&str]| (key.to_string(), values.iter().map(|v| v.to_string()).collect());
         let grid = Grid {
             name: "g".into(),
             set: vec!["seed=1".into()],
-            over: [over("phase.0.lr", &["0.1", "0.2"]), over("train.clip", &["0", "1"])].into_iter().collect(),
+            over: [over("phase.0.lr", &["0.1", "0.2"]), over("train.clip", &["0", "1"])]
+                .into_iter()
+                .collect(),
         };
         let variants = grid.variants();
         let names: Vec<&str> = variants.iter().map(|v| v.name.as_str()).collect();

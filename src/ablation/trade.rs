@@ -32,7 +32,11 @@ const TASKS: &[Figure] = &[
         title: "first task at the end",
         read: |s| s.get("accuracy")?.as_array()?.last()?.get(0)?.as_f64(),
     },
-    Figure { key: "learned", title: "learned (each task right after it)", read: |s| number(s, "learning_accuracy") },
+    Figure {
+        key: "learned",
+        title: "learned (each task right after it)",
+        read: |s| number(s, "learning_accuracy"),
+    },
     Figure { key: "forgetting", title: "forgetting", read: |s| number(s, "forgetting") },
     Figure { key: "state_bytes", title: "bytes kept between tasks", read: |s| number(s, "state_bytes") },
 ];
@@ -134,7 +138,11 @@ pub fn markdown(rows: &[Trade]) -> String {
     for family in families {
         let of = rows.iter().filter(|row| row.family.as_ref() == Some(family));
         let scored = of.filter_map(|row| {
-            let (key, sign) = if row.values("average_accuracy").is_empty() { ("final_loss", -1.0) } else { ("average_accuracy", 1.0) };
+            let (key, sign) = if row.values("average_accuracy").is_empty() {
+                ("final_loss", -1.0)
+            } else {
+                ("average_accuracy", 1.0)
+            };
             interval(row.values(key)).map(|(mean, _)| (sign * mean, row))
         });
         if let Some((_, best)) = scored.max_by(|a, b| a.0.total_cmp(&b.0)) {
@@ -170,12 +178,23 @@ pub fn svg(rows: &[Trade]) -> Option<String> {
     for mark in ticks(x0, x1, 7).0 {
         let at = x(mark);
         let _ = write!(body, "<path class=\"g\" d=\"M{at:.1} {TOP}V{bottom}\"/>");
-        let _ = write!(body, "<text class=\"t m\" x=\"{at:.1}\" y=\"{:.1}\">{}</text>", bottom + 16.0, rounded(mark));
+        let _ = write!(
+            body,
+            "<text class=\"t m\" x=\"{at:.1}\" y=\"{:.1}\">{}</text>",
+            bottom + 16.0,
+            rounded(mark)
+        );
     }
     for mark in ticks(y0, y1, 7).0 {
         let at = y(mark);
         let _ = write!(body, "<path class=\"g\" d=\"M{LEFT} {at:.1}H{right}\"/>");
-        let _ = write!(body, "<text class=\"t e\" x=\"{:.1}\" y=\"{:.1}\">{}</text>", LEFT - 6.0, at + 4.0, rounded(mark));
+        let _ = write!(
+            body,
+            "<text class=\"t e\" x=\"{:.1}\" y=\"{:.1}\">{}</text>",
+            LEFT - 6.0,
+            at + 4.0,
+            rounded(mark)
+        );
     }
     let title = |key: &str| {
         let row = rows.first()?;
@@ -251,7 +270,10 @@ mod tests {
             row("d", None, &[], &[]),
         ];
         let text = markdown(&rows);
-        assert!(text.contains("| a | 81.000 \u{b1} 12.706 | 81.000 \u{b1} 12.706 | 1.500 \u{b1} 6.353 | 2 |"), "{text}");
+        assert!(
+            text.contains("| a | 81.000 \u{b1} 12.706 | 81.000 \u{b1} 12.706 | 1.500 \u{b1} 6.353 | 2 |"),
+            "{text}"
+        );
         assert!(text.contains("| d | not run |") && text.contains("best of g: b|c"), "{text}");
         let picture = svg(&rows).unwrap();
         // Three seeds, and a mark in the legend for each variant that has some.

@@ -91,7 +91,11 @@ impl Ablate {
                 let name = task.file_stem().map(|stem| stem.to_string_lossy().into_owned());
                 let data: toml::Table = [("path".to_string(), path(task))].into_iter().collect();
                 let name = Value::String(name.unwrap_or_default());
-                Value::Table([("name".to_string(), name), ("data".to_string(), Value::Table(data))].into_iter().collect())
+                Value::Table(
+                    [("name".to_string(), name), ("data".to_string(), Value::Table(data))]
+                        .into_iter()
+                        .collect(),
+                )
             });
             let tasks: Vec<Value> = tasks.collect();
             put(&mut table, "continual.task", Value::Array(tasks))

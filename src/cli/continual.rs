@@ -160,7 +160,16 @@ impl Continual {
         for assignment in &self.training.set {
             set(&mut table, assignment)?;
         }
-        Ok(Recipe::resolve(table)?)
+        let mut recipe = Recipe::resolve(table)?;
+        continual::config(&recipe)?;
+        let model = recipe.model.path_mut();
+        let tasks =
+            recipe.continual.iter_mut().flat_map(|c| &mut c.task).filter_map(|task| task.data.as_mut());
+        let data = tasks.chain([&mut recipe.data]).flat_map(|data| [&mut data.path, &mut data.eval_path]);
+        for path in data.chain([model]).flatten() {
+            *path = anchored(path);
+        }
+        Ok(recipe)
     }
 
     /// `--method classp` brings its optimizer with it, another method plain gradient descent in its place.
@@ -201,7 +210,8 @@ impl Continual {
         let device = self.common.device()?;
         if let Some(dir) = &self.training.resume {
             if self.training.changes() || !self.tasks.is_empty() || self.method.is_some() {
-                let message = "--resume: a run goes on with the recipe that it was begun with, leave other flags away";
+                let message =
+                    "--resume: a run goes on with the recipe that it was begun with, leave other flags away";
                 return Err(Error::usage(message).into());
             }
             let recipe = recipe_of(dir)?;
@@ -261,7 +271,8 @@ impl Continual {
         if self.common.json {
             return print_json(&summary);
         }
-        let list = |key: &str| summary.get(key).and_then(serde_json::Value::as_array).cloned().unwrap_or_default();
+        let list =
+            |key: &str| summary.get(key).and_then(serde_json::Value::as_array).cloned().unwrap_or_default();
         let names: Vec<String> =
             list("tasks").iter().map(|t| t.as_str().unwrap_or_default().to_string()).collect();
         let width = names.iter().map(String::len).max().unwrap_or(0).max(8);

@@ -183,7 +183,8 @@ impl Finetune {
             );
         }
         let model = recipe.model.path_mut();
-        let text = recipe.text.iter_mut().flat_map(|text| [&mut text.path, &mut text.eval_path, &mut text.control]);
+        let text =
+            recipe.text.iter_mut().flat_map(|text| [&mut text.path, &mut text.eval_path, &mut text.control]);
         for path in [model].into_iter().chain(text).flatten() {
             *path = anchored(path);
         }

@@ -214,6 +214,12 @@ impl Quantize {
             );
         }
         let mut recipe = Recipe::resolve(table)?;
+        if recipe.continual.is_some() {
+            let message = format!(
+                "recipe {name}: its tasks are learned one after another, run it with qtune continual"
+            );
+            return Err(Error::usage(message).into());
+        }
         if let Some(select) = &mut recipe.select {
             select.pin()?;
         }

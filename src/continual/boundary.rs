@@ -112,8 +112,8 @@ pub fn read(run: &Path, after: Option<usize>) -> Result<Option<Boundary>> {
     if !path.exists() {
         return Ok(None);
     }
-    let row: Row = serde_json::from_str(&files::read_text(&path)?)
-        .map_err(|e| Error::input(&path, e.to_string()))?;
+    let row: Row =
+        serde_json::from_str(&files::read_text(&path)?).map_err(|e| Error::input(&path, e.to_string()))?;
     if row.version != VERSION {
         return Err(Error::input(&path, format!("version: found {}, expected {VERSION}", row.version)));
     }
@@ -173,8 +173,10 @@ mod tests {
         let device = &Device::Cpu;
         let tensor = |v: &[f32]| Tensor::new(v, device).unwrap();
         assert!(read(run.path(), Some(0)).unwrap().is_none());
-        let weights = Weights::from_tensors([("b".to_string(), tensor(&[1.0, 2.0])), ("a".into(), tensor(&[3.0]))]);
-        let held = |name: &str, f: f32| Held { name: name.into(), fisher: tensor(&[f]), anchor: tensor(&[-f]) };
+        let weights =
+            Weights::from_tensors([("b".to_string(), tensor(&[1.0, 2.0])), ("a".into(), tensor(&[3.0]))]);
+        let held =
+            |name: &str, f: f32| Held { name: name.into(), fisher: tensor(&[f]), anchor: tensor(&[-f]) };
         let memory = Memory {
             ewc: Ewc { tasks: vec![vec![held("b", 1.0), held("a", 2.0)], vec![held("b", 3.0)]] },
             prior: vec![("b".into(), tensor(&[0.5]))],

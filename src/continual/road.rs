@@ -90,7 +90,10 @@ pub fn open(recipe: &Recipe, continual: &ContinualConfig, device: &Device) -> Re
     };
     let start = quantize::start(recipe, Some(&dataset), device)?;
     if start.quantizers.is_some() {
-        return Err(Error::usage(format!("{}: found quantizers, expected a full-precision model", start.name)));
+        return Err(Error::usage(format!(
+            "{}: found quantizers, expected a full-precision model",
+            start.name
+        )));
     }
     Ok((tasks, start))
 }
@@ -362,8 +365,7 @@ impl Run<'_> {
     fn finish(&self, carried: Carried) -> Result<Value> {
         let (recipe, start) = (self.recipe, &self.start);
         let model = self.dir.join("model");
-        let model_bytes =
-            quantize::write_model(&model, &start.config, &start.preprocess, &carried.weights)?;
+        let model_bytes = quantize::write_model(&model, &start.config, &start.preprocess, &carried.weights)?;
         let before = boundary::read(self.dir, None)?.map(|boundary| boundary.row.accuracy);
         let accuracy: Vec<Vec<f64>> = carried.rows.iter().map(|row| row.accuracy.clone()).collect();
         let figures = metrics(&accuracy, before.as_deref())?;

@@ -12,9 +12,7 @@ use crate::data::{epoch_order, Batch, Loader, Preprocess, Source, Training};
 use crate::models::VisionConfig;
 use crate::random::Random;
 use crate::recipe::{Recipe, ReplayConfig};
-use crate::train::{
-    evaluate_with, Accuracy, Batches, Classify, Pass, Progress, Supply, Task as Learned,
-};
+use crate::train::{evaluate_with, Accuracy, Batches, Classify, Pass, Progress, Supply, Task as Learned};
 use crate::weights::{Param, Weights};
 use crate::{Error, Result};
 

@@ -176,7 +176,8 @@ fn open_one(recipe: &Recipe, continual: &ContinualConfig, i: usize, task: &TaskC
     if let Some(held) = continual.validation {
         let len = data.train.len();
         if held >= len {
-            let message = format!("continual.validation = {held}: expected fewer than the {len} training images");
+            let message =
+                format!("continual.validation = {held}: expected fewer than the {len} training images");
             return Err(Error::usage(format!("task {}: {message}", task.name)));
         }
         let some = |range: std::ops::Range<u32>| -> Arc<dyn Source> {
@@ -270,14 +271,16 @@ mod tests {
 
     #[test]
     fn labels_are_shared_or_own() {
-        let tasks: &[(&str, &[&str], Option<u64>)] = &[("a", &["1", "0"], None), ("b", &["A", "2", "0"], None)];
+        let tasks: &[(&str, &[&str], Option<u64>)] =
+            &[("a", &["1", "0"], None), ("b", &["A", "2", "0"], None)];
         let (recipe, continual) = recipe(HeadKind::Shared, tasks);
         let shared = open(&recipe, &continual).unwrap();
         assert_eq!(shared.classes, ["1 / A", "0 / 2", "0"]);
         assert!(shared.heads.is_none());
         // Twelve classes take turns: of 120 images 10 are of each.
         assert_eq!((shared.list[0].train.len(), shared.list[1].train.len()), (20, 30));
-        let labels = |source: &Arc<dyn Source>| (0..source.len()).map(|i| source.label(i)).collect::<Vec<_>>();
+        let labels =
+            |source: &Arc<dyn Source>| (0..source.len()).map(|i| source.label(i)).collect::<Vec<_>>();
         assert_eq!(labels(&shared.list[0].eval), [1, 0, 1, 0]);
         let own = open(&recipe, &ContinualConfig { heads: HeadKind::Task, ..continual.clone() }).unwrap();
         assert_eq!(own.classes, ["1", "0", "A", "2", "0 of b"]);

@@ -316,7 +316,12 @@ fn without_data(
 }
 
 /// The figures that every summary.json of a vision model has.
-pub(crate) fn summary_head(recipe: &Recipe, start: &Start, wall_s: f64, device: &Device) -> Map<String, Value> {
+pub(crate) fn summary_head(
+    recipe: &Recipe,
+    start: &Start,
+    wall_s: f64,
+    device: &Device,
+) -> Map<String, Value> {
     let head = json!({
         "command": "quantize",
         "method": match recipe.transform.first().map(|t| t.kind) {
@@ -340,7 +345,11 @@ pub(crate) fn summary_head(recipe: &Recipe, start: &Start, wall_s: f64, device: 
 }
 
 /// Writes summary.json, and the report with its figures before it.
-pub(crate) fn write_summary(dir: &Path, summary: Map<String, Value>, progress: &dyn Progress) -> Result<Value> {
+pub(crate) fn write_summary(
+    dir: &Path,
+    summary: Map<String, Value>,
+    progress: &dyn Progress,
+) -> Result<Value> {
     let summary = Value::Object(summary);
     report::finish(dir, &summary).unwrap_or_else(|e| progress.note(&format!("report: {e}")));
     let text = serde_json::to_vec_pretty(&summary).map_err(|e| Error::Run(format!("summary.json: {e}")))?;

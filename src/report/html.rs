@@ -9,8 +9,8 @@ use super::collect::{Run, Series};
 use super::heat::Heat;
 use super::series::{smooth, Point};
 use super::svg::{Chart, Line};
-use super::{table, tasks};
 use super::text::{bytes, escape, number, seconds, short_names};
+use super::{table, tasks};
 
 /// Weights that have pictures of their own; beyond them only the table names every weight.
 const PICTURES: usize = 160;
@@ -213,10 +213,11 @@ fn curves(run: &Run) -> String {
     for shown in CURVES {
         html += &curve(run, shown.key, shown).html();
     }
-    let known =
-        |k: &str| CURVES.iter().chain(OSCILLATION).any(|known| known.key == k)
+    let known = |k: &str| {
+        CURVES.iter().chain(OSCILLATION).any(|known| known.key == k)
             || LEFT_OUT.contains(&k)
-            || k.starts_with(tasks::PREFIX);
+            || k.starts_with(tasks::PREFIX)
+    };
     let mut others: Vec<&str> = run.series.keys().map(|(_, k)| k.as_str()).filter(|k| !known(k)).collect();
     others.sort_unstable();
     others.dedup();
