@@ -1,9 +1,11 @@
 //! Update rules for one tensor; walking, clipping and schedules live in the trainer.
 
 pub mod adamw;
+pub mod classp;
 pub mod lion;
 pub mod schedule;
 pub mod sgd;
+pub mod state;
 
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
@@ -28,6 +30,14 @@ pub trait Optimizer: Send {
 
     /// Takes back what [`Optimizer::state`] gave for `params`.
     fn restore(&mut self, params: &[Param], read: &dyn Fn(&str) -> Result<Tensor>) -> Result<()>;
+
+    /// Hears that another task begins.
+    fn next_task(&mut self) {}
+
+    /// What the rule says of itself, for metrics.jsonl.
+    fn figures(&self) -> Vec<(&'static str, f64)> {
+        Vec::new()
+    }
 }
 
 /// `[optimizer]` in a recipe.
@@ -36,6 +46,9 @@ pub trait Optimizer: Send {
 pub enum OptimizerConfig {
     /// Adam with decoupled weight decay.
     Adamw(adamw::AdamWConfig),
+    /// Large gradients only, with steps that shrink the more an entry was moved; power 2 and threshold 0:
+    /// AdaGrad.
+    Classp(classp::ClasspConfig),
     /// The sign of a momentum, with decoupled weight decay.
     Lion(lion::LionConfig),
     /// Stochastic gradient descent with momentum.
@@ -47,6 +60,7 @@ impl OptimizerConfig {
     pub fn build(&self) -> Box<dyn Optimizer> {
         match self {
             OptimizerConfig::Adamw(config) => Box::new(adamw::AdamW::new(config.clone())),
+            OptimizerConfig::Classp(config) => Box::new(classp::Classp::new(config.clone())),
             OptimizerConfig::Lion(config) => Box::new(lion::Lion::new(config.clone())),
             OptimizerConfig::Sgd(config) => Box::new(sgd::Sgd::new(config.clone())),
         }
@@ -57,6 +71,10 @@ impl OptimizerConfig {
         let (shares, positive, decay) = match self {
             OptimizerConfig::Adamw(c) => {
                 (vec![("beta1", c.beta1), ("beta2", c.beta2)], Some(("eps", c.eps)), c.weight_decay)
+            }
+            OptimizerConfig::Classp(c) => {
+                c.check()?;
+                (Vec::new(), None, c.weight_decay)
             }
             OptimizerConfig::Lion(c) => (vec![("beta1", c.beta1), ("beta2", c.beta2)], None, c.weight_decay),
             OptimizerConfig::Sgd(c) => (vec![("momentum", c.momentum)], None, c.weight_decay),
@@ -79,6 +97,7 @@ impl OptimizerConfig {
     fn no_decay(&self) -> &[String] {
         match self {
             OptimizerConfig::Adamw(config) => &config.no_decay,
+            OptimizerConfig::Classp(config) => &config.no_decay,
             OptimizerConfig::Lion(config) => &config.no_decay,
             OptimizerConfig::Sgd(config) => &config.no_decay,
         }
@@ -88,10 +107,16 @@ impl OptimizerConfig {
     pub fn state_bytes(&self) -> usize {
         match self {
             OptimizerConfig::Adamw(_) => 8,
-            OptimizerConfig::Lion(_) => 4,
+            OptimizerConfig::Classp(_) | OptimizerConfig::Lion(_) => 4,
             OptimizerConfig::Sgd(config) if config.momentum == 0.0 => 0,
             OptimizerConfig::Sgd(_) => 4,
         }
+    }
+
+    /// Whether the state is what remembers earlier tasks: it goes from phase to phase, and from run to run
+    /// (see [`state`]).
+    pub fn remembers(&self) -> bool {
+        matches!(self, OptimizerConfig::Classp(_))
     }
 
     /// Whether weight decay acts on `param`: not on anything of one axis (biases, norms, steps,

@@ -1,0 +1,3 @@
+//! Tasks learned one after another, and what is lost on the way.
+
+pub mod metrics;
