@@ -8,6 +8,8 @@ use qtune::recipe::Recipe;
 use qtune::{files, Error};
 use toml::Value;
 
+use super::flags::anchored;
+
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub enum Schedule {
     Constant,
@@ -20,6 +22,7 @@ pub enum Schedule {
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub enum Optimizer {
     Adamw,
+    Classp,
     Lion,
     Sgd,
 }
@@ -74,6 +77,9 @@ pub struct Training {
     /// Update rule
     #[arg(long, value_enum)]
     pub optimizer: Option<Optimizer>,
+    /// Folder of an earlier run, whose optimizer state classp goes on from
+    #[arg(long, value_name = "DIR")]
+    pub optimizer_state: Option<PathBuf>,
     /// Decoupled weight decay
     #[arg(long)]
     pub weight_decay: Option<f64>,
@@ -130,6 +136,8 @@ impl Training {
         put("train.checkpoint_steps", self.checkpoint_steps.map(count));
         put("train.eval_steps", self.eval_steps.map(count));
         put("train.keep", self.keep.map(count));
+        let anchored = self.optimizer_state.as_deref().map(anchored);
+        put("train.optimizer_state", anchored.as_deref().map(path));
         put("optimizer.weight_decay", self.weight_decay.map(Value::Float));
         if self.seed.is_some_and(|s| s > i64::MAX as u64) {
             return Err(Error::usage(format!("--seed: expected at most {}", i64::MAX)).into());

@@ -207,14 +207,16 @@ impl Run<'_> {
         let stretch = self.stretch(at);
         let config = phase(self.recipe, &self.tasks, at);
         let steps = phase_steps(self.recipe, &config, stretch.samples());
+        let mut trainer = self.trainer(&stretch, state, metrics);
         let mut optimizer = match optimizer.filter(|_| self.carries()) {
             Some(mut optimizer) => {
                 optimizer.next_task();
                 optimizer
             }
-            None => self.recipe.optimizer.build(),
+            // What the run began with is in its checkpoint.
+            None if at > 0 || saved.is_some() => self.recipe.optimizer.build(),
+            None => trainer.begin_optimizer(&params)?,
         };
-        let mut trainer = self.trainer(&stretch, state, metrics);
         let mut tracker = Tracker::default();
         match saved {
             Some(saved) => {
@@ -279,6 +281,9 @@ impl Run<'_> {
             ..Row::new(accuracy, trainer.metrics.lines(), trainer.wall_s())
         };
         trainer.metrics.sync()?;
+        if at + 1 == self.tasks.list.len() {
+            trainer.leave_optimizer(optimizer.as_ref(), &params)?;
+        }
         let state = if self.carries() { optimizer.state()? } else { Vec::new() };
         boundary::write(self.dir, Some(at), &row, &weights, &memory, &state)?;
         self.say(at, &row);

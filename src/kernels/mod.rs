@@ -17,6 +17,7 @@ mod best_step;
 mod block_affine;
 mod block_sum;
 mod change;
+mod classp;
 mod cpu;
 mod cross_entropy;
 mod dropout;
@@ -43,6 +44,7 @@ pub use attention::{attention_mix, attention_probs, causal_attention};
 pub use best_step::{absmax_step, best_step, round_to};
 pub use block_affine::{block_affine, merged as block_affine_merged};
 pub use block_sum::block_sum;
+pub use classp::{classp_step, ClasspParams, GradSum, SumFigures, Test};
 pub use cross_entropy::{cross_entropy, soft_cross_entropy};
 pub use dropout::{dropout, DropoutMask};
 pub use fake_quant::{
@@ -73,6 +75,7 @@ pub mod reference {
     };
     pub use super::block_affine::reference as block_affine;
     pub use super::block_sum::reference as block_sum;
+    pub use super::classp::reference as classp_step;
     pub use super::cross_entropy::{reference as cross_entropy, reference_soft as soft_cross_entropy};
     pub use super::dropout::reference as dropout;
     pub use super::fake_quant::{

@@ -41,16 +41,20 @@ pub(super) fn train(
         if phase.when == When::Untrained && !training.untrained {
             continue;
         }
-        let goes_on = phase.calm.is_some() || phase.continue_optimizer;
+        let goes_on = phase.calm.is_some() || phase.continue_optimizer || recipe.optimizer.remembers();
+        let restored = resumed.take().filter(|_| index == first);
         let mut optimizer = match carried.take().filter(|_| goes_on) {
             Some(carried) => carried,
-            None => recipe.optimizer.build(),
+            // What the run began with is in its checkpoint.
+            None if restored.is_some() => recipe.optimizer.build(),
+            None => trainer.begin_optimizer(&params)?,
         };
-        match resumed.take().filter(|_| index == first) {
+        match restored {
             Some(saved) => {
                 saved.restore(&params, device)?;
                 if saved.has_optimizer() {
-                    optimizer.restore(&params, &|name| saved.optimizer(name, device))?;
+                    let known = saved.with_state(&params);
+                    optimizer.restore(&known, &|name| saved.optimizer(name, device))?;
                     let steps = phase_steps(recipe, phase, samples);
                     let midway = trainer.state.phase_step > 0 && trainer.state.phase_step < steps;
                     if recipe.train.ema > 0.0 && phase.calm.is_none() && midway {
@@ -70,6 +74,9 @@ pub(super) fn train(
         }
         run_phase(trainer, training, index, &mut tracker, optimizer.as_mut(), &params)?;
         carried = Some(optimizer);
+    }
+    if let Some(optimizer) = &carried {
+        trainer.leave_optimizer(optimizer.as_ref(), &params)?;
     }
     Ok(tracker)
 }

@@ -1,9 +1,11 @@
 //! Update rules for one tensor; walking, clipping and schedules live in the trainer.
 
 pub mod adamw;
+pub mod classp;
 pub mod lion;
 pub mod schedule;
 pub mod sgd;
+pub mod state;
 
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
@@ -20,8 +22,6 @@ pub trait Optimizer: Send {
     /// acts on it.
     fn update(&mut self, param: &Param, grad: &Tensor, lr: f64, decay: bool) -> Result<()>;
 
-    fn next_task(&mut self) {}
-
     /// The state as named tensors, `PARAMETER#PART`, in the order in which parameters were first seen.
     fn state(&self) -> Result<Vec<(String, Tensor)>>;
 
@@ -30,6 +30,14 @@ pub trait Optimizer: Send {
 
     /// Takes back what [`Optimizer::state`] gave for `params`.
     fn restore(&mut self, params: &[Param], read: &dyn Fn(&str) -> Result<Tensor>) -> Result<()>;
+
+    /// Hears that another task begins.
+    fn next_task(&mut self) {}
+
+    /// What the rule says of itself, for metrics.jsonl.
+    fn figures(&self) -> Vec<(&'static str, f64)> {
+        Vec::new()
+    }
 }
 
 /// `[optimizer]` in a recipe.
@@ -38,6 +46,9 @@ pub trait Optimizer: Send {
 pub enum OptimizerConfig {
     /// Adam with decoupled weight decay.
     Adamw(adamw::AdamWConfig),
+    /// Large gradients only, with steps that shrink the more an entry was moved; power 2 and threshold 0:
+    /// AdaGrad.
+    Classp(classp::ClasspConfig),
     /// The sign of a momentum, with decoupled weight decay.
     Lion(lion::LionConfig),
     /// Stochastic gradient descent with momentum.
@@ -49,6 +60,7 @@ impl OptimizerConfig {
     pub fn build(&self) -> Box<dyn Optimizer> {
         match self {
             OptimizerConfig::Adamw(config) => Box::new(adamw::AdamW::new(config.clone())),
+            OptimizerConfig::Classp(config) => Box::new(classp::Classp::new(config.clone())),
             OptimizerConfig::Lion(config) => Box::new(lion::Lion::new(config.clone())),
             OptimizerConfig::Sgd(config) => Box::new(sgd::Sgd::new(config.clone())),
         }
@@ -59,6 +71,10 @@ impl OptimizerConfig {
         let (shares, positive, decay) = match self {
             OptimizerConfig::Adamw(c) => {
                 (vec![("beta1", c.beta1), ("beta2", c.beta2)], Some(("eps", c.eps)), c.weight_decay)
+            }
+            OptimizerConfig::Classp(c) => {
+                c.check()?;
+                (Vec::new(), None, c.weight_decay)
             }
             OptimizerConfig::Lion(c) => (vec![("beta1", c.beta1), ("beta2", c.beta2)], None, c.weight_decay),
             OptimizerConfig::Sgd(c) => (vec![("momentum", c.momentum)], None, c.weight_decay),
@@ -82,19 +98,16 @@ impl OptimizerConfig {
     pub fn name(&self) -> &'static str {
         match self {
             OptimizerConfig::Adamw(_) => "adamw",
+            OptimizerConfig::Classp(_) => "classp",
             OptimizerConfig::Lion(_) => "lion",
             OptimizerConfig::Sgd(_) => "sgd",
         }
     }
 
-    /// Whether its state is what remembers earlier tasks, and outlives them.
-    pub fn remembers(&self) -> bool {
-        false
-    }
-
     fn no_decay(&self) -> &[String] {
         match self {
             OptimizerConfig::Adamw(config) => &config.no_decay,
+            OptimizerConfig::Classp(config) => &config.no_decay,
             OptimizerConfig::Lion(config) => &config.no_decay,
             OptimizerConfig::Sgd(config) => &config.no_decay,
         }
@@ -104,10 +117,16 @@ impl OptimizerConfig {
     pub fn state_bytes(&self) -> usize {
         match self {
             OptimizerConfig::Adamw(_) => 8,
-            OptimizerConfig::Lion(_) => 4,
+            OptimizerConfig::Classp(_) | OptimizerConfig::Lion(_) => 4,
             OptimizerConfig::Sgd(config) if config.momentum == 0.0 => 0,
             OptimizerConfig::Sgd(_) => 4,
         }
+    }
+
+    /// Whether the state is what remembers earlier tasks: it goes from phase to phase, and from run to run
+    /// (see [`state`]).
+    pub fn remembers(&self) -> bool {
+        matches!(self, OptimizerConfig::Classp(_))
     }
 
     /// Whether weight decay acts on `param`: not on anything of one axis (biases, norms, steps,

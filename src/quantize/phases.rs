@@ -15,7 +15,7 @@ use crate::train::{
     phase_steps, resume, signal, Average, Classify, Images, Phase, Progress, Quiet, Tracker, Trainer,
 };
 use crate::transform::ActQuant;
-use crate::weights::{Param, Pickle, Weights};
+use crate::weights::{Pickle, Weights};
 use crate::{hub, Error, Result};
 
 /// The trained, still trainable student and the tracks of its weights.
@@ -85,20 +85,22 @@ pub(super) fn train_phases(
             continue;
         }
         // Annealing, for one, goes on from the optimizer's state of the phase before it.
-        let mut optimizer = match carried.take().filter(|_| phase.calm.is_some() || phase.continue_optimizer)
-        {
+        // So does the memory of a rule that has one.
+        let goes_on = phase.calm.is_some() || phase.continue_optimizer || recipe.optimizer.remembers();
+        let saved = resumed.take().filter(|_| index == first);
+        let mut optimizer = match carried.take().filter(|_| goes_on) {
             Some(carried) => carried,
-            None => recipe.optimizer.build(),
+            // What the run began with is in its checkpoint.
+            None if saved.is_some() || skip => recipe.optimizer.build(),
+            None => trainer.begin_optimizer(&weights.params())?,
         };
         optimizer.retain(&weights.params());
-        let restored = match resumed.take().filter(|_| index == first) {
+        let restored = match saved {
             Some(saved) => {
                 let params = weights.params();
                 saved.restore(&params, device)?;
                 if saved.has_optimizer() {
-                    // Before a phase's first step a parameter that the phase brought with it has no state.
-                    let new = |p: &Param| trainer.state.phase_step == 0 && !saved.has_state_of(&p.name);
-                    let known: Vec<Param> = params.iter().filter(|p| !new(p)).cloned().collect();
+                    let known = saved.with_state(&params);
                     optimizer.restore(&known, &|name| saved.optimizer(name, device))?;
                     let decay = if phase.calm.is_some() { 0.0 } else { recipe.train.ema };
                     let midway = trainer.state.phase_step > 0 && trainer.state.phase_step < steps;
@@ -124,7 +126,10 @@ pub(super) fn train_phases(
             trainer.save(&weights, optimizer.as_ref(), &tracker)?;
         }
         run_phase(trainer, start, index, &weights, &mut tracker, optimizer.as_mut())?;
-        carried = phase.quantize.then_some(optimizer);
+        carried = (phase.quantize || recipe.optimizer.remembers()).then_some(optimizer);
+    }
+    if let Some(optimizer) = &carried {
+        trainer.leave_optimizer(optimizer.as_ref(), &weights.params())?;
     }
     Ok(Trained { weights, tracker })
 }

@@ -55,6 +55,7 @@ pub const EMBEDDED: &[(&str, &str)] = &[
     ("dora", include_str!("../../recipes/dora.toml")),
     ("pissa", include_str!("../../recipes/pissa.toml")),
     ("full", include_str!("../../recipes/full.toml")),
+    ("classp", include_str!("../../recipes/classp.toml")),
     ("sorting", include_str!("../../recipes/sorting.toml")),
     ("tiny-llama", include_str!("../../recipes/tiny-llama.toml")),
     ("llama-w2", include_str!("../../recipes/llama-w2.toml")),
@@ -247,6 +248,13 @@ pub struct TrainConfig {
     pub on_nan: OnNan,
     /// Whether only the inputs of blocks are kept for the backward pass and the rest is computed again.
     pub checkpointing: bool,
+    /// The folder of an earlier run, or of the optimizer's state that it left: what classp remembers of the
+    /// tasks before. None: nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub optimizer_state: Option<PathBuf>,
+    /// Whether trainables without a stored state start with none and stored ones that are not trained are left
+    /// out, rather than being errors.
+    pub allow_partial: bool,
 }
 
 impl Default for TrainConfig {
@@ -268,6 +276,8 @@ impl Default for TrainConfig {
             restore_best: false,
             on_nan: OnNan::Stop,
             checkpointing: false,
+            optimizer_state: None,
+            allow_partial: false,
         }
     }
 }
@@ -370,6 +380,11 @@ impl Recipe {
             return Err(Error::usage(format!("train.lora_plus = {}: expected above 0", train.lora_plus)));
         }
         self.optimizer.check()?;
+        if train.optimizer_state.is_some() && !self.optimizer.remembers() {
+            let message =
+                "train.optimizer_state: expected optimizer.kind = \"classp\", whose state remembers";
+            return Err(Error::usage(message));
+        }
         if !(train.clip.is_finite() && train.clip >= 0.0) {
             return Err(Error::usage(format!("train.clip = {}: expected 0 or more", train.clip)));
         }

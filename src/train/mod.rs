@@ -25,7 +25,7 @@ pub use resume::State;
 pub use supply::{Batches, Images, Supply};
 pub use task::{evaluate, evaluate_with, Accuracy, Classify, Pass, Task};
 
-use crate::optim::{Optimizer, Rate};
+use crate::optim::{self, Optimizer, OptimizerConfig, Rate};
 use crate::recipe::{CalmQk, OnNan, PhaseConfig, Recipe};
 use crate::weights::{Expr, Gate, Param, Weight, Weights};
 use crate::{report, Error, Result};
@@ -181,6 +181,25 @@ impl<S: Supply> Trainer<'_, S> {
         resume::save(self.dir, &self.state, weights, rule, tracker.state()?, keep)
     }
 
+    /// The update rule of a phase that begins without one: empty, or with the state that the recipe's
+    /// `train.optimizer_state` names.
+    pub fn begin_optimizer(&self, params: &[Param]) -> Result<Box<dyn Optimizer>> {
+        let train = &self.recipe.train;
+        let from = train.optimizer_state.as_deref();
+        let from = from.map(|dir| optim::state::From { dir, partial: train.allow_partial });
+        let (optimizer, notes) = optim::state::begin(&self.recipe.optimizer, params, train.clip, from)?;
+        notes.iter().for_each(|note| self.progress.note(note));
+        Ok(optimizer)
+    }
+
+    /// Leaves the state of a rule that remembers in the run's folder, for the runs after it.
+    pub fn leave_optimizer(&self, optimizer: &dyn Optimizer, params: &[Param]) -> Result<()> {
+        if let OptimizerConfig::Classp(config) = &self.recipe.optimizer {
+            optim::state::save(&self.dir.join("optimizer"), config, optimizer, params, self.state.step)?;
+        }
+        Ok(())
+    }
+
     /// Evaluates a frozen store and writes the line that says so. Where `stoppable`, a signal ends it:
     /// not in the middle of a phase, whose steps would be lost with it.
     pub fn evaluate(&mut self, weights: &Weights, what: &str, stoppable: bool) -> Result<Accuracy> {
@@ -310,7 +329,9 @@ impl<S: Supply> Trainer<'_, S> {
                 // A line of all layers is long: a few hundred of them show a phase of any length.
                 let sparse =
                     recipe.train.log_steps * rate.steps.div_ceil(LAYER_LINES * recipe.train.log_steps).max(1);
-                self.log(config, &step, lr, epoch, weights, tracker, last || done.is_multiple_of(sparse))?;
+                let layers_due = last || done.is_multiple_of(sparse);
+                let figures = optimizer.figures();
+                self.log(config, &step, lr, epoch, weights, tracker, &figures, layers_due)?;
             }
             let due = recipe.train.eval_steps;
             if last || (due > 0 && done.is_multiple_of(due)) {
@@ -374,7 +395,8 @@ impl<S: Supply> Trainer<'_, S> {
             if let Some(saved) = resume::latest(self.dir)? {
                 saved.restore(params, self.device)?;
                 if saved.has_optimizer() {
-                    optimizer.restore(params, &|name| saved.optimizer(name, self.device))?;
+                    let read = |name: &str| saved.optimizer(name, self.device);
+                    optimizer.restore(&saved.with_state(params), &read)?;
                 }
             }
         }
@@ -444,6 +466,7 @@ impl<S: Supply> Trainer<'_, S> {
         epoch: f64,
         weights: &Weights,
         tracker: &Tracker,
+        figures: &[(&'static str, f64)],
         layers_due: bool,
     ) -> Result<()> {
         let mut line = Map::new();
@@ -458,6 +481,9 @@ impl<S: Supply> Trainer<'_, S> {
         }
         put("lr", json!(lr));
         put("grad_norm", json!(step.grad_norm));
+        for (key, value) in figures {
+            put(key, json!(value));
+        }
         let gates = if phase.calm.is_some() { weights.gates()? } else { Vec::new() };
         if phase.quantize {
             let coarse = coarse(weights);

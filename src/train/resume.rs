@@ -242,6 +242,13 @@ impl Saved {
             .any(|stored| stored.strip_prefix(name).is_some_and(|rest| rest.starts_with('#')))
     }
 
+    /// Those of `params` whose optimizer state is expected: before a phase's first step, and where steps were
+    /// left out, a parameter may have none yet.
+    pub fn with_state(&self, params: &[Param]) -> Vec<Param> {
+        let may_lack = self.state.phase_step == 0 || self.state.skipped > 0;
+        params.iter().filter(|p| !may_lack || self.has_state_of(&p.name)).cloned().collect()
+    }
+
     /// A tensor of the oscillation tracks.
     pub fn oscillation(&self, name: &str) -> Result<Option<Tensor>> {
         match self.oscillation.contains(name) {
