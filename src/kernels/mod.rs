@@ -17,6 +17,7 @@ mod best_step;
 mod block_affine;
 mod block_sum;
 mod change;
+mod conv;
 mod cpu;
 mod cross_entropy;
 mod dropout;
@@ -30,9 +31,12 @@ mod packed_matmul;
 mod packed_rows;
 mod patchify;
 mod plackett_luce;
+mod pool;
+mod relu;
 mod rms_norm;
 mod rope;
 mod rows;
+mod scale;
 mod softmax;
 mod swiglu;
 #[cfg(test)]
@@ -43,6 +47,7 @@ pub use attention::{attention_mix, attention_probs, causal_attention};
 pub use best_step::{absmax_step, best_step, round_to};
 pub use block_affine::{block_affine, merged as block_affine_merged};
 pub use block_sum::block_sum;
+pub use conv::{conv2d, Convolution};
 pub use cross_entropy::{cross_entropy, soft_cross_entropy};
 pub use dropout::{dropout, DropoutMask};
 pub use fake_quant::{
@@ -58,9 +63,12 @@ pub use packed_matmul::{packed_codes_matmul, packed_matmul};
 pub use packed_rows::{Groups, PackedRows};
 pub use patchify::patchify;
 pub use plackett_luce::plackett_luce;
+pub use pool::max_pool2;
+pub use relu::relu;
 pub use rms_norm::rms_norm;
 pub use rope::{rope, Rotations};
 pub use rows::FrozenRows;
+pub use scale::scale_leading;
 pub use softmax::softmax;
 pub use swiglu::swiglu;
 
@@ -73,6 +81,7 @@ pub mod reference {
     };
     pub use super::block_affine::reference as block_affine;
     pub use super::block_sum::reference as block_sum;
+    pub use super::conv::reference as conv2d;
     pub use super::cross_entropy::{reference as cross_entropy, reference_soft as soft_cross_entropy};
     pub use super::dropout::reference as dropout;
     pub use super::fake_quant::{
@@ -85,8 +94,11 @@ pub mod reference {
     pub use super::norm::reference as layer_norm;
     pub use super::packed_matmul::reference as packed_matmul;
     pub use super::plackett_luce::reference as plackett_luce;
+    pub use super::pool::reference as max_pool2;
+    pub use super::relu::reference as relu;
     pub use super::rms_norm::reference as rms_norm;
     pub use super::rope::reference as rope;
+    pub use super::scale::reference as scale_leading;
     pub use super::softmax::reference as softmax;
     pub use super::swiglu::reference as swiglu;
 }
