@@ -240,7 +240,7 @@ impl Run<'_> {
                 trainer.save(&store, optimizer.as_ref(), &tracker)?;
             }
         }
-        let drop_path = Some((self.recipe.train.drop_path, self.recipe.seed)).filter(|(rate, _)| *rate > 0.0);
+        let drop_path = Some((self.recipe.train.drop_path, self.recipe.seed));
         let task = Protected {
             classify: Classify {
                 model: self.start.config.build(&store)?,

@@ -18,6 +18,7 @@ mod block_affine;
 mod block_sum;
 mod change;
 mod classp;
+mod conv;
 mod cpu;
 mod cross_entropy;
 mod dropout;
@@ -31,9 +32,12 @@ mod packed_matmul;
 mod packed_rows;
 mod patchify;
 mod plackett_luce;
+mod pool;
+mod relu;
 mod rms_norm;
 mod rope;
 mod rows;
+mod scale;
 mod softmax;
 mod swiglu;
 #[cfg(test)]
@@ -45,6 +49,7 @@ pub use best_step::{absmax_step, best_step, round_to};
 pub use block_affine::{block_affine, merged as block_affine_merged};
 pub use block_sum::block_sum;
 pub use classp::{classp_step, ClasspParams, GradSum, SumFigures, Test};
+pub use conv::{conv2d, Convolution};
 pub use cross_entropy::{cross_entropy, soft_cross_entropy};
 pub use dropout::{dropout, DropoutMask};
 pub use fake_quant::{
@@ -60,9 +65,12 @@ pub use packed_matmul::{packed_codes_matmul, packed_matmul};
 pub use packed_rows::{Groups, PackedRows};
 pub use patchify::patchify;
 pub use plackett_luce::plackett_luce;
+pub use pool::max_pool2;
+pub use relu::relu;
 pub use rms_norm::rms_norm;
 pub use rope::{rope, Rotations};
 pub use rows::FrozenRows;
+pub use scale::scale_leading;
 pub use softmax::softmax;
 pub use swiglu::swiglu;
 
@@ -76,6 +84,7 @@ pub mod reference {
     pub use super::block_affine::reference as block_affine;
     pub use super::block_sum::reference as block_sum;
     pub use super::classp::reference as classp_step;
+    pub use super::conv::reference as conv2d;
     pub use super::cross_entropy::{reference as cross_entropy, reference_soft as soft_cross_entropy};
     pub use super::dropout::reference as dropout;
     pub use super::fake_quant::{
@@ -88,8 +97,11 @@ pub mod reference {
     pub use super::norm::reference as layer_norm;
     pub use super::packed_matmul::reference as packed_matmul;
     pub use super::plackett_luce::reference as plackett_luce;
+    pub use super::pool::reference as max_pool2;
+    pub use super::relu::reference as relu;
     pub use super::rms_norm::reference as rms_norm;
     pub use super::rope::reference as rope;
+    pub use super::scale::reference as scale_leading;
     pub use super::softmax::reference as softmax;
     pub use super::swiglu::reference as swiglu;
 }

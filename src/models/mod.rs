@@ -1,6 +1,8 @@
 //! Models, and how they are opened: plain, packed, ours or somebody else's.
 
 pub mod attention;
+pub mod convnet;
+pub mod convnet_config;
 pub mod drop_path;
 pub mod import;
 mod keys;
@@ -23,6 +25,8 @@ use std::sync::Arc;
 use candle_core::Device;
 use serde_json::Value;
 
+pub use convnet::ConvNet;
+pub use convnet_config::ConvConfig;
 pub use drop_path::DropPath;
 pub use import::{import_model, Imported, Want};
 pub use llama::{held, open_llama, Cache, Llama, OpenedLlama, Places};

@@ -6,6 +6,8 @@ use candle_core::Tensor;
 use serde_json::Value;
 
 use super::attention::AttentionPlace;
+use super::convnet::ConvNet;
+use super::convnet_config::{is_conv, ConvConfig};
 use super::drop_path::DropPath;
 use super::swin::Swin;
 use super::swin_config::SwinConfig;
@@ -21,6 +23,8 @@ pub enum VisionConfig {
     Vit(VitConfig),
     /// Swin.
     Swin(SwinConfig),
+    /// The convolutional classifier.
+    Conv(ConvConfig),
 }
 
 impl VisionConfig {
@@ -28,6 +32,9 @@ impl VisionConfig {
     ///
     /// Errs as the architecture's own reading does.
     pub fn from_hf(path: &Path, json: &Value) -> Result<Self> {
+        if is_conv(json) {
+            return ConvConfig::from_hf(path, json).map(VisionConfig::Conv);
+        }
         match is_swin(json) {
             true => SwinConfig::from_hf(path, json).map(VisionConfig::Swin),
             false => VitConfig::from_hf(path, json).map(VisionConfig::Vit),
@@ -39,6 +46,7 @@ impl VisionConfig {
         match self {
             VisionConfig::Vit(vit) => vit.to_hf(),
             VisionConfig::Swin(swin) => swin.to_hf(),
+            VisionConfig::Conv(conv) => conv.to_hf(),
         }
     }
 
@@ -47,6 +55,7 @@ impl VisionConfig {
         match self {
             VisionConfig::Vit(vit) => &vit.classes,
             VisionConfig::Swin(swin) => &swin.classes,
+            VisionConfig::Conv(conv) => &conv.classes,
         }
     }
 
@@ -55,6 +64,7 @@ impl VisionConfig {
         match self {
             VisionConfig::Vit(vit) => vit.image_size,
             VisionConfig::Swin(swin) => swin.image_size,
+            VisionConfig::Conv(conv) => conv.image_size,
         }
     }
 
@@ -63,6 +73,7 @@ impl VisionConfig {
         match self {
             VisionConfig::Vit(vit) => vit.channels,
             VisionConfig::Swin(swin) => swin.channels,
+            VisionConfig::Conv(conv) => conv.channels,
         }
     }
 
@@ -71,6 +82,7 @@ impl VisionConfig {
         match self {
             VisionConfig::Vit(vit) => vit.shapes(),
             VisionConfig::Swin(swin) => swin.shapes(),
+            VisionConfig::Conv(conv) => conv.shapes(),
         }
     }
 
@@ -98,6 +110,13 @@ impl VisionConfig {
                 }
                 (modules, "swin.embeddings.".into())
             }
+            // The first convolution is the embedding, the hidden layer the last block.
+            VisionConfig::Conv(conv) => {
+                let layers = conv.widths.len();
+                let mut modules: Vec<_> = (1..layers).map(|i| (format!("conv.{i}."), i)).collect();
+                modules.push(("fc.".into(), layers));
+                (modules, "conv.0.".into())
+            }
         };
         let last = 1 + modules.iter().map(|module| module.1).max().unwrap_or(0);
         let within = modules.iter().find(|module| name.starts_with(&module.0)).map(|module| module.1);
@@ -109,6 +128,7 @@ impl VisionConfig {
         match self {
             VisionConfig::Vit(vit) => vit.attentions(),
             VisionConfig::Swin(swin) => swin.attentions(),
+            VisionConfig::Conv(_) => Vec::new(),
         }
     }
 
@@ -117,6 +137,7 @@ impl VisionConfig {
         match self {
             VisionConfig::Vit(vit) => Vit::taps(vit, weights),
             VisionConfig::Swin(swin) => Swin::taps(swin, weights),
+            VisionConfig::Conv(_) => Vec::new(),
         }
     }
 
@@ -125,6 +146,7 @@ impl VisionConfig {
         match self {
             VisionConfig::Vit(vit) => Vit::new(vit, weights).map(VisionModel::Vit),
             VisionConfig::Swin(swin) => Swin::new(swin, weights).map(VisionModel::Swin),
+            VisionConfig::Conv(conv) => ConvNet::new(conv, weights).map(VisionModel::Conv),
         }
     }
 }
@@ -164,6 +186,8 @@ pub enum VisionModel {
     Vit(Vit),
     /// Swin.
     Swin(Swin),
+    /// The convolutional classifier.
+    Conv(ConvNet),
 }
 
 impl VisionModel {
@@ -173,14 +197,17 @@ impl VisionModel {
         match self {
             VisionModel::Vit(vit) => vit.forward(images),
             VisionModel::Swin(swin) => swin.forward(images),
+            VisionModel::Conv(conv) => conv.forward(images),
         }
     }
 
-    /// As [`VisionModel::forward`], in training: residual branches are left out as `drop` draws it.
+    /// As [`VisionModel::forward`], in training: residual branches are left out, and elements dropped, as
+    /// `drop` draws it; without it nothing is.
     pub fn train(&self, images: &Tensor, drop: Option<&DropPath>) -> Result<VisionOutput> {
         match self {
             VisionModel::Vit(vit) => vit.train(images, drop),
             VisionModel::Swin(swin) => swin.train(images, drop),
+            VisionModel::Conv(conv) => conv.train(images, drop),
         }
     }
 
@@ -189,6 +216,7 @@ impl VisionModel {
         match self {
             VisionModel::Vit(vit) => vit.not_finite(images),
             VisionModel::Swin(swin) => swin.not_finite(images),
+            VisionModel::Conv(conv) => conv.not_finite(images),
         }
     }
 }
@@ -207,6 +235,7 @@ mod tests {
             "num_heads": [3, 6]}));
         let swin = swin.unwrap();
         assert!(matches!((&vit, &swin), (VisionConfig::Vit(_), VisionConfig::Swin(_))));
+        let conv = read(json!({"model_type": "qtune_conv"})).unwrap();
         let error = read(json!({"model_type": "swinv2"})).unwrap_err().to_string();
         assert!(error.contains("found \"swinv2\", expected swin"), "{error}");
         for (model, name, depth) in [
@@ -218,6 +247,10 @@ mod tests {
             (&swin, "swin.encoder.layers.0.downsample.reduction.weight", (2, 6)),
             (&swin, "swin.encoder.layers.1.blocks.2.layernorm_before.bias", (5, 6)),
             (&swin, "swin.layernorm.weight", (6, 6)),
+            (&conv, "conv.0.bias", (0, 3)),
+            (&conv, "conv.1.weight", (1, 3)),
+            (&conv, "fc.weight", (2, 3)),
+            (&conv, "classifier.bias", (3, 3)),
         ] {
             assert_eq!(model.depth(name), depth, "{name}");
         }

@@ -198,7 +198,7 @@ fn run_phase(
     let calm = if runs { annealed(config, weights, trainer.progress)? } else { None };
     let weights = calm.as_ref().unwrap_or(weights);
     let model = start.config.build(weights)?;
-    let drop_path = Some((recipe.train.drop_path, recipe.seed)).filter(|(rate, _)| *rate > 0.0);
+    let drop_path = Some((recipe.train.drop_path, recipe.seed));
     let task = Classify { model, teacher, distill: recipe.distill.kind, drop_path, heads: None };
     let phase = Phase { config, weights, task: &task, optimizer, tracker };
     let before = trainer.state.phase_step;

@@ -96,6 +96,11 @@ fn memory_estimate(
     let values = match config {
         VisionConfig::Vit(vit) => vit_activations(vit, of),
         VisionConfig::Swin(swin) => swin_activations(swin, of),
+        // Refused before; the maps all the same, and the gradients of two.
+        VisionConfig::Conv(conv) => {
+            let maps = (0..conv.widths.len()).map(|layer| conv.map(layer)).map(|(h, w, c)| 2 * h * w * c);
+            maps.sum::<usize>() + 2 * conv.features()
+        }
     };
     let activations = 4 * recipe.train.batch_size * values;
     let average = if recipe.train.ema > 0.0 { 4 } else { 0 };

@@ -7,9 +7,9 @@ use candle_core::{Device, Tensor};
 use super::{targets, teacher, trained};
 use crate::data::{Dataset, Preprocess};
 use crate::models::import::TrainedQuantizers;
-use crate::models::{self, import_model, Imported, SwinConfig, VisionConfig, VitConfig, Want};
+use crate::models::{self, import_model, ConvConfig, Imported, SwinConfig, VisionConfig, VitConfig, Want};
 use crate::random::Random;
-use crate::recipe::{DistillKind, ModelConfig, PhaseConfig, Recipe, SwinSource, VitSource, When};
+use crate::recipe::{ConvSource, DistillKind, ModelConfig, PhaseConfig, Recipe, SwinSource, VitSource, When};
 use crate::train::phase_steps;
 use crate::weights::{Pickle, Weights};
 use crate::{hub, Error, Result};
@@ -50,6 +50,7 @@ pub fn start(recipe: &Recipe, dataset: Option<&Dataset>, device: &Device) -> Res
     match &recipe.model {
         ModelConfig::Vit(source) => new_vit(recipe, source, dataset, device),
         ModelConfig::Swin(source) => new_swin(recipe, source, dataset, device),
+        ModelConfig::Conv(source) => new_conv(recipe, source, dataset, device),
         ModelConfig::Llama(_) => Err(Error::usage("model.kind = \"llama\": expected a vision transformer")),
     }
 }
@@ -121,7 +122,7 @@ fn new_vit(recipe: &Recipe, source: &VitSource, dataset: &Dataset, device: &Devi
         config.heads,
         config.classes.len()
     );
-    made(recipe, VisionConfig::Vit(config), note, device)
+    made(recipe, VisionConfig::Vit(config), note, &initial, device)
 }
 
 fn new_swin(recipe: &Recipe, source: &SwinSource, dataset: &Dataset, device: &Device) -> Result<Start> {
@@ -154,11 +155,60 @@ fn new_swin(recipe: &Recipe, source: &SwinSource, dataset: &Dataset, device: &De
         config.window,
         config.classes.len()
     );
-    made(recipe, VisionConfig::Swin(config), note, device)
+    made(recipe, VisionConfig::Swin(config), note, &initial, device)
 }
 
+/// Mean and deviation of the pixels of MNIST, in which the published network sees every image.
+const GRAY: (f32, f32) = (0.1307, 0.3081);
+
+fn new_conv(recipe: &Recipe, source: &ConvSource, dataset: &Dataset, device: &Device) -> Result<Start> {
+    let (natural, channels) = looks(recipe, dataset)?;
+    let size = source.image_size.unwrap_or(natural);
+    let config = ConvConfig {
+        image_size: (size, size),
+        channels,
+        widths: source.widths.clone(),
+        kernel: source.kernel,
+        hidden: source.hidden,
+        dropout: source.dropout,
+        classes: dataset.classes.clone(),
+    };
+    config.check()?;
+    let note = format!(
+        "new convolutional classifier: {size} x {size} x {channels} images, convolutions of {k} x {k} to {:?} channels, \
+         {} hidden, {} classes",
+        config.widths,
+        config.hidden,
+        config.classes.len(),
+        k = config.kernel
+    );
+    // A bias is drawn by what its layer reads, which only the weight's shape tells.
+    let shapes = config.shapes();
+    let inputs = move |name: &str| {
+        let weight = name.strip_suffix(".bias").map(|layer| format!("{layer}.weight"));
+        let shape = shapes.iter().find(|(n, _)| *n == weight.as_deref().unwrap_or(name));
+        shape.map_or(1, |(_, shape)| shape.iter().skip(1).product::<usize>())
+    };
+    let draw =
+        |seed, name: &str, shape: &[usize], device: &Device| uniform(seed, name, shape, inputs(name), device);
+    let mut start = made(recipe, VisionConfig::Conv(config), note, &draw, device)?;
+    if channels == 1 {
+        (start.preprocess.mean, start.preprocess.std) = (vec![GRAY.0], vec![GRAY.1]);
+    }
+    Ok(start)
+}
+
+/// How a fresh tensor is drawn: by the seed, its name and its shape.
+type Initial<'a> = &'a dyn Fn(u64, &str, &[usize], &Device) -> Result<Tensor>;
+
 /// A model of these sizes from random numbers.
-fn made(recipe: &Recipe, config: VisionConfig, note: String, device: &Device) -> Result<Start> {
+fn made(
+    recipe: &Recipe,
+    config: VisionConfig,
+    note: String,
+    initial: Initial<'_>,
+    device: &Device,
+) -> Result<Start> {
     let mut tensors = Vec::new();
     for (name, shape) in config.shapes() {
         tensors.push((name.clone(), initial(recipe.seed, &name, &shape, device)?));
@@ -216,6 +266,15 @@ fn initial(seed: u64, name: &str, shape: &[usize], device: &Device) -> Result<Te
     Ok(Tensor::from_vec(values, shape, device)?)
 }
 
+/// A fresh tensor uniform within 1 / sqrt(inputs) of 0, a layer's weight and bias alike: what PyTorch gives
+/// its convolutions and linear layers (He et al. 2015 with a slope of sqrt 5).
+fn uniform(seed: u64, name: &str, shape: &[usize], inputs: usize, device: &Device) -> Result<Tensor> {
+    let bound = 1.0 / (inputs.max(1) as f32).sqrt();
+    let mut random = Random::new(seed, &format!("initial:{name}"), &[]);
+    let values: Vec<f32> = (0..shape.iter().product()).map(|_| random.range(-bound, bound)).collect();
+    Ok(Tensor::from_vec(values, shape, device)?)
+}
+
 /// Opens what a recipe starts from and checks, before any work, what would else fail hours later.
 pub(super) fn prepare(
     recipe: &Recipe,
@@ -226,6 +285,12 @@ pub(super) fn prepare(
         check_without_data(recipe)?;
     }
     let start = start(recipe, dataset.as_ref(), device)?;
+    if let VisionConfig::Conv(_) = start.config {
+        return Err(Error::usage(format!(
+            "{}: found a convolutional classifier, which is not quantized: expected a vision transformer",
+            start.name
+        )));
+    }
     targets(recipe, &start.weights)?;
     let Some(mut dataset) = dataset else {
         if start.untrained {

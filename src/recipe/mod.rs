@@ -27,7 +27,7 @@ pub use adapter::{
 pub use continual::{
     ContinualConfig, EwcConfig, FieldConfig, FisherLabels, HeadKind, Protection, ReplayConfig, TaskConfig,
 };
-pub use model::{ModelConfig, SwinSource, VitSource};
+pub use model::{ConvSource, ModelConfig, SwinSource, VitSource};
 pub use phase::{CalmQk, PhaseConfig, QkrBias, QkrConfig, When};
 pub use set::{put, set};
 

@@ -15,6 +15,8 @@ pub enum ModelConfig {
     Vit(VitSource),
     /// A Swin transformer.
     Swin(SwinSource),
+    /// The small convolutional classifier, to learn on with.
+    Conv(ConvSource),
     /// A language model of the Llama family.
     Llama(LlamaSource),
 }
@@ -25,6 +27,7 @@ impl ModelConfig {
         match self {
             ModelConfig::Vit(vit) => vit.path.as_deref(),
             ModelConfig::Swin(swin) => swin.path.as_deref(),
+            ModelConfig::Conv(conv) => conv.path.as_deref(),
             ModelConfig::Llama(llama) => llama.path.as_deref(),
         }
     }
@@ -34,7 +37,7 @@ impl ModelConfig {
         match self {
             ModelConfig::Vit(vit) => vit.allow_pickle,
             ModelConfig::Swin(swin) => swin.allow_pickle,
-            ModelConfig::Llama(_) => false,
+            ModelConfig::Conv(_) | ModelConfig::Llama(_) => false,
         }
     }
 
@@ -43,6 +46,7 @@ impl ModelConfig {
         match self {
             ModelConfig::Vit(vit) => &mut vit.path,
             ModelConfig::Swin(swin) => &mut swin.path,
+            ModelConfig::Conv(conv) => &mut conv.path,
             ModelConfig::Llama(llama) => &mut llama.path,
         }
     }
@@ -52,6 +56,7 @@ impl ModelConfig {
         match self {
             ModelConfig::Vit(vit) => vit.image_size,
             ModelConfig::Swin(swin) => swin.image_size,
+            ModelConfig::Conv(conv) => conv.image_size,
             ModelConfig::Llama(_) => None,
         }
     }
@@ -61,6 +66,7 @@ impl ModelConfig {
         match self {
             ModelConfig::Vit(vit) => vit.check(),
             ModelConfig::Swin(swin) => swin.check(),
+            ModelConfig::Conv(conv) => conv.check(),
             ModelConfig::Llama(llama) => match (&llama.path, llama.new) {
                 (Some(_), Some(_)) => Err(Error::usage("model.path and model.new: expected one of them")),
                 (_, Some(new)) => new.check(),
@@ -200,5 +206,86 @@ impl SwinSource {
             return Err(Error::usage(format!("model.mlp_ratio = {}: expected more than 0", self.mlp_ratio)));
         }
         Ok(())
+    }
+}
+
+/// A convolutional classifier that was trained before, or the sizes of a new one: by default those of the
+/// network that CLASSP was published with.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ConvSource {
+    /// A trained model: a folder, or a hub name. None: a new model of the sizes below.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// Pixels on a side that images are brought to. None: the trained model's, or, for a new model, that of
+    /// the data where it is one size of at most 64, else 64.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub image_size: Option<usize>,
+    /// Channels behind each convolution of a new model.
+    pub widths: Vec<usize>,
+    /// Pixels on a side of the windows of a new model.
+    pub kernel: usize,
+    /// Channels of the layer before the classifier of a new model.
+    pub hidden: usize,
+    /// In training, the share of the last map's channels and of the hidden layer's elements that are dropped,
+    /// for a new model.
+    pub dropout: (f64, f64),
+}
+
+impl Default for ConvSource {
+    fn default() -> Self {
+        ConvSource {
+            path: None,
+            image_size: None,
+            widths: vec![32, 64],
+            kernel: 3,
+            hidden: 128,
+            dropout: (0.25, 0.5),
+        }
+    }
+}
+
+impl ConvSource {
+    fn check(&self) -> Result<()> {
+        if self.widths.is_empty() {
+            return Err(Error::usage("model.widths: found none, expected the channels of each convolution"));
+        }
+        if self.widths.iter().chain([&self.kernel, &self.hidden]).any(|n| *n == 0) {
+            return Err(Error::usage("model: found a size of 0, expected at least 1"));
+        }
+        let (channel, element) = self.dropout;
+        if let Some(p) = [channel, element].into_iter().find(|p| !(0.0..1.0).contains(p)) {
+            return Err(Error::usage(format!("model.dropout = {p}: expected 0 or more and less than 1")));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn conv(text: &str) -> Result<ConvSource> {
+        let source: ConvSource = toml::from_str(text).map_err(|e| Error::usage(e.message()))?;
+        source.check().map(|()| source)
+    }
+
+    #[test]
+    fn a_convolutional_model_defaults_to_the_published_sizes_and_says_what_is_wrong() {
+        let kind: ModelConfig = toml::from_str("kind = \"conv\"").unwrap();
+        assert_eq!(kind, ModelConfig::Conv(ConvSource::default()));
+        let small = conv("widths = [4]\nkernel = 5\nhidden = 8\ndropout = [0.0, 0.1]").unwrap();
+        assert_eq!((small.widths, small.kernel, small.hidden, small.dropout), (vec![4], 5, 8, (0.0, 0.1)));
+        for (text, expected) in [
+            ("widths = []", "model.widths: found none"),
+            ("kernel = 0", "found a size of 0"),
+            ("widths = [4, 0]", "found a size of 0"),
+            ("dropout = [0.25, 1.0]", "model.dropout = 1: expected 0 or more"),
+            ("dropout = [-0.5, 0.0]", "model.dropout = -0.5"),
+            ("depths = [2]", "unknown field `depths`"),
+        ] {
+            let error = conv(text).unwrap_err().to_string();
+            assert!(error.contains(expected), "{text}: {error}");
+        }
     }
 }

@@ -67,7 +67,8 @@ pub struct Classify {
     pub teacher: Option<VisionModel>,
     /// What the student learns from it.
     pub distill: DistillKind,
-    /// Stochastic depth: the rate of the deepest layer and the seed.
+    /// What is left out of the model in training: the rate of stochastic depth at the deepest layer, and the
+    /// seed, of a model's own dropout too. None: nothing is left out.
     pub drop_path: Option<(f64, u64)>,
     /// The classes of each task, where an image's task is known: the class head answers among its own.
     pub heads: Option<Heads>,

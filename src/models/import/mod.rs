@@ -1,9 +1,10 @@
 //! Reads a published ViT, DeiT or Swin (Hugging Face of either spelling, timm, torchvision) into canonical names,
-//! fitted to the image size and classes that are wanted.
+//! fitted to the image size and classes that are wanted; and a convolutional classifier of our own.
 //!
 //! `table` knows the checkpoint by canonical names, `ofq` those of quantization-aware training, `infer` reads sizes off the tensors, `timm` what
 //! timm's configuration adds, `positions` fits the position embeddings to another grid.
 
+mod conv;
 mod infer;
 mod ofq;
 mod positions;
@@ -13,6 +14,7 @@ mod table;
 mod testing;
 mod timm;
 
+use super::convnet_config::is_conv;
 use super::names::meaning;
 use super::vision::{is_swin, VisionConfig};
 use super::vit_config::VitConfig;
@@ -20,6 +22,7 @@ use crate::error::{Error, On, Result};
 use crate::random::Random;
 use crate::weights::checkpoint::{Checkpoint, Pickle};
 use candle_core::{DType, Device, Tensor};
+use conv::import_conv;
 use indexmap::IndexMap;
 use positions::resize_positions;
 use serde_json::Value;
@@ -84,6 +87,9 @@ pub fn import_model(dir: &Path, want: &Want, device: &Device) -> Result<Imported
             let message = "found a quantization_config: this model is packed already, expected a plain one";
             return Err(Error::input(path, message));
         }
+    }
+    if let Some(json) = json.as_ref().filter(|(_, json)| is_conv(json)) {
+        return Ok(import_conv(dir, &checkpoint, json, want, device)?.map(VisionConfig::Conv));
     }
     let swin = match &json {
         Some((_, json)) if is_timm(json) => is_timm_swin(json),
