@@ -132,7 +132,49 @@ impl Source for View {
     }
 }
 
+/// How many of the training images are held out to choose settings by.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum HoldOut {
+    /// This share, above 0 and below 1; at least one image.
+    Share(f64),
+    /// This many.
+    Count(usize),
+}
+
 impl Dataset {
+    /// The training images alone, the last of them to evaluate on and the rest to train on: for choosing
+    /// settings without a look at the evaluation set, which is left out. Image files come class by class in
+    /// turn, others in the order of their file.
+    ///
+    /// Errs where a share is out of range, or where nothing would be left on either side.
+    pub fn validated(mut self, held: HoldOut) -> Result<Self> {
+        let all = self.train.len();
+        let count = match held {
+            HoldOut::Share(share) if !(share > 0.0 && share < 1.0) => {
+                return Err(Error::usage(format!("held out: {share}, expected a share above 0 and below 1")))
+            }
+            HoldOut::Share(share) => ((all as f64 * share).round() as usize).max(1),
+            HoldOut::Count(count) => count,
+        };
+        if count == 0 || count >= all {
+            return Err(Error::usage(format!(
+                "{}: {count} of {all} training images held out, expected 1 or more on both sides",
+                self.name
+            )));
+        }
+        let part = |range: std::ops::Range<usize>| -> Arc<dyn Source> {
+            let indices = range.map(|i| i as u32).collect();
+            Arc::new(View { inner: self.train.clone(), indices, relabel: None })
+        };
+        let (train, eval) = (part(0..all - count), part(all - count..all));
+        (self.train, self.eval) = (train, eval);
+        self.notes.push(format!(
+            "{}: evaluated on the last {count} of {all} training images, trained on the others",
+            self.name
+        ));
+        Ok(self)
+    }
+
     /// The same images with the labels of a model that knows `known`: by name where every class of
     /// the data is one of the model's (case aside), else by number where the data's classes are
     /// numbered or as many as the model's, which the note then says. Anything else is an error.
@@ -201,6 +243,25 @@ mod label_tests {
         own.classes = names(&["0", "1", "2"]);
         assert!(own.clone().under_labels(&names(&["w", "x", "y", "z"])).is_ok());
         assert!(own.under_labels(&names(&["w", "x"])).is_err());
+    }
+
+    #[test]
+    fn validation_takes_the_last_training_images_and_leaves_the_evaluation_set_alone() {
+        let own = data(3);
+        for (held, count) in [(HoldOut::Share(0.25), 10), (HoldOut::Count(7), 7), (HoldOut::Share(1e-9), 1)] {
+            let split = own.clone().validated(held).unwrap();
+            assert_eq!((split.train.len(), split.eval.len()), (40 - count, count));
+            for i in 0..count {
+                assert_eq!(split.eval.image(i).unwrap(), own.train.image(40 - count + i).unwrap());
+                assert_eq!(split.eval.label(i), own.train.label(40 - count + i));
+            }
+            assert_eq!(split.train.image(0).unwrap(), own.train.image(0).unwrap());
+            let said = format!("evaluated on the last {count} of 40 training images");
+            assert!(split.notes.last().unwrap().contains(&said), "{:?}", split.notes);
+        }
+        for held in [HoldOut::Share(1.0), HoldOut::Share(f64::NAN), HoldOut::Count(0), HoldOut::Count(40)] {
+            assert_eq!(own.clone().validated(held).err().unwrap().exit_code(), 2, "{held:?}");
+        }
     }
 }
 

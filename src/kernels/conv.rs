@@ -39,12 +39,19 @@ pub struct Convolution {
 
 /// The convolution in plain candle ops.
 pub fn reference(x: &Tensor, w: &Tensor, b: &Tensor, how: Convolution) -> Result<Tensor> {
-    let x = x.permute((0, 3, 1, 2))?.contiguous()?;
-    let y = x.conv2d(w, how.padding, how.stride, 1, 1)?.permute((0, 2, 3, 1))?.broadcast_add(b)?;
-    if how.relu {
-        y.relu()
-    } else {
-        Ok(y)
+    let Convolution { stride, padding, relu } = how;
+    let mut x = x.permute((0, 3, 1, 2))?.contiguous()?;
+    for axis in [2, 3] {
+        x = x.pad_with_zeros(axis, padding, padding)?;
+        // What no window reaches is cut off: candle's backward takes what is left over below for what is
+        // left over on the right, too.
+        let window = w.dim(axis)?;
+        x = x.narrow(axis, 0, (x.dim(axis)? - window) / stride * stride + window)?;
+    }
+    let y = x.contiguous()?.conv2d(w, 0, stride, 1, 1)?.permute((0, 2, 3, 1))?.broadcast_add(b)?;
+    match relu {
+        true => y.relu(),
+        false => Ok(y),
     }
 }
 
