@@ -6,6 +6,7 @@ use anyhow::Result;
 use clap::{Args, ValueEnum};
 use qtune::language;
 use qtune::recipe::{put, set, Recipe};
+use qtune::select::kappa::Budget;
 use qtune::train::{signal, Progress};
 use qtune::{quantize, Error};
 use toml::Value;
@@ -30,6 +31,8 @@ enum Method {
     Dora,
     /// Low rank, started from the weight's principal part
     Pissa,
+    /// The weights of the lowest condition numbers
+    Kappatune,
     /// Every weight
     Full,
 }
@@ -57,6 +60,10 @@ pub struct Finetune {
     /// A text that is not to be forgotten: its loss before and after
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
+    /// Weights to train, or to adapt, by their condition numbers, lowest first: tensors:N (or N), fraction:P of the
+    /// matrices, share:P of the parameters (or P%), kappa:T
+    #[arg(long, value_name = "BUDGET")]
+    budget: Option<Budget>,
     /// Rank of the adapter
     #[arg(long, value_name = "N")]
     rank: Option<usize>,
@@ -103,6 +110,26 @@ fn modules(text: &str) -> Value {
         true => Value::String(text.into()),
         false => text.split(',').map(|name| Value::String(name.trim().into())).collect::<Vec<_>>().into(),
     }
+}
+
+/// Puts a budget in place of the recipe's, whichever kind that has.
+fn replace_budget(table: &mut toml::Table, budget: Budget) {
+    let mut kappa = table.get("kappa").and_then(Value::as_table).cloned().unwrap_or_default();
+    for key in ["tensors", "fraction", "share", "kappa_max", "selection"] {
+        kappa.remove(key);
+    }
+    let (key, value) = match budget {
+        Budget::Tensors(n) => ("tensors", count(n)),
+        Budget::Fraction(p) => ("fraction", Value::Float(p)),
+        Budget::Share(p) => ("share", Value::Float(p)),
+        Budget::KappaMax(t) => ("kappa_max", Value::Float(t)),
+    };
+    if !matches!(budget, Budget::Share(_)) {
+        // It is about shares alone.
+        kappa.remove("fit");
+    }
+    kappa.insert(key.into(), value);
+    table.insert("kappa".into(), Value::Table(kappa));
 }
 
 impl Finetune {
@@ -152,17 +179,26 @@ impl Finetune {
             let other = slot.as_ref().and_then(|s| s.get("kind")).and_then(Value::as_str) != Some(method);
             if method == "full" {
                 table.remove("adapter");
+                table.remove("kappa");
+            } else if method == "kappatune" {
+                table.remove("adapter");
+                let tenth = || toml::Table::from_iter([("share".to_string(), Value::Float(0.1))]);
+                table.entry("kappa").or_insert_with(|| Value::Table(tenth()));
             } else if other {
                 let mut slot = toml::Table::new();
                 slot.insert("kind".into(), Value::String(method.clone()));
                 table.insert("adapter".into(), Value::Table(slot));
             }
         }
+        if let Some(budget) = self.budget {
+            replace_budget(&mut table, budget);
+        }
         self.training.replace_optimizer(&mut table);
         for (key, value) in self.overrides()? {
             if key.starts_with("adapter.") && !table.contains_key("adapter") {
                 let flag = key.trim_start_matches("adapter.").replace('_', "-");
-                return Err(Error::usage(format!("--{flag}: --method full has no adapter")).into());
+                let method = method.as_deref().unwrap_or("full");
+                return Err(Error::usage(format!("--{flag}: --method {method} has no adapter")).into());
             }
             put(&mut table, &key, value).map_err(|what| Error::usage(format!("{key}: {what}")))?;
         }
@@ -186,6 +222,10 @@ impl Finetune {
         let text =
             recipe.text.iter_mut().flat_map(|text| [&mut text.path, &mut text.eval_path, &mut text.control]);
         for path in [model].into_iter().chain(text).flatten() {
+        let text = recipe.text.iter_mut().flat_map(|text| [&mut text.path, &mut text.eval_path]);
+        let chosen = recipe.kappa.iter_mut().map(|kappa| &mut kappa.selection);
+        let state = &mut recipe.train.optimizer_state;
+        for path in [model, state].into_iter().chain(text).chain(chosen).flatten() {
             *path = anchored(path);
         }
         Ok(recipe)
@@ -195,7 +235,8 @@ impl Finetune {
         let progress = self.common.progress();
         let device = self.common.device_for_text()?;
         if let Some(dir) = &self.training.resume {
-            if !self.overrides()?.is_empty() || self.method.is_some() || self.training.changes() {
+            let own = self.method.is_some() || self.budget.is_some();
+            if !self.overrides()?.is_empty() || own || self.training.changes() {
                 let message =
                     "--resume continues a run by its own recipe.toml: it goes with no flag that changes it";
                 return Err(Error::usage(message).into());

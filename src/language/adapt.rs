@@ -9,6 +9,7 @@ use std::time::Instant;
 use candle_core::{DType, Device};
 use serde_json::{json, Value};
 
+use super::choice::{choice, Choice};
 use super::generate::{generate, Limits, Sampling};
 use super::phases::{train, Training};
 use super::supply::{evaluate_text, Texts};
@@ -17,9 +18,10 @@ use crate::adapter::{self, Adapter, AdapterConfig, Attach, Modules, Save};
 use crate::data::text::TextSet;
 use crate::models::{held, Llama};
 use crate::recipe::{AdapterKind, AdapterSlot, BaseConfig, Recipe};
+use crate::select::kappa::{file, low_rank_for};
 use crate::train::{resume, signal, Accuracy, Metrics, Progress, Trainer};
 use crate::transform::Bat;
-use crate::weights::{Centering, Grid, Weights};
+use crate::weights::{Centering, Expr, Grid, Weights};
 use crate::{files, Error, Result};
 
 /// A model made ready for training: what is frozen is packed, what is trained is in place.
@@ -36,6 +38,8 @@ pub(super) struct Ready {
     pub selected: Vec<String>,
     /// The number that dropout draws by.
     pub pass: Arc<AtomicU64>,
+    /// What `[kappa]` chose.
+    pub choice: Option<Choice>,
 }
 
 /// Names of the weights that `[base]` packs: the matrices of all blocks, and an output embedding of its
@@ -53,6 +57,12 @@ pub(super) fn packable(start: &Start) -> Vec<String> {
 /// The rank of an adapter, and what to say of it.
 pub(super) fn rank_of(slot: &AdapterSlot, modules: &Modules) -> Result<(usize, Option<String>)> {
     let usual = if slot.is_block() { 64 } else { 16 };
+    if let Some(params) = slot.match_params {
+        let targets = slot.peft(1, "").targets(modules)?;
+        let sizes: Vec<(usize, usize)> = targets.into_iter().map(|(_, (out, inner))| (inner, out)).collect();
+        let rank = low_rank_for(&sizes, params)?;
+        return Ok((rank, Some(format!("rank {rank}: the largest with at most {params} parameters in all"))));
+    }
     match slot.rank {
         Some(rank) => Ok((rank, None)),
         None if slot.kind != AdapterKind::Bone => Ok((usual, None)),
@@ -94,13 +104,26 @@ pub fn pack_base(recipe: &Recipe, start: &mut Start, progress: &dyn Progress) ->
     Ok(())
 }
 
-/// Packs what `[base]` says and lays the adapter over it, or makes every weight trainable.
-pub(super) fn ready(recipe: &Recipe, start: &Start, progress: &dyn Progress) -> Result<Ready> {
+/// Packs what `[base]` says and lays the adapter over it, or makes what is tuned trainable: every weight, or
+/// those that `[kappa]` chooses. `dir`: the run's folder.
+pub(super) fn ready(recipe: &Recipe, start: &Start, dir: &Path, progress: &dyn Progress) -> Result<Ready> {
     let pass = Arc::new(AtomicU64::new(0));
-    let Some(slot) = &recipe.adapter else {
-        let weights = held(&start.config, &start.weights, DType::F32)?.trainable()?;
-        let selected = weights.iter().map(|(name, _)| name.to_string()).collect();
-        return Ok(Ready { weights, base: Weights::default(), config: None, factors: None, selected, pass });
+    // Condition numbers are those of the best copy at hand: packing moves the small singular values.
+    let choice = choice(recipe, start, Some(dir), progress)?;
+    let Some(slot) = choice.as_ref().and_then(|c| c.slot.as_ref()).or(recipe.adapter.as_ref()) else {
+        let (weights, selected) = match (&choice, &recipe.kappa) {
+            (Some(choice), Some(config)) => {
+                let base = held(&start.config, &start.weights, source(recipe)?.dtype.dtype())?;
+                (choice.latent(config, start, &base)?, choice.modules())
+            }
+            _ => {
+                let weights = held(&start.config, &start.weights, DType::F32)?.trainable()?;
+                let selected = weights.iter().map(|(name, _)| name.to_string()).collect();
+                (weights, selected)
+            }
+        };
+        let base = Weights::default();
+        return Ok(Ready { weights, base, config: None, factors: None, selected, pass, choice });
     };
     let mut weights = start.weights.clone();
     if let Some(base) = recipe.base {
@@ -123,7 +146,17 @@ pub(super) fn ready(recipe: &Recipe, start: &Start, progress: &dyn Progress) -> 
     started.attached.notes.iter().for_each(|note| progress.note(note));
     let all = started.attached.wrapped.iter().chain(&started.attached.replaced);
     let selected = all.map(|name| name.strip_suffix(".weight").unwrap_or(name).to_string()).collect();
-    Ok(Ready { weights, base, config: Some(config), factors: started.start, selected, pass })
+    let factors = started.start;
+    Ok(Ready { weights, base, config: Some(config), factors, selected, pass, choice })
+}
+
+/// The model as it was, with what was trained in its place.
+fn tuned(start: &Start, ready: &Ready) -> Result<Weights> {
+    let mut weights = start.weights.clone();
+    for (name, weight) in ready.weights.iter().filter(|(_, w)| matches!(w.expr(), Expr::Latent(_))) {
+        weights.insert(name, weight.folded()?);
+    }
+    Ok(weights)
 }
 
 /// Runs the recipe. See [`super::run`].
@@ -143,7 +176,7 @@ pub(super) fn run(
     if let Some(signal) = signal::asked() {
         return Err(Error::Stopped { signal, resume: Some(dir.to_path_buf()) });
     }
-    let ready = ready(recipe, &start, progress)?;
+    let ready = ready(recipe, &start, dir, progress)?;
     let metrics = Metrics::open(&dir.join("metrics.jsonl"), state.metrics_lines)?;
     if let Some(saved) = &saved {
         progress.note(&format!("continuing from step {} ({})", state.step, saved.dir.display()));
@@ -219,7 +252,7 @@ fn finish(
     let (written, bytes, read_back) = match &ready.config {
         None => {
             let dir = trainer.dir.join("model");
-            let bytes = write_language_model(&dir, start, &ready.weights.folded()?)?;
+            let bytes = write_language_model(&dir, start, &tuned(start, ready)?)?;
             let opened = super::open_at(&dir, device)?;
             (dir, bytes, held(&start.config, &opened.weights, trainer.supply.dtype)?)
         }
@@ -233,11 +266,13 @@ fn finish(
     trainer.state.measured = None;
     let params = ready.weights.params();
     let trainable: usize = params.iter().map(|p| p.var.elem_count()).sum();
-    let method = match &recipe.adapter {
-        None => "full".to_string(),
-        Some(slot) => format!("{:?}", slot.kind).to_lowercase(),
+    let adapter = recipe.adapter.as_ref().map(|slot| format!("{:?}", slot.kind).to_lowercase());
+    let method = match (&ready.choice, &adapter) {
+        (Some(_), _) => "kappatune",
+        (None, Some(kind)) => kind,
+        (None, None) => "full",
     };
-    let mut summary = summary_head(recipe, "finetune", &method, start, trainer.wall_s(), device);
+    let mut summary = summary_head(recipe, "finetune", method, start, trainer.wall_s(), device);
     let mut put = |key: &str, value: Value| summary.insert(key.to_string(), value);
     put("steps", json!(trainer.state.step));
     put("params_trainable", json!(trainable));
@@ -256,6 +291,11 @@ fn finish(
     put("tokens_per_s", if rate > 0.0 { json!(rate) } else { Value::Null });
     put("adapter_bytes", if ready.config.is_some() { json!(bytes) } else { Value::Null });
     put("selected", json!(ready.selected));
+    if let Some(Choice { selection, .. }) = &ready.choice {
+        put("adapter", json!(adapter));
+        put("model_hash", json!(selection.model_hash));
+        put("selected_params", json!(selection.selected_params));
+    }
     put("base_bits", json!(recipe.base.map(|base| base.bits)));
     put("skipped_steps", json!(trainer.state.skipped));
     put("output", json!(written.display().to_string()));
@@ -286,6 +326,10 @@ fn save_adapter(
         files::discard(&dir)?;
     }
     let bytes = adapter.save(&dir, &Save::default())?;
+    if let Some(Choice { selection, .. }) = &ready.choice {
+        // What it was chosen by goes where the adapter goes.
+        selection.write(&dir.join(file::FILE_NAME))?;
+    }
     if recipe.adapter.as_ref().is_some_and(|slot| slot.as_lora) {
         let lora = trainer.dir.join("adapter-lora");
         if lora.exists() {

@@ -2,6 +2,7 @@
 //! under the trainer that images have too.
 
 mod adapt;
+mod choice;
 pub mod generate;
 mod pack;
 mod phases;

@@ -4,12 +4,13 @@
 use candle_core::Device;
 
 use super::adapt::{packable, rank_of};
+use super::choice::choice;
 use super::{open, open_text, pack, source};
 use crate::adapter::Modules;
 use crate::models::LlamaConfig;
 use crate::quantize::targets;
 use crate::recipe::{Recipe, When};
-use crate::train::phase_steps;
+use crate::train::{phase_steps, Quiet};
 use crate::weights::{Centering, Grid};
 use crate::{Error, Result};
 
@@ -63,7 +64,22 @@ pub fn plan(recipe: &Recipe, device: &Device) -> Result<Plan> {
     let packed = if recipe.base.is_some() { packable(&start) } else { Vec::new() };
     let (mut tensors, mut held, mut trainable) = (Vec::new(), 0usize, 0usize);
     let mut adapted: Vec<(String, usize)> = Vec::new();
-    if let Some(slot) = &recipe.adapter {
+    let choice = choice(recipe, &start, None, &Quiet)?;
+    let slot = choice.as_ref().and_then(|c| c.slot.as_ref()).or(recipe.adapter.as_ref());
+    // With [kappa] the chosen ones alone, without it every one.
+    let tuned = |name: &str| match (&choice, &recipe.kappa) {
+        (Some(choice), Some(config)) => choice.trains(config, name),
+        _ => true,
+    };
+    if let Some(choice) = &choice {
+        notes.push(format!(
+            "kappa: {} of {} matrices, {} parameters",
+            choice.selection.selected().count(),
+            choice.selection.tensors.len(),
+            choice.selection.selected_params
+        ));
+    }
+    if let Some(slot) = slot {
         let (rank, note) = rank_of(slot, &modules)?;
         notes.extend(note);
         for (path, (out, inputs)) in slot.peft(rank, &start.name).targets(&modules)? {
@@ -94,7 +110,7 @@ pub fn plan(recipe: &Recipe, device: &Device) -> Result<Plan> {
             // Trained beside a frozen teacher; its rounded form is made in every pass.
             held += if trains { 12 * count } else { 0 };
             trainable += if trains { count } else { 0 };
-        } else if recipe.adapts() && recipe.adapter.is_none() || (!recipe.adapts() && trains) {
+        } else if recipe.adapts() && recipe.adapter.is_none() && tuned(name) || (!recipe.adapts() && trains) {
             trainable += count;
             held += if recipe.adapts() { 4 * count } else { 8 * count };
             what.push("trained".into());

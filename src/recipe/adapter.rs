@@ -81,6 +81,10 @@ pub struct AdapterSlot {
     /// size up to 64.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rank: Option<usize>,
+    /// Parameters in all, in place of a rank: the largest rank of `lora`, `rslora` or `pissa` with at most so
+    /// many.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub match_params: Option<usize>,
     /// LoRA's alpha. None: twice the rank, for `rslora` and `pissa` the rank.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub alpha: Option<f64>,
@@ -181,6 +185,17 @@ impl AdapterSlot {
         let bad = |message: String| Err(Error::usage(format!("adapter.{message}")));
         if self.rank == Some(0) || self.mini_rank == Some(0) {
             return bad("rank = 0: expected at least 1".into());
+        }
+        if let Some(params) = self.match_params {
+            if self.rank.is_some() {
+                return bad("rank and adapter.match_params: expected one of them".into());
+            }
+            if !matches!(self.kind, AdapterKind::Lora | AdapterKind::Rslora | AdapterKind::Pissa) {
+                let kind = self.kind;
+                return bad(format!(
+                    "match_params = {params}: of lora, rslora and pissa, not of kind {kind:?}"
+                ));
+            }
         }
         if !(0.0..1.0).contains(&self.dropout) {
             return bad(format!("dropout = {}: expected 0 or more and less than 1", self.dropout));

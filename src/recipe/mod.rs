@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::data::text::TextConfig;
 use crate::data::{Augment, DataConfig};
 use crate::optim::OptimizerConfig;
+use crate::select::kappa::KappaConfig;
 use crate::select::SelectBits;
 use crate::transform::WeightQuant;
 use crate::weights::nearest;
@@ -56,6 +57,8 @@ pub const EMBEDDED: &[(&str, &str)] = &[
     ("pissa", include_str!("../../recipes/pissa.toml")),
     ("full", include_str!("../../recipes/full.toml")),
     ("classp", include_str!("../../recipes/classp.toml")),
+    ("kappatune", include_str!("../../recipes/kappatune.toml")),
+    ("kappa-bone-classp", include_str!("../../recipes/kappa-bone-classp.toml")),
     ("sorting", include_str!("../../recipes/sorting.toml")),
     ("tiny-llama", include_str!("../../recipes/tiny-llama.toml")),
     ("llama-w2", include_str!("../../recipes/llama-w2.toml")),
@@ -81,6 +84,10 @@ pub struct Recipe {
     /// `[text]`: what a language model reads, in place of `[data]`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub text: Option<TextConfig>,
+    /// `[kappa]`: which weights of a language model are trained, or adapted, by their condition numbers. None: all
+    /// that the recipe is for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kappa: Option<KappaConfig>,
     /// `[base]`: the frozen weights of a language model packed. None: they are as they are.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base: Option<BaseConfig>,
@@ -400,6 +407,7 @@ impl Recipe {
     fn check_vision(&self) -> Result<()> {
         let stray = [
             ("text", self.text.is_some()),
+            ("kappa", self.kappa.is_some()),
             ("base", self.base.is_some()),
             ("adapter", self.adapter.is_some()),
         ];
@@ -460,6 +468,17 @@ impl Recipe {
                 return Err(Error::usage(
                     "base: packed weights are frozen, expected an [adapter] that is trained",
                 ));
+            }
+        }
+        if let Some(kappa) = &self.kappa {
+            kappa.check()?;
+            if !self.transform.is_empty() {
+                return Err(Error::usage("kappa and transform: expected one of them"));
+            }
+            if self.adapter.is_some() && (kappa.train_norms || kappa.train_biases) {
+                let message = "kappa.train_norms, kappa.train_biases: beside an adapter it is adapter.modules_to_save and \
+                               adapter.bias that train them";
+                return Err(Error::usage(message));
             }
         }
         if let Some(adapter) = &self.adapter {

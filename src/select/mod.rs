@@ -1,6 +1,7 @@
 //! Which weights a rule is for: patterns over checkpoint names.
 
 pub mod bits;
+pub mod kappa;
 
 pub use bits::SelectBits;
 
