@@ -281,3 +281,69 @@ fn low_rank_modules() {
         assert_eq!(low_rank_for(&sizes, params - 1).unwrap_or(0), size(golden, "rank") - 1);
     }
 }
+
+/// `qtune kappa` with these arguments: exit code, stdout, stderr.
+fn qtune(args: &[&str]) -> (i32, String, String) {
+    let output =
+        std::process::Command::new(env!("CARGO_BIN_EXE_qtune")).arg("kappa").args(args).output().unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.code().unwrap(), text(&output.stdout), text(&output.stderr))
+}
+
+/// The program on the tiny model, whose roles it takes from the names.
+#[test]
+fn the_command_line() {
+    let index = index();
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("model.safetensors");
+    std::fs::copy(folder().join(text(&index, "model")), &model).unwrap();
+    let (model, out) = (model.to_str().unwrap(), dir.path().join("out"));
+    let order: Vec<&str> =
+        list(&index["tiny_model"], "order_default").iter().map(|n| n.as_str().unwrap()).collect();
+    let run = |more: &[&str]| -> Value {
+        let (code, stdout, stderr) = qtune(&[&[model, "--json", "--budget", "3"], more].concat());
+        assert_eq!(code, 0, "{stderr}");
+        serde_json::from_str(&stdout).unwrap()
+    };
+    let first = run(&["--out", out.to_str().unwrap(), "--threads", "2", "--spectrum", "stem.conv"]);
+    let tensors = list(&first, "tensors");
+    let selected = |v: &Value| -> Vec<String> {
+        let chosen = list(v, "tensors").iter().filter(|t| t["selected"] == true);
+        chosen.map(|t| text(t, "name").to_string()).collect()
+    };
+    assert_eq!(selected(&first), order[..3]);
+    let ranked: Vec<&str> = tensors[..order.len()].iter().map(|t| text(t, "name")).collect();
+    assert_eq!(ranked, order);
+    assert_eq!(text(&tensors[order.len()], "status"), "rank_deficient");
+    let spectrum = list(&first["spectra"], "stem.conv.weight");
+    assert_eq!(spectrum.len(), 8);
+    assert_eq!(first["command"], "kappa");
+    assert!(dir.path().join(".qtune-kappa.json").exists());
+    for file in ["summary.json", "selection.json", "report.html", "kappa.svg"] {
+        assert!(out.join(file).exists(), "{file}");
+    }
+    let kept = qtune::select::kappa::Selection::read(&out).unwrap();
+    assert_eq!(kept.selected().map(|e| e.name.clone()).collect::<Vec<_>>(), order[..3]);
+
+    // Without the cache, with it, and with one thread: the same.
+    for more in [&["--no-cache"][..], &["--threads", "1"], &["--exact", "--no-cache"]] {
+        assert_eq!(run(more)["tensors"], first["tensors"], "{more:?}");
+    }
+    let (code, table, _) = qtune(&[model, "--top", "4"]);
+    assert_eq!(code, 0);
+    assert!(table.contains(order[0]) && table.contains("more") && !table.contains(order[9]), "{table}");
+
+    for (args, message) in [
+        (&["--budget", "share:0.0001"][..], "expected at least 0.04"),
+        (&["--budget", "tensors:0"], "expected at least 1"),
+        (&["--spectrum", "stem.cnv"], "a matrix here is"),
+        (&["--include", "nothing*"], "no unit matches"),
+    ] {
+        let (code, stdout, stderr) = qtune(&[&[model], args].concat());
+        assert_eq!((code, stdout.as_str()), (2, ""), "{args:?}: {stderr}");
+        assert!(stderr.contains(message) && stderr.trim().lines().count() == 1, "{args:?}: {stderr}");
+    }
+    let (code, _, stderr) = qtune(&[model, "--out", out.to_str().unwrap()]);
+    assert_ne!(code, 0);
+    assert!(stderr.contains("out"), "{stderr}");
+}

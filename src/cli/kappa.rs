@@ -287,7 +287,7 @@ impl Kappa {
             };
             let found: Vec<&Unit> = units.iter().filter(fits).collect();
             if found.is_empty() {
-                let near = nearest(pattern, units.iter().map(|u| u.param.as_str()));
+                let near = nearest(pattern, units.iter().map(Unit::module));
                 let hint = near.map(|n| format!("; a matrix here is {n}")).unwrap_or_default();
                 return Err(Error::usage(format!("--spectrum {pattern}: no matrix has this name{hint}")));
             }
