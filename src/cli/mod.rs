@@ -10,6 +10,7 @@ mod flags;
 mod generate;
 mod inspect;
 mod inspect_adapter;
+mod kappa;
 mod merge;
 mod predict;
 mod progress;
@@ -56,6 +57,8 @@ enum Command {
     Merge(merge::Merge),
     /// Write the same model in another form: plain safetensors, GGUF; or an adapter as plain LoRA
     Export(export::Export),
+    /// Rank a model's matrices by condition number, and select those to train
+    Kappa(Box<kappa::Kappa>),
     /// List what a model, checkpoint, adapter or run holds
     Inspect(inspect::Inspect),
     /// Print shell completions
@@ -94,6 +97,7 @@ pub fn run() -> Result<()> {
         Command::Data(command) => command.run(),
         Command::Merge(command) => command.run(),
         Command::Export(command) => command.run(),
+        Command::Kappa(command) => command.run(),
         Command::Inspect(command) => command.run(),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Args::command(), "qtune", &mut std::io::stdout());

@@ -10,6 +10,8 @@ use std::sync::Mutex;
 use candle_core::{DType, Tensor};
 use half::{bf16, f16};
 use safetensors::Dtype;
+use serde::Deserialize;
+use serde_json::{Map, Value};
 
 use super::stored::{Float, Matrix};
 use super::units::Unit;
@@ -147,24 +149,29 @@ fn read_at(path: &Path, start: u64, length: usize) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// Where a tensor's bytes lie behind the header; the rest of an entry is [`Checkpoint`]'s business.
+#[derive(Deserialize)]
+struct Place {
+    data_offsets: (u64, u64),
+}
+
 /// The header of a file that [`Checkpoint`] has found sound.
 fn header(path: &Path) -> Result<Header> {
-    let wrong = |e: safetensors::SafeTensorError| Error::input(path, e.to_string());
-    let start = read_at(path, 0, 8)?;
-    let length = start.iter().rev().fold(0u64, |n, b| (n << 8) | u64::from(*b));
+    let wrong = |e: serde_json::Error| Error::input(path, e.to_string());
+    let length = read_at(path, 0, 8)?.iter().rev().fold(0u64, |n, b| (n << 8) | u64::from(*b));
     let on_disk = std::fs::metadata(path).map_err(|e| Error::io(path, e))?.len();
     if length > on_disk {
         return Err(Error::input(path, format!("found a header of {length} bytes in a file of {on_disk}")));
     }
-    let bytes = read_at(path, 0, 8 + length as usize)?;
-    let (_, metadata) = safetensors::SafeTensors::read_metadata(&bytes).map_err(wrong)?;
-    let all = metadata.tensors().into_iter();
-    Ok(all
-        .map(|(name, info)| {
-            let (from, to) = info.data_offsets;
-            (name, (8 + length + from as u64, to - from))
-        })
-        .collect())
+    let mut entries: Map<String, Value> =
+        serde_json::from_slice(&read_at(path, 8, length as usize)?).map_err(wrong)?;
+    entries.remove("__metadata__");
+    let mut header = Header::new();
+    for (name, entry) in entries {
+        let Place { data_offsets: (from, to) } = serde_json::from_value(entry).map_err(wrong)?;
+        header.insert(name, (8 + length + from, to.saturating_sub(from) as usize));
+    }
+    Ok(header)
 }
 
 /// The numbers of a unit of a tensor in memory; `source` in place of its dtype.
