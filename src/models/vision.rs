@@ -6,6 +6,8 @@ use candle_core::Tensor;
 use serde_json::Value;
 
 use super::attention::AttentionPlace;
+use super::binary::Binary;
+use super::binary_config::{is_binary, BinaryConfig};
 use super::drop_path::DropPath;
 use super::swin::Swin;
 use super::swin_config::SwinConfig;
@@ -21,6 +23,8 @@ pub enum VisionConfig {
     Vit(VitConfig),
     /// Swin.
     Swin(SwinConfig),
+    /// A perceptron of one-bit weights.
+    Binary(BinaryConfig),
 }
 
 impl VisionConfig {
@@ -28,6 +32,9 @@ impl VisionConfig {
     ///
     /// Errs as the architecture's own reading does.
     pub fn from_hf(path: &Path, json: &Value) -> Result<Self> {
+        if is_binary(json) {
+            return BinaryConfig::from_hf(path, json).map(VisionConfig::Binary);
+        }
         match is_swin(json) {
             true => SwinConfig::from_hf(path, json).map(VisionConfig::Swin),
             false => VitConfig::from_hf(path, json).map(VisionConfig::Vit),
@@ -39,6 +46,7 @@ impl VisionConfig {
         match self {
             VisionConfig::Vit(vit) => vit.to_hf(),
             VisionConfig::Swin(swin) => swin.to_hf(),
+            VisionConfig::Binary(binary) => binary.to_hf(),
         }
     }
 
@@ -47,6 +55,7 @@ impl VisionConfig {
         match self {
             VisionConfig::Vit(vit) => &vit.classes,
             VisionConfig::Swin(swin) => &swin.classes,
+            VisionConfig::Binary(binary) => &binary.classes,
         }
     }
 
@@ -55,6 +64,7 @@ impl VisionConfig {
         match self {
             VisionConfig::Vit(vit) => vit.image_size,
             VisionConfig::Swin(swin) => swin.image_size,
+            VisionConfig::Binary(binary) => binary.image_size,
         }
     }
 
@@ -63,6 +73,7 @@ impl VisionConfig {
         match self {
             VisionConfig::Vit(vit) => vit.channels,
             VisionConfig::Swin(swin) => swin.channels,
+            VisionConfig::Binary(binary) => binary.channels,
         }
     }
 
@@ -71,6 +82,7 @@ impl VisionConfig {
         match self {
             VisionConfig::Vit(vit) => vit.shapes(),
             VisionConfig::Swin(swin) => swin.shapes(),
+            VisionConfig::Binary(binary) => binary.shapes(),
         }
     }
 
@@ -98,6 +110,10 @@ impl VisionConfig {
                 }
                 (modules, "swin.embeddings.".into())
             }
+            VisionConfig::Binary(binary) => {
+                let layers = 1..binary.hidden.len();
+                (layers.map(|i| (format!("layers.{i}."), i)).collect(), "layers.0.".into())
+            }
         };
         let last = 1 + modules.iter().map(|module| module.1).max().unwrap_or(0);
         let within = modules.iter().find(|module| name.starts_with(&module.0)).map(|module| module.1);
@@ -109,6 +125,7 @@ impl VisionConfig {
         match self {
             VisionConfig::Vit(vit) => vit.attentions(),
             VisionConfig::Swin(swin) => swin.attentions(),
+            VisionConfig::Binary(_) => Vec::new(),
         }
     }
 
@@ -117,6 +134,7 @@ impl VisionConfig {
         match self {
             VisionConfig::Vit(vit) => Vit::taps(vit, weights),
             VisionConfig::Swin(swin) => Swin::taps(swin, weights),
+            VisionConfig::Binary(_) => Vec::new(),
         }
     }
 
@@ -125,6 +143,7 @@ impl VisionConfig {
         match self {
             VisionConfig::Vit(vit) => Vit::new(vit, weights).map(VisionModel::Vit),
             VisionConfig::Swin(swin) => Swin::new(swin, weights).map(VisionModel::Swin),
+            VisionConfig::Binary(binary) => Binary::new(binary, weights).map(VisionModel::Binary),
         }
     }
 }
@@ -145,6 +164,8 @@ pub struct VisionOutput {
     pub class: Tensor,
     /// Of the distillation token, where the model has a head for it.
     pub distillation: Option<Tensor>,
+    /// Variance of `class` in a model that learns the distribution of its weights.
+    pub variance: Option<Tensor>,
 }
 
 impl VisionOutput {
@@ -164,6 +185,8 @@ pub enum VisionModel {
     Vit(Vit),
     /// Swin.
     Swin(Swin),
+    /// A perceptron of one-bit weights.
+    Binary(Binary),
 }
 
 impl VisionModel {
@@ -173,6 +196,7 @@ impl VisionModel {
         match self {
             VisionModel::Vit(vit) => vit.forward(images),
             VisionModel::Swin(swin) => swin.forward(images),
+            VisionModel::Binary(binary) => binary.forward(images),
         }
     }
 
@@ -181,6 +205,7 @@ impl VisionModel {
         match self {
             VisionModel::Vit(vit) => vit.train(images, drop),
             VisionModel::Swin(swin) => swin.train(images, drop),
+            VisionModel::Binary(binary) => binary.train(images),
         }
     }
 
@@ -189,6 +214,7 @@ impl VisionModel {
         match self {
             VisionModel::Vit(vit) => vit.not_finite(images),
             VisionModel::Swin(swin) => swin.not_finite(images),
+            VisionModel::Binary(binary) => binary.not_finite(images),
         }
     }
 }

@@ -7,9 +7,9 @@ use candle_core::{Device, Tensor};
 use super::{targets, teacher, trained};
 use crate::data::{Dataset, Preprocess};
 use crate::models::import::TrainedQuantizers;
-use crate::models::{self, import_model, Imported, SwinConfig, VisionConfig, VitConfig, Want};
+use crate::models::{self, import_model, BinaryConfig, Imported, SwinConfig, VisionConfig, VitConfig, Want};
 use crate::random::Random;
-use crate::recipe::{DistillKind, ModelConfig, PhaseConfig, Recipe, SwinSource, VitSource, When};
+use crate::recipe::{BinarySource, DistillKind, ModelConfig, PhaseConfig, Recipe, SwinSource, VitSource, When};
 use crate::train::phase_steps;
 use crate::weights::{Pickle, Weights};
 use crate::{hub, Error, Result};
@@ -50,6 +50,7 @@ pub fn start(recipe: &Recipe, dataset: Option<&Dataset>, device: &Device) -> Res
     match &recipe.model {
         ModelConfig::Vit(source) => new_vit(recipe, source, dataset, device),
         ModelConfig::Swin(source) => new_swin(recipe, source, dataset, device),
+        ModelConfig::Binary(source) => new_binary(recipe, source, dataset, device),
         ModelConfig::Llama(_) => Err(Error::usage("model.kind = \"llama\": expected a vision transformer")),
     }
 }
@@ -157,15 +158,37 @@ fn new_swin(recipe: &Recipe, source: &SwinSource, dataset: &Dataset, device: &De
     made(recipe, VisionConfig::Swin(config), note, device)
 }
 
+fn new_binary(recipe: &Recipe, source: &BinarySource, dataset: &Dataset, device: &Device) -> Result<Start> {
+    let (natural, channels) = looks(recipe, dataset)?;
+    let size = source.image_size.unwrap_or(natural);
+    let config = BinaryConfig {
+        image_size: (size, size),
+        channels,
+        hidden: source.hidden.clone(),
+        reading: source.reading,
+        classes: dataset.classes.clone(),
+    };
+    config.check()?;
+    let note = format!(
+        "new perceptron of one-bit weights: {size} x {size} x {channels} images, {:?} hidden units, {} classes",
+        config.hidden,
+        config.classes.len()
+    );
+    made(recipe, VisionConfig::Binary(config), note, device)
+}
+
 /// A model of these sizes from random numbers.
 fn made(recipe: &Recipe, config: VisionConfig, note: String, device: &Device) -> Result<Start> {
     let mut tensors = Vec::new();
     for (name, shape) in config.shapes() {
-        tensors.push((name.clone(), initial(recipe.seed, &name, &shape, device)?));
+        let tensor = match &config {
+            VisionConfig::Binary(binary) => binary.fresh(recipe.seed, &name, &shape, device)?,
+            _ => initial(recipe.seed, &name, &shape, device)?,
+        };
+        tensors.push((name, tensor));
     }
-    let (height, width) = config.image_size();
     Ok(Start {
-        preprocess: Preprocess::default_for(height, width, config.channels()),
+        preprocess: models::preprocess_of(&config),
         config,
         weights: Weights::from_tensors(tensors),
         quantizers: None,

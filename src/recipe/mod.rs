@@ -23,7 +23,7 @@ use crate::{files, Error, Result};
 pub use adapter::{
     AdapterKind, AdapterSlot, BaseConfig, Biases, Format, Init, LlamaSource, Modules, NewLlama, PeftType,
 };
-pub use model::{ModelConfig, SwinSource, VitSource};
+pub use model::{BinarySource, ModelConfig, SwinSource, VitSource};
 pub use phase::{CalmQk, PhaseConfig, QkrBias, QkrConfig, When};
 pub use set::{put, set};
 

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::LlamaSource;
+use crate::models::Reading;
 use crate::{Error, Result};
 
 /// `[model]`: where to start from.
@@ -15,6 +16,8 @@ pub enum ModelConfig {
     Vit(VitSource),
     /// A Swin transformer.
     Swin(SwinSource),
+    /// A perceptron of one-bit weights.
+    Binary(BinarySource),
     /// A language model of the Llama family.
     Llama(LlamaSource),
 }
@@ -25,6 +28,7 @@ impl ModelConfig {
         match self {
             ModelConfig::Vit(vit) => vit.path.as_deref(),
             ModelConfig::Swin(swin) => swin.path.as_deref(),
+            ModelConfig::Binary(binary) => binary.path.as_deref(),
             ModelConfig::Llama(llama) => llama.path.as_deref(),
         }
     }
@@ -34,7 +38,7 @@ impl ModelConfig {
         match self {
             ModelConfig::Vit(vit) => vit.allow_pickle,
             ModelConfig::Swin(swin) => swin.allow_pickle,
-            ModelConfig::Llama(_) => false,
+            ModelConfig::Binary(_) | ModelConfig::Llama(_) => false,
         }
     }
 
@@ -43,6 +47,7 @@ impl ModelConfig {
         match self {
             ModelConfig::Vit(vit) => &mut vit.path,
             ModelConfig::Swin(swin) => &mut swin.path,
+            ModelConfig::Binary(binary) => &mut binary.path,
             ModelConfig::Llama(llama) => &mut llama.path,
         }
     }
@@ -52,6 +57,7 @@ impl ModelConfig {
         match self {
             ModelConfig::Vit(vit) => vit.image_size,
             ModelConfig::Swin(swin) => swin.image_size,
+            ModelConfig::Binary(binary) => binary.image_size,
             ModelConfig::Llama(_) => None,
         }
     }
@@ -61,6 +67,7 @@ impl ModelConfig {
         match self {
             ModelConfig::Vit(vit) => vit.check(),
             ModelConfig::Swin(swin) => swin.check(),
+            ModelConfig::Binary(binary) => binary.check(),
             ModelConfig::Llama(llama) => match (&llama.path, llama.new) {
                 (Some(_), Some(_)) => Err(Error::usage("model.path and model.new: expected one of them")),
                 (_, Some(new)) => new.check(),
@@ -198,6 +205,41 @@ impl SwinSource {
         }
         if !(self.mlp_ratio.is_finite() && self.mlp_ratio > 0.0) {
             return Err(Error::usage(format!("model.mlp_ratio = {}: expected more than 0", self.mlp_ratio)));
+        }
+        Ok(())
+    }
+}
+
+/// A perceptron of one-bit weights ([`crate::models::Binary`]), or the sizes of a new one.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct BinarySource {
+    /// A trained model: a folder. None: a new model of the sizes below.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// Pixels on a side that images are brought to. None: the trained model's, or, for a new model, that of
+    /// the data where it is one size of at most 64, else 64.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub image_size: Option<usize>,
+    /// Units of each hidden layer of a new model.
+    pub hidden: Vec<usize>,
+    /// How the fields behind the signs are trained: `field`, as distributions, or `sign`, straight through.
+    pub reading: Reading,
+}
+
+impl Default for BinarySource {
+    fn default() -> Self {
+        BinarySource { path: None, image_size: None, hidden: vec![200, 200], reading: Reading::Field }
+    }
+}
+
+impl BinarySource {
+    fn check(&self) -> Result<()> {
+        if self.hidden.is_empty() || self.hidden.contains(&0) {
+            return Err(Error::usage(format!(
+                "model.hidden = {:?}: expected at least one layer, of at least 1 unit each",
+                self.hidden
+            )));
         }
         Ok(())
     }

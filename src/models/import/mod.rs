@@ -4,6 +4,7 @@
 //! `table` knows the checkpoint by canonical names, `ofq` those of quantization-aware training, `infer` reads sizes off the tensors, `timm` what
 //! timm's configuration adds, `positions` fits the position embeddings to another grid.
 
+mod binary;
 mod infer;
 mod ofq;
 mod positions;
@@ -13,12 +14,14 @@ mod table;
 mod testing;
 mod timm;
 
+use super::binary_config::is_binary;
 use super::names::meaning;
 use super::vision::{is_swin, VisionConfig};
 use super::vit_config::VitConfig;
 use crate::error::{Error, On, Result};
 use crate::random::Random;
 use crate::weights::checkpoint::{Checkpoint, Pickle};
+use binary::import_binary;
 use candle_core::{DType, Device, Tensor};
 use indexmap::IndexMap;
 use positions::resize_positions;
@@ -84,6 +87,9 @@ pub fn import_model(dir: &Path, want: &Want, device: &Device) -> Result<Imported
             let message = "found a quantization_config: this model is packed already, expected a plain one";
             return Err(Error::input(path, message));
         }
+    }
+    if let Some((path, json)) = json.as_ref().filter(|(_, json)| is_binary(json)) {
+        return Ok(import_binary(path, json, &checkpoint, want, device)?.map(VisionConfig::Binary));
     }
     let swin = match &json {
         Some((_, json)) if is_timm(json) => is_timm_swin(json),

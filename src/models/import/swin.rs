@@ -302,7 +302,7 @@ mod tests {
     fn read(dir: &Path, want: &Want) -> Result<Imported<SwinConfig>> {
         Ok(import_model(dir, want, &Device::Cpu)?.map(|config| match config {
             VisionConfig::Swin(swin) => swin,
-            VisionConfig::Vit(_) => panic!("found a ViT, expected a Swin"),
+            other => panic!("found {other:?}, expected a Swin"),
         }))
     }
 

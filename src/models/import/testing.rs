@@ -54,7 +54,7 @@ pub fn folder(tensors: &[(String, Tensor)], config: Option<&Value>) -> tempfile:
 pub fn import_from(dir: &Path, want: &Want, device: &Device) -> Result<Imported<VitConfig>> {
     Ok(import_model(dir, want, device)?.map(|config| match config {
         VisionConfig::Vit(vit) => vit,
-        VisionConfig::Swin(_) => panic!("found a Swin, expected a ViT"),
+        other => panic!("found {other:?}, expected a ViT"),
     }))
 }
 

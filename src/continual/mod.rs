@@ -1,0 +1,3 @@
+//! Learning on without forgetting.
+
+pub mod field;
