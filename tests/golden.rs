@@ -131,6 +131,7 @@ fn kd_loss(case: &Case) -> Outputs {
     let output = VisionOutput {
         class: student.as_tensor().clone(),
         distillation: second.as_ref().map(|v| v.as_tensor().clone()),
+        variance: None,
     };
     let target = case.input("target");
     // With soft targets the labels are read by a ranking alone.

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use qtune::recipe::{put, set, Recipe};
+use qtune::select::kappa::{Budget, KappaConfig};
 use qtune::train::{signal, Progress};
 use qtune::{continual, quantize, Error};
 use toml::Value;
@@ -59,6 +60,10 @@ pub struct Continual {
     /// Factor on the penalty of ewc
     #[arg(long, value_name = "LAMBDA")]
     ewc_lambda: Option<f64>,
+    /// Weights that kappatune trains from the second task on: tensors:N (or N), fraction:P of the matrices, share:P of
+    /// the parameters (or P%), kappa:T [default: half of the matrices]
+    #[arg(long, value_name = "BUDGET")]
+    budget: Option<Budget>,
     /// Samples that replay keeps of each task
     #[arg(long, value_name = "N")]
     replay_samples: Option<usize>,
@@ -148,6 +153,7 @@ impl Continual {
         put_key("model.path", self.model.as_deref().map(|p| path(&anchored(p))));
         put_key("model.allow_pickle", self.common.allow_pickle.then_some(Value::Boolean(true)));
         self.optimizer(&mut table, method);
+        self.kappa(&mut table, method)?;
         for (key, value) in keys.into_iter().chain(self.training.overrides("data")?) {
             put(&mut table, &key, value).map_err(|what| Error::usage(format!("{key}: {what}")))?;
         }
@@ -170,6 +176,38 @@ impl Continual {
             *path = anchored(path);
         }
         Ok(recipe)
+    }
+
+    /// The budget of kappatune; another method has none.
+    fn kappa(&self, table: &mut toml::Table, method: Method) -> Result<()> {
+        let said = table.get("continual").and_then(|c| c.get("method")).and_then(Value::as_str);
+        let kappatune = match self.method {
+            Some(_) => method == Method::Kappatune,
+            None => said == Some("kappatune"),
+        };
+        if !kappatune {
+            match self.budget {
+                Some(_) => {
+                    return Err(Error::usage("--budget: only --method kappatune has one").into());
+                }
+                None => drop(table.remove("kappa")),
+            }
+            return Ok(());
+        }
+        let old = table.get("kappa").cloned();
+        let budget = match (self.budget, &old) {
+            (Some(budget), _) => budget,
+            (None, None) => Budget::Fraction(0.5),
+            (None, Some(_)) => return Ok(()),
+        };
+        let config = match old {
+            Some(old) => old.try_into().map_err(|e| Error::usage(format!("kappa: {e}")))?,
+            None => KappaConfig::default(),
+        };
+        let value =
+            Value::try_from(config.with_budget(budget)).map_err(|e| Error::usage(format!("kappa: {e}")))?;
+        table.insert("kappa".into(), value);
+        Ok(())
     }
 
     /// `--method classp` brings its optimizer with it, another method plain gradient descent in its place.

@@ -221,8 +221,6 @@ impl Finetune {
         let model = recipe.model.path_mut();
         let text =
             recipe.text.iter_mut().flat_map(|text| [&mut text.path, &mut text.eval_path, &mut text.control]);
-        for path in [model].into_iter().chain(text).flatten() {
-        let text = recipe.text.iter_mut().flat_map(|text| [&mut text.path, &mut text.eval_path]);
         let chosen = recipe.kappa.iter_mut().map(|kappa| &mut kappa.selection);
         let state = &mut recipe.train.optimizer_state;
         for path in [model, state].into_iter().chain(text).chain(chosen).flatten() {

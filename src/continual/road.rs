@@ -184,16 +184,12 @@ impl Run<'_> {
             Protection::Ewc if at > 0 => Ok(Penalty::Ewc(memory.ewc.clone(), self.continual.ewc.lambda)),
             Protection::Field => {
                 let field = self.continual.field;
-                let weight = if at == 0 { field.first_weight } else { field.weight };
-                let samples = self.tasks.list[at].train.len().max(1) as f64;
+                let samples = self.tasks.list[at].train.len();
                 let prior = match at {
-                    0 => params
-                        .iter()
-                        .map(|p| Ok((p.name.clone(), p.var.as_tensor().zeros_like()?)))
-                        .collect::<Result<_>>()?,
-                    _ => memory.prior.clone(),
+                    0 => FieldPrior::uniform(params, field.first_weight, samples)?,
+                    _ => FieldPrior { entries: memory.prior.clone(), weight: field.weight, samples },
                 };
-                Ok(Penalty::Field(FieldPrior { entries: prior, weight: weight / samples }))
+                Ok(Penalty::Field(prior))
             }
             _ => Ok(Penalty::None),
         }

@@ -1,10 +1,14 @@
 //! Which weights a task trains: all of them, or, of KappaTune's later tasks, those of the lowest condition
-//! numbers.
+//! numbers, ranked as the task before left them.
 
-use crate::recipe::Recipe;
+use crate::recipe::{Protection, Recipe};
+use crate::select::kappa::{analyse, choose, units, units::total_params, vision_roles, KappaConfig, Options};
 use crate::train::Progress;
-use crate::weights::Weights;
-use crate::Result;
+use crate::weights::{Weight, Weights};
+use crate::{Error, Result};
+
+/// What a name must begin with to be of the output layer, which a new task always trains.
+const HEAD: &str = "classifier.";
 
 /// The store of task `at` with what it trains made trainable, and the names of that where it is not all.
 pub(super) fn trained(
@@ -13,6 +17,55 @@ pub(super) fn trained(
     weights: &Weights,
     progress: &dyn Progress,
 ) -> Result<(Weights, Option<Vec<String>>)> {
-    let _ = (recipe, at, progress);
-    Ok((weights.trainable()?, None))
+    let method = recipe.continual.as_ref().map(|continual| continual.method);
+    let Some(kappa) = recipe.kappa.as_ref().filter(|_| at > 0 && method == Some(Protection::Kappatune))
+    else {
+        return Ok((weights.trainable()?, None));
+    };
+    let chosen = chosen(recipe, kappa, weights, progress)?;
+    let trains = |name: &str| {
+        let vector = |ending: &str| name.ends_with(ending);
+        let norm = name.contains("norm") && (vector(".weight") || vector(".bias"));
+        name.starts_with(HEAD)
+            || chosen.iter().any(|c| c == name)
+            || (kappa.train_norms && norm)
+            || (kappa.train_biases && vector(".bias") && !norm)
+    };
+    let (mut store, mut names) = (Weights::default(), Vec::new());
+    for (name, weight) in weights.iter() {
+        let weight = match trains(name) {
+            true => {
+                names.push(name.to_string());
+                Weight::latent(&weight.tensor()?)?
+            }
+            false => weight.folded()?,
+        };
+        store.insert(name, weight);
+    }
+    let few = names.iter().filter(|name| chosen.contains(name)).count();
+    progress
+        .note(&format!("trained from here on: {few} weights of low condition number, and the classifier"));
+    Ok((store, Some(names)))
+}
+
+/// The names that the recipe's `[kappa]` picks of a store.
+fn chosen(
+    recipe: &Recipe,
+    kappa: &KappaConfig,
+    weights: &Weights,
+    progress: &dyn Progress,
+) -> Result<Vec<String>> {
+    let units = units(weights, &vision_roles)?;
+    let scored = analyse(weights, &units, &Options::from(kappa), None, progress)?;
+    let picked = choose(&scored, total_params(weights)?, kappa, recipe.seed)?;
+    let mut names = Vec::with_capacity(picked.len());
+    for i in picked {
+        let unit = &scored[i].unit;
+        if unit.index.is_some() {
+            let message = "one of several matrices in a tensor, which is not trained by itself here";
+            return Err(Error::usage(format!("kappa: {}: {message}", unit.key())));
+        }
+        names.push(unit.param.clone());
+    }
+    Ok(names)
 }

@@ -127,7 +127,7 @@ impl ConvNet {
         }
         let class = self.classifier.forward_float(&h)?;
         see("the classifier", &class)?;
-        Ok(VisionOutput { class, distillation: None })
+        Ok(VisionOutput { class, distillation: None, variance: None })
     }
 }
 

@@ -1,6 +1,8 @@
 //! Models, and how they are opened: plain, packed, ours or somebody else's.
 
 pub mod attention;
+pub mod binary;
+pub mod binary_config;
 pub mod convnet;
 pub mod convnet_config;
 pub mod drop_path;
@@ -25,6 +27,8 @@ use std::sync::Arc;
 use candle_core::Device;
 use serde_json::Value;
 
+pub use binary::Binary;
+pub use binary_config::{BinaryConfig, Reading};
 pub use convnet::ConvNet;
 pub use convnet_config::ConvConfig;
 pub use drop_path::DropPath;
@@ -182,9 +186,20 @@ pub fn preprocess_for(dir: &Path, config: &VisionConfig) -> Result<Preprocess> {
     Ok(found)
 }
 
-fn timm_or_plain(dir: &Path, config: &VisionConfig) -> Result<Preprocess> {
+/// How the images of a new model become tensors: (x / 255 - 0.5) / 0.5, but x / 255 for a network of one-bit
+/// weights, so that what is empty in an image adds nothing to a sum and teaches nothing.
+pub fn preprocess_of(config: &VisionConfig) -> Preprocess {
     let (height, width) = config.image_size();
     let mut plain = Preprocess::default_for(height, width, config.channels());
+    if let VisionConfig::Binary(_) = config {
+        (plain.mean, plain.std) = (vec![0.0; config.channels()], vec![1.0; config.channels()]);
+    }
+    plain
+}
+
+fn timm_or_plain(dir: &Path, config: &VisionConfig) -> Result<Preprocess> {
+    let (height, _) = config.image_size();
+    let mut plain = preprocess_of(config);
     if let (VisionConfig::Swin(_), 3) = (config, config.channels()) {
         // As torchvision's swin_t, whose files say nothing of it: 224 pixels out of 232.
         (plain.mean, plain.std) = (vec![0.485, 0.456, 0.406], vec![0.229, 0.224, 0.225]);

@@ -241,7 +241,7 @@ impl Swin {
         see("swin.layernorm", &h)?;
         let class = self.head.forward(&h.flatten(1, 2)?.mean(1)?)?;
         see("the classifier", &class)?;
-        Ok(VisionOutput { class, distillation: None })
+        Ok(VisionOutput { class, distillation: None, variance: None })
     }
 }
 

@@ -6,6 +6,8 @@ use candle_core::Tensor;
 use serde_json::Value;
 
 use super::attention::AttentionPlace;
+use super::binary::Binary;
+use super::binary_config::{is_binary, BinaryConfig};
 use super::convnet::ConvNet;
 use super::convnet_config::{is_conv, ConvConfig};
 use super::drop_path::DropPath;
@@ -25,6 +27,8 @@ pub enum VisionConfig {
     Swin(SwinConfig),
     /// The convolutional classifier.
     Conv(ConvConfig),
+    /// A perceptron of one-bit weights.
+    Binary(BinaryConfig),
 }
 
 impl VisionConfig {
@@ -34,6 +38,9 @@ impl VisionConfig {
     pub fn from_hf(path: &Path, json: &Value) -> Result<Self> {
         if is_conv(json) {
             return ConvConfig::from_hf(path, json).map(VisionConfig::Conv);
+        }
+        if is_binary(json) {
+            return BinaryConfig::from_hf(path, json).map(VisionConfig::Binary);
         }
         match is_swin(json) {
             true => SwinConfig::from_hf(path, json).map(VisionConfig::Swin),
@@ -47,6 +54,7 @@ impl VisionConfig {
             VisionConfig::Vit(vit) => vit.to_hf(),
             VisionConfig::Swin(swin) => swin.to_hf(),
             VisionConfig::Conv(conv) => conv.to_hf(),
+            VisionConfig::Binary(binary) => binary.to_hf(),
         }
     }
 
@@ -56,6 +64,7 @@ impl VisionConfig {
             VisionConfig::Vit(vit) => &vit.classes,
             VisionConfig::Swin(swin) => &swin.classes,
             VisionConfig::Conv(conv) => &conv.classes,
+            VisionConfig::Binary(binary) => &binary.classes,
         }
     }
 
@@ -65,6 +74,7 @@ impl VisionConfig {
             VisionConfig::Vit(vit) => vit.image_size,
             VisionConfig::Swin(swin) => swin.image_size,
             VisionConfig::Conv(conv) => conv.image_size,
+            VisionConfig::Binary(binary) => binary.image_size,
         }
     }
 
@@ -74,6 +84,7 @@ impl VisionConfig {
             VisionConfig::Vit(vit) => vit.channels,
             VisionConfig::Swin(swin) => swin.channels,
             VisionConfig::Conv(conv) => conv.channels,
+            VisionConfig::Binary(binary) => binary.channels,
         }
     }
 
@@ -83,6 +94,7 @@ impl VisionConfig {
             VisionConfig::Vit(vit) => vit.shapes(),
             VisionConfig::Swin(swin) => swin.shapes(),
             VisionConfig::Conv(conv) => conv.shapes(),
+            VisionConfig::Binary(binary) => binary.shapes(),
         }
     }
 
@@ -117,6 +129,10 @@ impl VisionConfig {
                 modules.push(("fc.".into(), layers));
                 (modules, "conv.0.".into())
             }
+            VisionConfig::Binary(binary) => {
+                let layers = 1..binary.hidden.len();
+                (layers.map(|i| (format!("layers.{i}."), i)).collect(), "layers.0.".into())
+            }
         };
         let last = 1 + modules.iter().map(|module| module.1).max().unwrap_or(0);
         let within = modules.iter().find(|module| name.starts_with(&module.0)).map(|module| module.1);
@@ -129,6 +145,7 @@ impl VisionConfig {
             VisionConfig::Vit(vit) => vit.attentions(),
             VisionConfig::Swin(swin) => swin.attentions(),
             VisionConfig::Conv(_) => Vec::new(),
+            VisionConfig::Binary(_) => Vec::new(),
         }
     }
 
@@ -138,6 +155,7 @@ impl VisionConfig {
             VisionConfig::Vit(vit) => Vit::taps(vit, weights),
             VisionConfig::Swin(swin) => Swin::taps(swin, weights),
             VisionConfig::Conv(_) => Vec::new(),
+            VisionConfig::Binary(_) => Vec::new(),
         }
     }
 
@@ -147,6 +165,7 @@ impl VisionConfig {
             VisionConfig::Vit(vit) => Vit::new(vit, weights).map(VisionModel::Vit),
             VisionConfig::Swin(swin) => Swin::new(swin, weights).map(VisionModel::Swin),
             VisionConfig::Conv(conv) => ConvNet::new(conv, weights).map(VisionModel::Conv),
+            VisionConfig::Binary(binary) => Binary::new(binary, weights).map(VisionModel::Binary),
         }
     }
 }
@@ -167,6 +186,8 @@ pub struct VisionOutput {
     pub class: Tensor,
     /// Of the distillation token, where the model has a head for it.
     pub distillation: Option<Tensor>,
+    /// Variance of `class` in a model that learns the distribution of its weights.
+    pub variance: Option<Tensor>,
 }
 
 impl VisionOutput {
@@ -188,6 +209,8 @@ pub enum VisionModel {
     Swin(Swin),
     /// The convolutional classifier.
     Conv(ConvNet),
+    /// A perceptron of one-bit weights.
+    Binary(Binary),
 }
 
 impl VisionModel {
@@ -198,6 +221,7 @@ impl VisionModel {
             VisionModel::Vit(vit) => vit.forward(images),
             VisionModel::Swin(swin) => swin.forward(images),
             VisionModel::Conv(conv) => conv.forward(images),
+            VisionModel::Binary(binary) => binary.forward(images),
         }
     }
 
@@ -208,6 +232,7 @@ impl VisionModel {
             VisionModel::Vit(vit) => vit.train(images, drop),
             VisionModel::Swin(swin) => swin.train(images, drop),
             VisionModel::Conv(conv) => conv.train(images, drop),
+            VisionModel::Binary(binary) => binary.train(images),
         }
     }
 
@@ -217,6 +242,7 @@ impl VisionModel {
             VisionModel::Vit(vit) => vit.not_finite(images),
             VisionModel::Swin(swin) => swin.not_finite(images),
             VisionModel::Conv(conv) => conv.not_finite(images),
+            VisionModel::Binary(binary) => binary.not_finite(images),
         }
     }
 }

@@ -212,6 +212,7 @@ impl Vit {
         let class = self.head.forward(&at(0)?)?;
         see("the classifier", &class)?;
         let second = self.distillation_head.as_ref();
-        Ok(VisionOutput { class, distillation: second.map(|head| head.forward(&at(1)?)).transpose()? })
+        let distillation = second.map(|head| head.forward(&at(1)?)).transpose()?;
+        Ok(VisionOutput { class, distillation, variance: None })
     }
 }

@@ -7,9 +7,13 @@ use candle_core::{Device, Tensor};
 use super::{targets, teacher, trained};
 use crate::data::{Dataset, Preprocess};
 use crate::models::import::TrainedQuantizers;
-use crate::models::{self, import_model, ConvConfig, Imported, SwinConfig, VisionConfig, VitConfig, Want};
+use crate::models::{
+    self, import_model, BinaryConfig, ConvConfig, Imported, SwinConfig, VisionConfig, VitConfig, Want,
+};
 use crate::random::Random;
-use crate::recipe::{ConvSource, DistillKind, ModelConfig, PhaseConfig, Recipe, SwinSource, VitSource, When};
+use crate::recipe::{
+    BinarySource, ConvSource, DistillKind, ModelConfig, PhaseConfig, Recipe, SwinSource, VitSource, When,
+};
 use crate::train::phase_steps;
 use crate::weights::{Pickle, Weights};
 use crate::{hub, Error, Result};
@@ -51,6 +55,7 @@ pub fn start(recipe: &Recipe, dataset: Option<&Dataset>, device: &Device) -> Res
         ModelConfig::Vit(source) => new_vit(recipe, source, dataset, device),
         ModelConfig::Swin(source) => new_swin(recipe, source, dataset, device),
         ModelConfig::Conv(source) => new_conv(recipe, source, dataset, device),
+        ModelConfig::Binary(source) => new_binary(recipe, source, dataset, device),
         ModelConfig::Llama(_) => Err(Error::usage("model.kind = \"llama\": expected a vision transformer")),
     }
 }
@@ -198,6 +203,28 @@ fn new_conv(recipe: &Recipe, source: &ConvSource, dataset: &Dataset, device: &De
     Ok(start)
 }
 
+fn new_binary(recipe: &Recipe, source: &BinarySource, dataset: &Dataset, device: &Device) -> Result<Start> {
+    let (natural, channels) = looks(recipe, dataset)?;
+    let size = source.image_size.unwrap_or(natural);
+    let config = BinaryConfig {
+        image_size: (size, size),
+        channels,
+        hidden: source.hidden.clone(),
+        reading: source.reading,
+        classes: dataset.classes.clone(),
+    };
+    config.check()?;
+    let note = format!(
+        "new perceptron of one-bit weights: {size} x {size} x {channels} images, {:?} hidden units, {} classes",
+        config.hidden,
+        config.classes.len()
+    );
+    let sizes = config.clone();
+    let draw =
+        move |seed, name: &str, shape: &[usize], device: &Device| sizes.fresh(seed, name, shape, device);
+    made(recipe, VisionConfig::Binary(config), note, &draw, device)
+}
+
 /// How a fresh tensor is drawn: by the seed, its name and its shape.
 type Initial<'a> = &'a dyn Fn(u64, &str, &[usize], &Device) -> Result<Tensor>;
 
@@ -213,9 +240,8 @@ fn made(
     for (name, shape) in config.shapes() {
         tensors.push((name.clone(), initial(recipe.seed, &name, &shape, device)?));
     }
-    let (height, width) = config.image_size();
     Ok(Start {
-        preprocess: Preprocess::default_for(height, width, config.channels()),
+        preprocess: models::preprocess_of(&config),
         config,
         weights: Weights::from_tensors(tensors),
         quantizers: None,

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::text::TextConfig;
 use crate::data::{Augment, DataConfig};
+use crate::models::Reading;
 use crate::optim::OptimizerConfig;
 use crate::select::kappa::KappaConfig;
 use crate::select::SelectBits;
@@ -28,7 +29,7 @@ pub use adapter::{
 pub use continual::{
     ContinualConfig, EwcConfig, FieldConfig, FisherLabels, HeadKind, Protection, ReplayConfig, TaskConfig,
 };
-pub use model::{ConvSource, ModelConfig, SwinSource, VitSource};
+pub use model::{BinarySource, ConvSource, ModelConfig, SwinSource, VitSource};
 pub use phase::{CalmQk, PhaseConfig, QkrBias, QkrConfig, When};
 pub use set::{put, set};
 
@@ -407,7 +408,7 @@ impl Recipe {
     fn check_vision(&self) -> Result<()> {
         let stray = [
             ("text", self.text.is_some()),
-            ("kappa", self.kappa.is_some()),
+            ("kappa", self.kappa.is_some() && self.continual.is_none()),
             ("base", self.base.is_some()),
             ("adapter", self.adapter.is_some()),
         ];
@@ -433,6 +434,29 @@ impl Recipe {
         ];
         if let Some((table, _)) = stray.iter().find(|(_, there)| *there) {
             return Err(Error::usage(format!("{table}: tasks that are learned one after another have none")));
+        }
+        match (&self.kappa, continual.method) {
+            (Some(kappa), Protection::Kappatune) => {
+                kappa.check()?;
+                if kappa.selection.is_some() || kappa.split_fused {
+                    return Err(Error::usage(
+                        "kappa.selection, kappa.split_fused: tasks are ranked as the one before left them",
+                    ));
+                }
+            }
+            (None, Protection::Kappatune) => {
+                return Err(Error::usage(
+                    "continual.method = \"kappatune\": expected a [kappa] with a budget",
+                ));
+            }
+            (Some(_), _) => return Err(Error::usage("kappa: only continual.method = \"kappatune\" has it")),
+            (None, _) => {}
+        }
+        let binary = matches!(&self.model, ModelConfig::Binary(b) if b.reading == Reading::Field);
+        if (continual.method == Protection::Field) != binary {
+            return Err(Error::usage(
+                "continual.method = \"field\" and model.kind = \"binary\", model.reading = \"field\": expected both",
+            ));
         }
         let (phases, tasks) = (self.phase.len(), continual.task.len());
         if phases != 1 && phases != tasks {

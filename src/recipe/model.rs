@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::LlamaSource;
+use crate::models::Reading;
 use crate::{Error, Result};
 
 /// `[model]`: where to start from.
@@ -17,6 +18,8 @@ pub enum ModelConfig {
     Swin(SwinSource),
     /// The small convolutional classifier, to learn on with.
     Conv(ConvSource),
+    /// A perceptron of one-bit weights.
+    Binary(BinarySource),
     /// A language model of the Llama family.
     Llama(LlamaSource),
 }
@@ -28,6 +31,7 @@ impl ModelConfig {
             ModelConfig::Vit(vit) => vit.path.as_deref(),
             ModelConfig::Swin(swin) => swin.path.as_deref(),
             ModelConfig::Conv(conv) => conv.path.as_deref(),
+            ModelConfig::Binary(binary) => binary.path.as_deref(),
             ModelConfig::Llama(llama) => llama.path.as_deref(),
         }
     }
@@ -37,7 +41,7 @@ impl ModelConfig {
         match self {
             ModelConfig::Vit(vit) => vit.allow_pickle,
             ModelConfig::Swin(swin) => swin.allow_pickle,
-            ModelConfig::Conv(_) | ModelConfig::Llama(_) => false,
+            ModelConfig::Conv(_) | ModelConfig::Binary(_) | ModelConfig::Llama(_) => false,
         }
     }
 
@@ -47,6 +51,7 @@ impl ModelConfig {
             ModelConfig::Vit(vit) => &mut vit.path,
             ModelConfig::Swin(swin) => &mut swin.path,
             ModelConfig::Conv(conv) => &mut conv.path,
+            ModelConfig::Binary(binary) => &mut binary.path,
             ModelConfig::Llama(llama) => &mut llama.path,
         }
     }
@@ -57,6 +62,7 @@ impl ModelConfig {
             ModelConfig::Vit(vit) => vit.image_size,
             ModelConfig::Swin(swin) => swin.image_size,
             ModelConfig::Conv(conv) => conv.image_size,
+            ModelConfig::Binary(binary) => binary.image_size,
             ModelConfig::Llama(_) => None,
         }
     }
@@ -67,6 +73,7 @@ impl ModelConfig {
             ModelConfig::Vit(vit) => vit.check(),
             ModelConfig::Swin(swin) => swin.check(),
             ModelConfig::Conv(conv) => conv.check(),
+            ModelConfig::Binary(binary) => binary.check(),
             ModelConfig::Llama(llama) => match (&llama.path, llama.new) {
                 (Some(_), Some(_)) => Err(Error::usage("model.path and model.new: expected one of them")),
                 (_, Some(new)) => new.check(),
@@ -287,5 +294,40 @@ mod tests {
             let error = conv(text).unwrap_err().to_string();
             assert!(error.contains(expected), "{text}: {error}");
         }
+    }
+}
+
+/// A perceptron of one-bit weights ([`crate::models::Binary`]), or the sizes of a new one.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct BinarySource {
+    /// A trained model: a folder. None: a new model of the sizes below.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// Pixels on a side that images are brought to. None: the trained model's, or, for a new model, that of
+    /// the data where it is one size of at most 64, else 64.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub image_size: Option<usize>,
+    /// Units of each hidden layer of a new model.
+    pub hidden: Vec<usize>,
+    /// How the fields behind the signs are trained: `field`, as distributions, or `sign`, straight through.
+    pub reading: Reading,
+}
+
+impl Default for BinarySource {
+    fn default() -> Self {
+        BinarySource { path: None, image_size: None, hidden: vec![200, 200], reading: Reading::Field }
+    }
+}
+
+impl BinarySource {
+    fn check(&self) -> Result<()> {
+        if self.hidden.is_empty() || self.hidden.contains(&0) {
+            return Err(Error::usage(format!(
+                "model.hidden = {:?}: expected at least one layer, of at least 1 unit each",
+                self.hidden
+            )));
+        }
+        Ok(())
     }
 }

@@ -91,15 +91,26 @@ pub struct Loss {
 /// Under [`DistillKind::Pld`] the student learns the teacher's ranking, which begins with the label and so
 /// takes the place of both terms; of two heads the class head still learns the labels. The ranking of
 /// a mixed image begins with its primary label, whatever its soft targets.
+///
+/// Of logits of a `variance` v the cross-entropy is an expectation, which is bounded from above as
+/// [`crate::models::binary`] says: it is that of `class + v / 2`, and half the variance of the label more.
 pub fn distillation_loss(
     output: &VisionOutput,
     labels: &Tensor,
     targets: Option<&Tensor>,
     teacher_class_logits: Option<(&Tensor, DistillKind)>,
 ) -> Result<Tensor> {
-    let hard = |logits: &Tensor| match targets {
+    let certain = |logits: &Tensor| match targets {
         Some(targets) => kernels::soft_cross_entropy(logits, targets),
         None => kernels::cross_entropy(logits, labels),
+    };
+    let hard = |logits: &Tensor| {
+        let Some(variance) = &output.variance else { return certain(logits) };
+        let of_label = match targets {
+            Some(targets) => (variance * targets)?.sum(D::Minus1)?,
+            None => variance.gather(&labels.unsqueeze(1)?, 1)?,
+        };
+        certain(&(logits + (variance * 0.5)?)?)? + (of_label.mean_all()? * 0.5)?
     };
     let Some((teacher, kind)) = teacher_class_logits.filter(|(_, kind)| *kind != DistillKind::None) else {
         return match &output.distillation {
@@ -258,8 +269,9 @@ mod tests {
     fn losses_by_hand() {
         let device = &Device::Cpu;
         let logits = |a: f32, b: f32| Tensor::new(&[[a.ln(), b.ln()]], device).unwrap();
-        let one = VisionOutput { class: logits(1.0, 3.0), distillation: None };
-        let two = VisionOutput { class: logits(1.0, 3.0), distillation: Some(logits(1.0, 1.0)) };
+        let one = VisionOutput { class: logits(1.0, 3.0), distillation: None, variance: None };
+        let two =
+            VisionOutput { class: logits(1.0, 3.0), distillation: Some(logits(1.0, 1.0)), variance: None };
         let (labels, teacher) = (Tensor::new(&[0u32], device).unwrap(), logits(7.0, 7.0));
         let mixed = Tensor::new(&[[0.5f32, 0.5]], device).unwrap();
         let loss = |output: &VisionOutput, targets: Option<&Tensor>, kind: DistillKind| {
@@ -283,6 +295,23 @@ mod tests {
         for (i, (got, want)) in cases.into_iter().enumerate() {
             assert!((got - want).abs() < 1e-5, "case {i}: {got} {want}");
         }
+    }
+
+    /// Logits of means 0 and ln 3 and variances 2 ln 2 and 2 ln 5: E e^z is 2 and 15, and the label's mean 0.
+    #[test]
+    fn uncertain_logits_cost_their_variance() {
+        let device = &Device::Cpu;
+        let class = Tensor::new(&[[0f32, 3f32.ln()]], device).unwrap();
+        let variance = Tensor::new(&[[2.0 * 2f32.ln(), 2.0 * 5f32.ln()]], device).unwrap();
+        let labels = Tensor::new(&[0u32], device).unwrap();
+        let mixed = Tensor::new(&[[0.25f32, 0.75]], device).unwrap();
+        let output = VisionOutput { class, distillation: None, variance: Some(variance) };
+        let loss = |targets: Option<&Tensor>| {
+            distillation_loss(&output, &labels, targets, None).unwrap().to_scalar::<f32>().unwrap()
+        };
+        assert!((loss(None) - 17f32.ln()).abs() < 1e-6, "{}", loss(None));
+        let expected = 17f32.ln() - 0.75 * 3f32.ln();
+        assert!((loss(Some(&mixed)) - expected).abs() < 1e-6, "{}", loss(Some(&mixed)));
     }
 
     #[test]

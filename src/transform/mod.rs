@@ -12,6 +12,7 @@ pub mod lsq;
 pub mod miss;
 pub mod pissa;
 pub mod qk;
+pub mod sign;
 pub mod statsq;
 
 use std::sync::Arc;
@@ -29,6 +30,7 @@ pub use lora::{Lora, LoraInit};
 pub use lsq::Lsq;
 pub use miss::{Mini, Miss, MissInit};
 pub use qk::{reparameterize, QkProduct};
+pub use sign::{sign, Sign};
 pub use statsq::StatsQ;
 
 use crate::weights::{Centering, Grid, Transform};

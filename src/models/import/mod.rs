@@ -4,6 +4,7 @@
 //! `table` knows the checkpoint by canonical names, `ofq` those of quantization-aware training, `infer` reads sizes off the tensors, `timm` what
 //! timm's configuration adds, `positions` fits the position embeddings to another grid.
 
+mod binary;
 mod conv;
 mod infer;
 mod ofq;
@@ -14,6 +15,7 @@ mod table;
 mod testing;
 mod timm;
 
+use super::binary_config::is_binary;
 use super::convnet_config::is_conv;
 use super::names::meaning;
 use super::vision::{is_swin, VisionConfig};
@@ -21,6 +23,7 @@ use super::vit_config::VitConfig;
 use crate::error::{Error, On, Result};
 use crate::random::Random;
 use crate::weights::checkpoint::{Checkpoint, Pickle};
+use binary::import_binary;
 use candle_core::{DType, Device, Tensor};
 use conv::import_conv;
 use indexmap::IndexMap;
@@ -90,6 +93,9 @@ pub fn import_model(dir: &Path, want: &Want, device: &Device) -> Result<Imported
     }
     if let Some(json) = json.as_ref().filter(|(_, json)| is_conv(json)) {
         return Ok(import_conv(dir, &checkpoint, json, want, device)?.map(VisionConfig::Conv));
+    }
+    if let Some((path, json)) = json.as_ref().filter(|(_, json)| is_binary(json)) {
+        return Ok(import_binary(path, json, &checkpoint, want, device)?.map(VisionConfig::Binary));
     }
     let swin = match &json {
         Some((_, json)) if is_timm(json) => is_timm_swin(json),
