@@ -9,8 +9,11 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor, Var};
 use qtune::continual::metrics::metrics;
+use qtune::language::run;
 use qtune::optim::classp::{ClasspConfig, ClasspMode, FirstTask};
 use qtune::optim::{Optimizer, OptimizerConfig};
+use qtune::recipe::{put, Recipe};
+use qtune::train::Quiet;
 use qtune::weights::{Checkpoint, Param, Role};
 use serde_json::Value;
 
@@ -325,4 +328,100 @@ fn the_figures_of_every_matrix() {
             }
         }
     }
+}
+
+/// A run over the built-in text `task`, of a model in a folder or the carried one.
+fn tuned(
+    dir: &Path,
+    task: &str,
+    model: Option<&Path>,
+    state: Option<&Path>,
+    changes: &[(&str, toml::Value)],
+) -> qtune::Result<Value> {
+    let mut table = Recipe::table("classp").unwrap();
+    let path = |path: &Path| toml::Value::String(path.display().to_string());
+    let mut keys: Vec<(&str, toml::Value)> = vec![
+        ("text.builtin", task.into()),
+        ("text.seq_len", toml::Value::Integer(128)),
+        ("text.pack", toml::Value::Boolean(true)),
+        ("text.limit_train", toml::Value::Integer(300)),
+        ("text.limit_eval", toml::Value::Integer(20)),
+        ("train.batch_size", toml::Value::Integer(16)),
+        ("train.accumulate", toml::Value::Integer(1)),
+        ("train.checkpoint_steps", toml::Value::Integer(2)),
+        ("phase.0.steps", toml::Value::Integer(6)),
+    ];
+    keys.extend(model.map(|model| ("model.path", path(model))));
+    keys.extend(state.map(|state| ("train.optimizer_state", path(state))));
+    for (key, value) in keys.iter().chain(changes) {
+        put(&mut table, key, value.clone()).unwrap();
+    }
+    std::fs::create_dir_all(dir).unwrap();
+    run(&Recipe::resolve(table)?, dir, &Device::Cpu, &Quiet)
+}
+
+/// The Euclidean distance of two models.
+fn distance(a: &Path, b: &Path) -> f64 {
+    let open = |dir: &Path| Checkpoint::open(&dir.join("model")).unwrap();
+    let (a, b) = (open(a), open(b));
+    let square = |name: &str| {
+        let of = |c: &Checkpoint| c.tensor(name, &Device::Cpu).unwrap();
+        let sum = (of(&a) - of(&b)).unwrap().sqr().unwrap().sum_all().unwrap();
+        f64::from(sum.to_scalar::<f32>().unwrap())
+    };
+    a.names().map(square).sum::<f64>().sqrt()
+}
+
+/// What an earlier run's state remembers holds a later one back; the task is counted on; a resumed run does
+/// not take the state up twice.
+#[test]
+fn a_later_run_that_remembers_moves_less() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    tuned(&at("first"), "grammar", None, None, &[]).unwrap();
+    let model = at("first").join("model");
+    tuned(&at("without"), "sorting", Some(&model), None, &[]).unwrap();
+    tuned(&at("with"), "sorting", Some(&model), Some(&at("first")), &[]).unwrap();
+    let (with, without) = (distance(&at("first"), &at("with")), distance(&at("first"), &at("without")));
+    assert!(with > 0.0 && with < 0.8 * without, "{with} {without}");
+    let state = |name: &str| Checkpoint::open(&at(name).join("optimizer/optimizer.safetensors")).unwrap();
+    let tasks = ["first", "without", "with"].map(|name| state(name).metadata()["task"].clone());
+    assert_eq!(tasks, ["0", "0", "1"]);
+
+    // Cut after step 2 and resumed.
+    let cut = at("cut");
+    std::fs::create_dir_all(cut.join("checkpoints")).unwrap();
+    std::fs::copy(at("with").join("metrics.jsonl"), cut.join("metrics.jsonl")).unwrap();
+    let checkpoint = |run: &Path, step: usize| run.join(format!("checkpoints/step-{step:08}-p0"));
+    std::fs::create_dir(checkpoint(&cut, 2)).unwrap();
+    let from = tempfile::tempdir().unwrap();
+    tuned(
+        from.path(),
+        "sorting",
+        Some(&model),
+        Some(&at("first")),
+        &[("train.keep", toml::Value::Integer(9))],
+    )
+    .unwrap();
+    for entry in std::fs::read_dir(checkpoint(from.path(), 2)).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), checkpoint(&cut, 2).join(entry.file_name())).unwrap();
+    }
+    tuned(&cut, "sorting", Some(&model), Some(&at("first")), &[]).unwrap();
+    let bytes = |run: &Path| std::fs::read(run.join("optimizer/optimizer.safetensors")).unwrap();
+    assert_eq!(distance(&at("with"), &cut), 0.0);
+    assert_eq!(bytes(&at("with")), bytes(&cut));
+
+    // Another power, other trainables, another rule.
+    let refused = |changes: &[(&str, toml::Value)]| {
+        tuned(&at("refused"), "sorting", Some(&model), Some(&at("first")), changes).unwrap_err().to_string()
+    };
+    let power = refused(&[("optimizer.power", toml::Value::Float(2.0))]);
+    assert!(power.contains("power of") && power.contains("found 1, expected 2"), "{power}");
+    let lora = "kind = \"lora\"".parse::<toml::Table>().unwrap();
+    let other = refused(&[("adapter", toml::Value::Table(lora))]);
+    assert!(other.contains("without a stored sum") && other.contains("allow_partial"), "{other}");
+    let sgd = "kind = \"sgd\"".parse::<toml::Table>().unwrap();
+    let rule = refused(&[("optimizer", toml::Value::Table(sgd))]);
+    assert!(rule.contains("train.optimizer_state") && rule.contains("classp"), "{rule}");
 }

@@ -35,7 +35,8 @@ fn candidates(config: &KappaConfig, slot: Option<&AdapterSlot>, start: &Start) -
     if config.split_fused {
         all = split_fused(all);
     }
-    all.retain(|unit| config.wants(unit.role));
+    // A file has chosen already, by its own options.
+    all.retain(|unit| config.selection.is_some() || config.wants(unit.role));
     if let Some(slot) = slot {
         let modules = Modules::of_shapes(&start.json, &start.config.shapes());
         // A rank of 1 divides every size: which modules does not depend on it.
@@ -150,5 +151,133 @@ impl Choice {
             weights.insert(name, Weight::latent(&weight.tensor()?.to_dtype(DType::F32)?)?);
         }
         Ok(weights)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Tensor};
+
+    use super::super::adapt::ready;
+    use super::super::tiny;
+    use super::*;
+    use crate::kernels;
+    use crate::models::{Llama, Places};
+    use crate::recipe::put;
+    use crate::train::Quiet;
+    use crate::weights::Expr;
+
+    fn recipe(changes: &[(&str, toml::Value)]) -> Recipe {
+        let mut table = Recipe::table("sorting").unwrap();
+        table.remove("adapter");
+        for (key, value) in changes {
+            put(&mut table, key, value.clone()).unwrap();
+        }
+        Recipe::resolve(table).unwrap()
+    }
+
+    fn kappa(budget: &str) -> (&'static str, toml::Value) {
+        ("kappa", toml::Value::Table(budget.parse().unwrap()))
+    }
+
+    /// The chosen tensors alone are variables, and alone get a gradient.
+    #[test]
+    fn what_is_not_chosen_gets_no_gradient() {
+        let start = tiny(&Device::Cpu).unwrap();
+        for (budget, more) in [("tensors = 3", 0), ("tensors = 3\ntrain_norms = true", 7)] {
+            let dir = tempfile::tempdir().unwrap();
+            let ready = ready(&recipe(&[kappa(budget)]), &start, dir.path(), &Quiet).unwrap();
+            let names: Vec<String> = ready.weights.params().iter().map(|p| p.name.clone()).collect();
+            assert_eq!(names.len(), 3 + more, "{names:?}");
+            assert_eq!(ready.selected.len(), 3);
+            let chosen = |path: &String| names.contains(&format!("{path}.weight"));
+            assert!(ready.selected.iter().all(chosen), "{names:?} {:?}", ready.selected);
+            let model = Llama::new(&start.config, &ready.weights, DType::F32).unwrap();
+            let tokens: Vec<u32> = (0..24).map(|i| i * 7 % 50 + 40).collect();
+            let logits = model.forward(&tokens, &Places::plain(2, 12), &Device::Cpu).unwrap();
+            let logits = logits.flatten(0, 1).unwrap();
+            let labels = Tensor::from_slice(&tokens, 24, &Device::Cpu).unwrap();
+            let grads = kernels::cross_entropy(&logits, &labels).unwrap().backward().unwrap();
+            for (name, weight) in ready.weights.iter() {
+                let got = match weight.expr() {
+                    Expr::Latent(var) => grads.get(var.as_tensor()).is_some(),
+                    Expr::Dense(tensor) => grads.get(tensor).is_some(),
+                    other => panic!("{name}: {other:?}"),
+                };
+                assert_eq!(got, names.iter().any(|n| n == name), "{name}");
+            }
+        }
+    }
+
+    /// Half-precision weights stay as they are, the chosen ones are held in f32.
+    #[test]
+    fn the_chosen_ones_alone_have_a_master_copy() {
+        let start = tiny(&Device::Cpu).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let recipe = recipe(&[kappa("tensors = 2"), ("model.dtype", "bf16".into())]);
+        let mut stored = tiny(&Device::Cpu).unwrap();
+        stored.weights = Weights::from_tensors(start.weights.iter().map(|(name, weight)| {
+            (name.to_string(), weight.tensor().unwrap().to_dtype(DType::BF16).unwrap())
+        }));
+        let ready = ready(&recipe, &stored, dir.path(), &Quiet).unwrap();
+        for (name, weight) in ready.weights.iter() {
+            let chosen = ready.selected.iter().any(|path| name == format!("{path}.weight"));
+            let want = if chosen { DType::F32 } else { DType::BF16 };
+            assert_eq!(weight.tensor().unwrap().dtype(), want, "{name}");
+        }
+        let model = Llama::new(&start.config, &ready.weights, DType::BF16).unwrap();
+        let logits = model.forward(&[65, 66, 67], &Places::plain(1, 3), &Device::Cpu).unwrap();
+        let grads = logits.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+        for param in ready.weights.params() {
+            assert_eq!(grads.get(param.var.as_tensor()).unwrap().dtype(), DType::F32, "{}", param.name);
+        }
+    }
+
+    /// Orders choose differently, a file's choice is taken as it is, and what cannot be trained is refused.
+    #[test]
+    fn controls_files_and_refusals() {
+        let start = tiny(&Device::Cpu).unwrap();
+        let chosen = |recipe: &Recipe| {
+            let choice = choice(recipe, &start, None, &Quiet).unwrap().unwrap();
+            let mut modules = choice.modules();
+            modules.sort();
+            modules
+        };
+        let lowest = chosen(&recipe(&[kappa("tensors = 4")]));
+        let highest = chosen(&recipe(&[kappa("tensors = 4\norder = \"highest\"")]));
+        assert!(lowest.iter().all(|module| !highest.contains(module)), "{lowest:?} {highest:?}");
+        let random = "tensors = 4\norder = \"random\"";
+        let of = |seed: i64| chosen(&recipe(&[kappa(random), ("seed", toml::Value::Integer(seed))]));
+        assert_eq!(of(1), of(1));
+        assert!(of(1) != of(2) || of(2) != of(3));
+        assert!(of(1) != lowest || of(2) != lowest);
+
+        let run = tempfile::tempdir().unwrap();
+        let first = recipe(&[kappa("tensors = 4\norder = \"highest\"")]);
+        choice(&first, &start, Some(run.path()), &Quiet).unwrap();
+        let file = format!("selection = {:?}", run.path().display().to_string());
+        assert_eq!(chosen(&recipe(&[kappa(&file)])), highest);
+        // A run keeps to what lies in its folder, whatever the recipe would choose now.
+        let again = choice(&recipe(&[kappa("tensors = 4")]), &start, Some(run.path()), &Quiet).unwrap();
+        assert_eq!(again.unwrap().selection.options.order, first.kappa.unwrap().order);
+
+        let plain = choice(&recipe(&[]), &start, None, &Quiet).unwrap();
+        assert!(plain.is_none());
+        let all = recipe(&[kappa("tensors = 1\ninclude = [\"nothing.*\"]")]);
+        let error = choice(&all, &start, None, &Quiet).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        assert!(error.to_string().contains("nothing.*"), "{error}");
+    }
+
+    /// A slice of a stack of experts has a condition number, and is not trained by itself.
+    #[test]
+    fn slices_are_analysed_only() {
+        let mut start = tiny(&Device::Cpu).unwrap();
+        let stack = (0..18).map(|i| (i * i % 7) as f32).collect();
+        let stack = Tensor::from_vec(stack, (2, 3, 3), &Device::Cpu).unwrap();
+        start.weights.insert("model.layers.0.mlp.experts.up_proj", Weight::dense(stack));
+        let only = recipe(&[kappa("tensors = 1\nroles = [\"experts\"]")]);
+        let error = choice(&only, &start, None, &Quiet).unwrap_err().to_string();
+        assert!(error.contains("experts.up_proj[") && error.contains("analysed"), "{error}");
     }
 }
