@@ -154,7 +154,11 @@ impl CustomOp3 for RectifiedGrad {
 pub fn rectified_moments(mean: &Tensor, variance: &Tensor) -> Result<(Tensor, Tensor)> {
     let op = "rectified moments";
     if mean.dims() != variance.dims() {
-        bail!("{op}: expected a variance of shape {:?} as the mean has, got {:?}", mean.dims(), variance.dims())
+        bail!(
+            "{op}: expected a variance of shape {:?} as the mean has, got {:?}",
+            mean.dims(),
+            variance.dims()
+        )
     }
     match cpu::road(op, &[("mean", mean), ("variance", variance)])? {
         Road::Kernel => {

@@ -97,7 +97,8 @@ impl BinaryConfig {
         let (height, width) = self.image_size;
         let values = [height.max(width), self.channels, self.classes.len()];
         let bounds = MOST.into_iter().zip(values).map(|((name, most), found)| (name, most, found));
-        let layers = [("hidden_sizes", MOST_LAYERS, self.hidden.len()), ("image_size", MOST[0].1, height.min(width))];
+        let layers =
+            [("hidden_sizes", MOST_LAYERS, self.hidden.len()), ("image_size", MOST[0].1, height.min(width))];
         let units = self.hidden.iter().map(|&n| ("hidden_sizes", MOST_UNITS, n));
         for (name, most, found) in bounds.chain(layers).chain(units) {
             if found == 0 || found > most {

@@ -97,7 +97,9 @@ fn memory_estimate(
         VisionConfig::Vit(vit) => vit_activations(vit, of),
         VisionConfig::Swin(swin) => swin_activations(swin, of),
         // Moments of each unit before and after its rectifier, and of the input.
-        VisionConfig::Binary(binary) => 12 * binary.shapes().iter().map(|(_, shape)| shape[0] + shape[1]).sum::<usize>(),
+        VisionConfig::Binary(binary) => {
+            12 * binary.shapes().iter().map(|(_, shape)| shape[0] + shape[1]).sum::<usize>()
+        }
     };
     let activations = 4 * recipe.train.batch_size * values;
     let average = if recipe.train.ema > 0.0 { 4 } else { 0 };

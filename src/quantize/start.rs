@@ -9,7 +9,9 @@ use crate::data::{Dataset, Preprocess};
 use crate::models::import::TrainedQuantizers;
 use crate::models::{self, import_model, BinaryConfig, Imported, SwinConfig, VisionConfig, VitConfig, Want};
 use crate::random::Random;
-use crate::recipe::{BinarySource, DistillKind, ModelConfig, PhaseConfig, Recipe, SwinSource, VitSource, When};
+use crate::recipe::{
+    BinarySource, DistillKind, ModelConfig, PhaseConfig, Recipe, SwinSource, VitSource, When,
+};
 use crate::train::phase_steps;
 use crate::weights::{Pickle, Weights};
 use crate::{hub, Error, Result};

@@ -250,7 +250,8 @@ mod tests {
         let device = &Device::Cpu;
         let logits = |a: f32, b: f32| Tensor::new(&[[a.ln(), b.ln()]], device).unwrap();
         let one = VisionOutput { class: logits(1.0, 3.0), distillation: None, variance: None };
-        let two = VisionOutput { class: logits(1.0, 3.0), distillation: Some(logits(1.0, 1.0)), variance: None };
+        let two =
+            VisionOutput { class: logits(1.0, 3.0), distillation: Some(logits(1.0, 1.0)), variance: None };
         let (labels, teacher) = (Tensor::new(&[0u32], device).unwrap(), logits(7.0, 7.0));
         let mixed = Tensor::new(&[[0.5f32, 0.5]], device).unwrap();
         let loss = |output: &VisionOutput, targets: Option<&Tensor>, kind: DistillKind| {

@@ -89,9 +89,8 @@ mod tests {
             let var = Var::from_tensor(&theta.to_dtype(dtype).unwrap()).unwrap();
             let w = sign(var.as_tensor()).unwrap();
             assert_eq!((w.dtype(), w.dims()), (dtype, &[2, 4][..]));
-            let flat = |t: &Tensor| {
-                t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
-            };
+            let flat =
+                |t: &Tensor| t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
             // Minus zero is zero: its sign is one too.
             assert_eq!(flat(&w), [1.0, -1.0, 1.0, 1.0, 1.0, -1.0, 1.0, -1.0], "{dtype:?}");
             let slope = Tensor::new(&[1f32, 2., 3., 4., 5., 6., 7., 8.], &Device::Cpu).unwrap();
