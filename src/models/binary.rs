@@ -238,3 +238,186 @@ impl Binary {
         Ok(x)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device, Var};
+
+    use super::super::binary_config::tests::tiny;
+    use super::super::{VisionConfig, VisionModel};
+    use super::*;
+    use crate::random::Random;
+    use crate::train::task::distillation_loss;
+    use crate::weights::Expr;
+
+    fn drawn(name: &str, shape: &[usize], size: f64) -> Tensor {
+        let mut random = Random::new(5, name, &[]);
+        let values: Vec<f64> =
+            (0..shape.iter().product()).map(|_| size * f64::from(random.normal())).collect();
+        Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+    }
+
+    /// A store of f64 variables over fields of this size.
+    fn store(config: &BinaryConfig, size: f64) -> Weights {
+        let mut weights = Weights::default();
+        for (name, shape) in config.shapes() {
+            let var = Var::from_tensor(&drawn(&name, &shape, size)).unwrap();
+            weights.insert(name, Expr::Latent(var).into());
+        }
+        weights
+    }
+
+    fn rows(t: &Tensor) -> Vec<Vec<f64>> {
+        t.to_dtype(DType::F64).unwrap().to_vec2().unwrap()
+    }
+
+    /// Every pattern of signs of three weights, and of three inputs that are each mean ± deviation, by its
+    /// probability: the moments are exact.
+    #[test]
+    fn moments_of_a_layer_by_enumeration() {
+        let (theta, mean) = ([[0.3f64, -1.2, 2.0], [0.0, 0.8, -0.4]], [0.5, -1.0, 2.0]);
+        let mut weights = Weights::default();
+        weights.insert("a.weight", Weight::dense(Tensor::new(&theta, &Device::Cpu).unwrap()));
+        let layer = Layer::new(&weights, "a").unwrap();
+        for deviation in [None, Some([0.0, 0.7, 1.5])] {
+            let of = |x: [f64; 3]| Tensor::new(&[x], &Device::Cpu).unwrap();
+            let x = Moments { mean: of(mean), variance: deviation.map(|d| of(d.map(|d| d * d))) };
+            let z = layer.forward(&x, Reading::Field).unwrap();
+            let (got, spread) = (rows(&z.mean), rows(z.variance.as_ref().unwrap()));
+            for (unit, theta) in theta.iter().enumerate() {
+                let (mut first, mut second) = (0.0, 0.0);
+                for pattern in 0..64u32 {
+                    let bit = |i: usize| if pattern >> i & 1 == 1 { 1.0 } else { -1.0 };
+                    let (mut p, mut sum) = (1.0 / 8.0, 0.0);
+                    for j in 0..3 {
+                        p /= 1.0 + (-2.0 * bit(j) * theta[j]).exp();
+                        sum += bit(j) * (mean[j] + bit(3 + j) * deviation.map_or(0.0, |d| d[j]));
+                    }
+                    let value: f64 = sum / 3f64.sqrt();
+                    first += p * value;
+                    second += p * value * value;
+                }
+                assert!((got[0][unit] - first).abs() < 1e-12, "{unit}: {} {first}", got[0][unit]);
+                let variance = second - first * first;
+                assert!((spread[0][unit] - variance).abs() < 1e-12, "{unit}: {} {variance}", spread[0][unit]);
+            }
+        }
+    }
+
+    #[test]
+    fn the_field_loss_differentiates() {
+        let config = tiny(Reading::Field);
+        let images = drawn("images", &[4, 1, 3, 2], 1.0);
+        let labels = Tensor::new(&[0u32, 2, 1, 1], &Device::Cpu).unwrap();
+        let weights = store(&config, 0.8);
+        let model = Binary::new(&config, &weights).unwrap();
+        let loss = || distillation_loss(&model.train(&images).unwrap(), &labels, None, None).unwrap();
+        let grads = loss().backward().unwrap();
+        for param in weights.params() {
+            let analytic = grads.get(param.var.as_tensor()).unwrap().flatten_all().unwrap();
+            let base = param.var.flatten_all().unwrap().to_vec1::<f64>().unwrap();
+            let shape = param.var.shape().clone();
+            for (i, analytic) in analytic.to_vec1::<f64>().unwrap().into_iter().enumerate() {
+                let at = |by: f64| {
+                    let mut moved = base.clone();
+                    moved[i] += by;
+                    param.var.set(&Tensor::from_vec(moved, &shape, &Device::Cpu).unwrap()).unwrap();
+                    loss().to_scalar::<f64>().unwrap()
+                };
+                let numeric = (at(1e-5) - at(-1e-5)) / 2e-5;
+                at(0.0);
+                let name = &param.name;
+                assert!((analytic - numeric).abs() < 1e-8, "{name} {i}: {analytic} {numeric}");
+            }
+        }
+    }
+
+    /// Of fields that are certain the mean-field prediction is the signed network, to rounding, and has no
+    /// variance; of any fields the signed network is that of their signs.
+    #[test]
+    fn both_readings_agree_where_there_is_no_doubt() {
+        let config = tiny(Reading::Field);
+        let images = drawn("images", &[7, 1, 3, 2], 1.0);
+        let certain = Binary::new(&config, &store(&config, 1e4)).unwrap();
+        let (signed, mean) = (certain.forward(&images).unwrap(), certain.mean_field(&images).unwrap());
+        for (a, b) in rows(&signed.class).iter().flatten().zip(rows(&mean.class).iter().flatten()) {
+            assert!((a - b).abs() < 1e-12, "{a} {b}");
+        }
+        assert!(rows(&mean.variance.unwrap()).iter().flatten().all(|v| *v == 0.0));
+        assert!(signed.variance.is_none());
+
+        let weights = store(&config, 0.5);
+        let doubtful = Binary::new(&config, &weights).unwrap();
+        let signs = weights.iter().map(|(name, w)| {
+            let theta = w.tensor().unwrap().detach();
+            (
+                name.to_string(),
+                theta.ge(0.0).unwrap().to_dtype(DType::F64).unwrap().affine(2.0, -1.0).unwrap(),
+            )
+        });
+        let signs = Binary::new(&config, &Weights::from_tensors(signs)).unwrap();
+        let expected = rows(&signs.forward(&images).unwrap().class);
+        assert_eq!(rows(&doubtful.forward(&images).unwrap().class), expected);
+        assert!(rows(&doubtful.mean_field(&images).unwrap().variance.unwrap())
+            .iter()
+            .flatten()
+            .all(|v| *v > 0.0));
+    }
+
+    #[test]
+    fn hidden_layers_have_the_size_one() {
+        let of = |x: [[f64; 2]; 1]| Tensor::new(&x, &Device::Cpu).unwrap();
+        let z = Moments { mean: of([[3.0, 1.0]]), variance: Some(of([[2.0, 4.0]])) }.normalised().unwrap();
+        // (9 + 2 + 1 + 4) / 2 = 8.
+        let scale = 1.0 / 8f64.sqrt();
+        for (got, want) in rows(&z.mean)[0].iter().zip([3.0 * scale, scale]) {
+            assert!((got - want).abs() < 1e-6);
+        }
+        for (got, want) in rows(&z.variance.unwrap())[0].iter().zip([0.25, 0.5]) {
+            assert!((got - want).abs() < 1e-6);
+        }
+    }
+
+    /// Straight through: the gradient of the signs, at the fields within one of zero.
+    #[test]
+    fn the_sign_reading_trains_as_it_is_used() {
+        let config = tiny(Reading::Sign);
+        let images = drawn("images", &[4, 1, 3, 2], 1.0);
+        let weights = store(&config, 0.8);
+        let model = Binary::new(&config, &weights).unwrap();
+        let output = model.train(&images).unwrap();
+        assert!(output.variance.is_none());
+        assert_eq!(rows(&output.class), rows(&model.forward(&images).unwrap().class));
+        let grads = output.class.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+        let (mut passed, mut held) = (0, 0);
+        for param in weights.params() {
+            let grad = grads.get(param.var.as_tensor()).unwrap();
+            for (theta, grad) in rows(param.var.as_tensor()).iter().flatten().zip(rows(grad).iter().flatten())
+            {
+                passed += usize::from(*grad != 0.0);
+                held += usize::from(theta.abs() > 1.0);
+                assert!(theta.abs() <= 1.0 || *grad == 0.0, "{}: {theta} {grad}", param.name);
+            }
+        }
+        assert!(passed > 20 && held > 5, "{passed} {held}");
+    }
+
+    #[test]
+    fn what_does_not_fit_is_said() {
+        let config = tiny(Reading::Field);
+        let vision = VisionConfig::Binary(config.clone());
+        assert_eq!(vision.params(), 5 * 6 + 4 * 5 + 3 * 4);
+        assert_eq!(
+            ["layers.0.weight", "layers.1.weight", "classifier.weight"].map(|n| vision.depth(n)),
+            [(0, 2), (1, 2), (2, 2)]
+        );
+        let weights = store(&config, 1.0);
+        let VisionModel::Binary(model) = vision.build(&weights).unwrap() else { panic!("another model") };
+        let wide = drawn("images", &[1, 1, 2, 3], 1.0);
+        let error = model.forward(&wide).unwrap_err().to_string();
+        assert_eq!(error, "images: found 1 x 2 x 3, expected 1 x 3 x 2");
+        assert_eq!(model.not_finite(&drawn("images", &[2, 1, 3, 2], 1.0)).unwrap(), None);
+        let nan = (drawn("images", &[2, 1, 3, 2], 1.0) * f64::NAN).unwrap();
+        assert_eq!(model.not_finite(&nan).unwrap().as_deref(), Some("layers.0"));
+    }
+}
