@@ -124,15 +124,9 @@ impl Continual {
         };
         let mut table = Recipe::table(&name)?;
         if !self.tasks.is_empty() {
-            let limits = table.get("data").and_then(Value::as_table).cloned().unwrap_or_default();
             let (mut names, mut tasks) = (Vec::new(), Vec::new());
             for given in &self.tasks {
-                let (name, mut table) = task(given, &names)?;
-                if let Some(Value::Table(data)) = table.get_mut("data") {
-                    for (key, value) in limits.iter().filter(|(key, _)| key.starts_with("limit_")) {
-                        data.entry(key.clone()).or_insert_with(|| value.clone());
-                    }
-                }
+                let (name, table) = task(given, &names)?;
                 names.push(name);
                 tasks.push(Value::Table(table));
             }

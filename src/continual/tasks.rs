@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::data::{Dataset, Image, Source};
+use crate::data::{DataConfig, Dataset, Image, Source};
 use crate::random::Random;
 use crate::recipe::{ContinualConfig, HeadKind, Recipe, TaskConfig};
 use crate::train::Heads;
@@ -153,7 +153,17 @@ fn picked(source: &Arc<dyn Source>, picked: &[usize], known: usize) -> Arc<dyn S
 
 /// A task's images under labels of its own.
 fn open_one(recipe: &Recipe, continual: &ContinualConfig, i: usize, task: &TaskConfig) -> Result<Dataset> {
-    let mut data = task.data.as_ref().unwrap_or(&recipe.data).open(recipe.seed)?;
+    let all = &recipe.data;
+    let own = match &task.data {
+        None => all.clone(),
+        Some(own) => DataConfig {
+            limit_train: own.limit_train.or(all.limit_train),
+            limit_eval: own.limit_eval.or(all.limit_eval),
+            strict: own.strict || all.strict,
+            ..own.clone()
+        },
+    };
+    let mut data = own.open(recipe.seed)?;
     if !task.classes.is_empty() {
         let mut places = Vec::with_capacity(task.classes.len());
         for class in &task.classes {

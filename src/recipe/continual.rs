@@ -58,7 +58,7 @@ pub enum HeadKind {
 pub struct TaskConfig {
     /// Its name in tables and messages.
     pub name: String,
-    /// Its images. None: those of `[data]`.
+    /// Its images; limits that it does not set are those of `[data]`. None: those of `[data]`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub data: Option<DataConfig>,
     /// Of these images the ones of some classes, by name, in the order of their new labels. Empty: all.
