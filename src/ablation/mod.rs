@@ -235,7 +235,7 @@ pub fn run(cell: &Cell, device: &Device, progress: &dyn Progress) -> Result<()> 
                 cell.dir.display()
             )));
         }
-        if quantize::finished(&cell.dir)?.is_some() {
+        if quantize::finished(&cell.dir)?.is_some() || diverged(&cell.dir) {
             return Ok(());
         }
     } else {
@@ -254,7 +254,22 @@ pub fn run(cell: &Cell, device: &Device, progress: &dyn Progress) -> Result<()> 
         // It failed before there was anything to keep: what went wrong is the news, not that cleaning up did.
         let _ = files::discard(&cell.dir);
     }
-    done.map(|_| ())
+    match done {
+        // One setting that does not train is a figure of the sweep, not its end.
+        Err(Error::NotFinite(message)) => {
+            progress.note(&format!("{}: {message}", cell.dir.display()));
+            std::fs::create_dir_all(&cell.dir).map_err(|e| Error::io(&cell.dir, e))?;
+            files::write_bytes(&cell.dir.join(DIVERGED), message.as_bytes())
+        }
+        done => done.map(|_| ()),
+    }
+}
+
+/// The file of a run whose loss or gradient was not finite.
+const DIVERGED: &str = "diverged.txt";
+
+fn diverged(dir: &Path) -> bool {
+    dir.join(DIVERGED).exists()
 }
 
 /// Mean, lowest and highest.

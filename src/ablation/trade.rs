@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::picture::{COLOURS, STYLE};
-use super::{Ablation, Cell};
+use super::{diverged, Ablation, Cell};
 use crate::report::series::range;
 use crate::report::svg::ticks;
 use crate::report::text::escape;
@@ -99,6 +99,9 @@ pub fn rows(ablation: &Ablation, cells: &[Cell]) -> Result<Vec<Trade>> {
         let (name, family) = (variant.name.clone(), variant.family.clone());
         let mut row = Trade { variant: name, family, figures: named, titles };
         for cell in cells.iter().filter(|cell| cell.variant == variant.name) {
+            if diverged(&cell.dir) {
+                row.figures.iter_mut().for_each(|(_, values)| values.push(f64::NAN));
+            }
             let Some(summary) = quantize::finished(&cell.dir)? else { continue };
             for (figure, (_, values)) in figures.iter().zip(&mut row.figures) {
                 let path = cell.dir.join("summary.json");
@@ -125,7 +128,8 @@ pub fn markdown(rows: &[Trade]) -> String {
             let whole = key == "state_bytes" || key == "trained";
             let _ = match interval(values).filter(|(mean, _)| mean.is_finite()) {
                 None if values.is_empty() => write!(text, " not run |"),
-                None => write!(text, " not measured |"),
+                None if key == "forgetting" => write!(text, " not measured |"),
+                None => write!(text, " diverged |"),
                 Some((mean, _)) if whole => write!(text, " {mean:.0} |"),
                 Some((mean, None)) => write!(text, " {mean:.3} |"),
                 Some((mean, Some(half))) => write!(text, " {mean:.3} \u{b1} {half:.3} |"),
@@ -143,7 +147,9 @@ pub fn markdown(rows: &[Trade]) -> String {
             } else {
                 ("average_accuracy", 1.0)
             };
-            interval(row.values(key)).map(|(mean, _)| (sign * mean, row))
+            interval(row.values(key))
+                .map(|(mean, _)| (sign * mean, row))
+                .filter(|(score, _)| score.is_finite())
         });
         if let Some((_, best)) = scored.max_by(|a, b| a.0.total_cmp(&b.0)) {
             let _ = write!(text, "\nbest of {family}: {}\n", best.variant);

@@ -11,7 +11,7 @@ use qtune::Error;
 use toml::Value;
 
 use super::flags::{anchored, Common};
-use super::{print, print_json};
+use super::{print, print_json, tasks};
 
 #[derive(Args, Debug)]
 pub struct Ablate {
@@ -47,7 +47,7 @@ pub struct Ablate {
     limit_eval: Option<usize>,
     /// Tasks of a sweep over tasks, in place of the recipe's: paths of images
     #[arg(long, value_delimiter = ',', value_name = "TASK,..")]
-    tasks: Vec<PathBuf>,
+    tasks: Vec<String>,
     /// Set any key of the recipe, e.g. phase.1.steps=300
     #[arg(long, value_name = "KEY.PATH=VALUE")]
     set: Vec<String>,
@@ -87,20 +87,11 @@ impl Ablate {
             set(&mut table, assignment)?;
         }
         if !self.tasks.is_empty() {
-            let tasks = self.tasks.iter().map(|task| {
-                let name = task.file_stem().map(|stem| stem.to_string_lossy().into_owned());
-                let data: toml::Table = [("path".to_string(), path(task))].into_iter().collect();
-                let name = Value::String(name.unwrap_or_default());
-                Value::Table(
-                    [("name".to_string(), name), ("data".to_string(), Value::Table(data))]
-                        .into_iter()
-                        .collect(),
-                )
-            });
-            let tasks: Vec<Value> = tasks.collect();
+            let tasks = tasks::tables(&self.tasks)?;
             put(&mut table, "continual.task", Value::Array(tasks))
                 .map_err(|what| Error::usage(format!("continual.task: {what}")))?;
         }
+        tasks::limit(&mut table, self.limit_train, self.limit_eval);
         let mut ablation = ablation::split(&mut table)?;
         if !self.bits.is_empty() {
             ablation.bits = self.bits.clone();

@@ -12,7 +12,7 @@ use toml::Value;
 
 use super::flags::{anchored, Common};
 use super::training::{count, name_of, path, recipe_of, Training};
-use super::{bytes, print, print_json};
+use super::{bytes, print, print_json, tasks};
 
 #[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
 enum Method {
@@ -83,37 +83,6 @@ fn recipe_for(method: Method, built_in: bool) -> &'static str {
     }
 }
 
-/// A task of the command line as `[[continual.task]]` has it.
-fn task(name: &str, taken: &[String]) -> Result<(String, toml::Table)> {
-    let mut table = toml::Table::new();
-    let as_path = Path::new(name);
-    let recipe = name.ends_with(".toml") || !as_path.exists();
-    let data = match recipe {
-        false => {
-            let mut data = toml::Table::new();
-            data.insert("path".into(), path(&anchored(as_path)));
-            data
-        }
-        true => {
-            let recipe = Recipe::table(name).map_err(|e| {
-                Error::usage(format!("--tasks {name}: no such file or folder, and not a recipe ({e})"))
-            })?;
-            recipe.get("data").and_then(Value::as_table).cloned().unwrap_or_default()
-        }
-    };
-    let stem = as_path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
-    let stem = stem.unwrap_or_else(|| name.to_string());
-    let mut unique = stem.clone();
-    let mut number = 2;
-    while taken.contains(&unique) {
-        unique = format!("{stem}-{number}");
-        number += 1;
-    }
-    table.insert("name".into(), Value::String(unique.clone()));
-    table.insert("data".into(), Value::Table(data));
-    Ok((unique, table))
-}
-
 impl Continual {
     fn recipe(&self) -> Result<Recipe> {
         let built_in = self.tasks.is_empty();
@@ -124,12 +93,7 @@ impl Continual {
         };
         let mut table = Recipe::table(&name)?;
         if !self.tasks.is_empty() {
-            let (mut names, mut tasks) = (Vec::new(), Vec::new());
-            for given in &self.tasks {
-                let (name, table) = task(given, &names)?;
-                names.push(name);
-                tasks.push(Value::Table(table));
-            }
+            let tasks = tasks::tables(&self.tasks)?;
             let continual = table.entry("continual").or_insert_with(|| Value::Table(toml::Table::new()));
             if let Some(continual) = continual.as_table_mut() {
                 continual.insert("task".into(), Value::Array(tasks));
@@ -151,7 +115,7 @@ impl Continual {
         for (key, value) in keys.into_iter().chain(self.training.overrides("data")?) {
             put(&mut table, &key, value).map_err(|what| Error::usage(format!("{key}: {what}")))?;
         }
-        self.limits(&mut table);
+        tasks::limit(&mut table, self.training.limit_train, self.training.limit_eval);
         if let Some(phases) = table.get_mut("phase").and_then(Value::as_array_mut) {
             for phase in phases.iter_mut().filter_map(Value::as_table_mut) {
                 self.training.put_phase(phase);
@@ -166,7 +130,8 @@ impl Continual {
         let tasks =
             recipe.continual.iter_mut().flat_map(|c| &mut c.task).filter_map(|task| task.data.as_mut());
         let data = tasks.chain([&mut recipe.data]).flat_map(|data| [&mut data.path, &mut data.eval_path]);
-        for path in data.chain([model]).flatten() {
+        let state = &mut recipe.train.optimizer_state;
+        for path in data.chain([model, state]).flatten() {
             *path = anchored(path);
         }
         Ok(recipe)
@@ -208,7 +173,9 @@ impl Continual {
     fn optimizer(&self, table: &mut toml::Table, method: Method) {
         let kind = table.get("optimizer").and_then(|o| o.get("kind")).and_then(Value::as_str);
         let classp = kind == Some("classp");
-        let other = match (self.training.optimizer, self.method) {
+        let own = table.get("continual").and_then(|c| c.get("method")).and_then(Value::as_str);
+        let changed = self.method.filter(|method| own != Some(name_of(method).as_str()));
+        let other = match (self.training.optimizer, changed) {
             (None, Some(Method::Classp)) if !classp => Some("classp"),
             (None, Some(_)) if classp && method != Method::Classp => Some("sgd"),
             _ => None,
@@ -224,29 +191,27 @@ impl Continual {
         self.training.replace_optimizer(table);
     }
 
-    /// Limits of the command line hold for every task.
-    fn limits(&self, table: &mut toml::Table) {
-        let limits = [("limit_train", self.training.limit_train), ("limit_eval", self.training.limit_eval)];
-        let tasks = table.get_mut("continual").and_then(|c| c.get_mut("task")).and_then(Value::as_array_mut);
-        for data in tasks.into_iter().flatten().filter_map(|task| task.get_mut("data")) {
-            for (key, limit) in limits.iter().filter_map(|(key, limit)| Some((key, (*limit)?))) {
-                if let Some(data) = data.as_table_mut() {
-                    data.insert(key.to_string(), count(limit));
-                }
-            }
-        }
-    }
-
     pub fn run(self) -> Result<()> {
         let progress = self.common.progress();
         let device = self.common.device()?;
         if let Some(dir) = &self.training.resume {
-            if self.training.changes() || !self.tasks.is_empty() || self.method.is_some() {
+            let own = self.method.is_some()
+                || !self.tasks.is_empty()
+                || self.heads.is_some()
+                || self.model.is_some()
+                || self.validation.is_some()
+                || self.ewc_lambda.is_some()
+                || self.budget.is_some()
+                || self.replay_samples.is_some();
+            if self.training.changes() || own {
                 let message =
                     "--resume: a run goes on with the recipe that it was begun with, leave other flags away";
                 return Err(Error::usage(message).into());
             }
             let recipe = recipe_of(dir)?;
+            if self.training.dry_run {
+                return self.plan(&recipe, &device);
+            }
             signal::watch()?;
             if let Some(summary) = quantize::finished(dir)? {
                 progress.note(&format!("{}: this run is finished", dir.display()));

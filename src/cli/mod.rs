@@ -15,6 +15,7 @@ mod merge;
 mod predict;
 mod progress;
 mod quantize;
+mod tasks;
 mod training;
 
 use std::io::Write;

@@ -129,7 +129,8 @@ impl Ewc {
             let anchor = param.var.as_tensor().copy()?.detach();
             held.push(Held { name: param.name.clone(), fisher, anchor });
         }
-        if let (Some(keep), Some(before)) = (config.online, self.tasks.pop()) {
+        if let Some(keep) = config.online {
+            let before = self.tasks.pop().unwrap_or_default();
             for new in &mut held {
                 if let Some(old) = before.iter().find(|old| old.name == new.name) {
                     new.fisher = ((&old.fisher * keep)? + &new.fisher)?;

@@ -60,12 +60,15 @@ pub fn plan(recipe: &Recipe, device: &Device) -> Result<Plan> {
     let anchors = if continual.ewc.online.is_some() { 1 } else { earlier };
     let state = match continual.method {
         Protection::Finetune | Protection::Kappatune => 0,
-        Protection::Classp | Protection::Field => 4 * params,
+        Protection::Field => 4 * params,
+        Protection::Classp => 0,
         Protection::Ewc => 8 * params * anchors,
         Protection::Replay => {
             planned.iter().take(earlier).map(|t| t.train.min(continual.replay.samples) * (pixels + 4)).sum()
         }
     };
+    let remembers = recipe.optimizer.remembers() && continual.method != Protection::Finetune;
+    let state = state + if remembers { 4 * params } else { 0 };
     // Weights, gradients, the rule's state, and of every image of a batch some hundred times its floats.
     let trained = params * (8 + recipe.optimizer.state_bytes());
     let memory = FIXED + trained + state + recipe.train.batch_size * pixels * 4 * 100;

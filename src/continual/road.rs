@@ -149,7 +149,7 @@ impl Run<'_> {
 
     /// Whether the optimizer's state is what remembers.
     fn carries(&self) -> bool {
-        self.recipe.optimizer.remembers()
+        self.recipe.optimizer.remembers() && self.continual.method != Protection::Finetune
     }
 
     fn stretch(&self, at: usize) -> Stretch<'_> {
@@ -257,13 +257,15 @@ impl Run<'_> {
         };
         trainer.run(phase)?;
         if trainer.state.phase_step != before {
+            // The evaluation at the end of the stretch was on all tasks, unless its last step was left out or
+            // the best weights took the place of the last.
+            let measured = trainer.state.measured.is_some_and(|(step, _)| step == trainer.state.step);
+            let seen = stretch.take_seen().filter(|_| measured && !self.recipe.train.restore_best);
+            trainer.state.row = seen.map(|seen| (trainer.state.step, seen));
             trainer.save(&store, optimizer.as_ref(), &tracker)?;
         }
-        // The evaluation at the end of the stretch was on all tasks; where another process made it, or the
-        // best weights took the place of the last, it is made again.
-        let seen = stretch.take_seen().filter(|_| !self.recipe.train.restore_best);
-        let accuracy = match seen {
-            Some(seen) => seen,
+        let accuracy = match trainer.state.row.take().filter(|(step, _)| *step == trainer.state.step) {
+            Some((_, row)) => row,
             None => {
                 trainer.evaluate(&store.settled()?, &config.name, true)?;
                 stretch.take_seen().unwrap_or_default()
@@ -278,7 +280,8 @@ impl Run<'_> {
         };
         trainer.metrics.sync()?;
         if at + 1 == self.tasks.list.len() {
-            trainer.leave_optimizer(optimizer.as_ref(), &params)?;
+            // What it remembers of weights that this task left alone too.
+            trainer.leave_optimizer(optimizer.as_ref(), &weights.trainable()?.params())?;
         }
         let state = if self.carries() { optimizer.state()? } else { Vec::new() };
         boundary::write(self.dir, Some(at), &row, &weights, &memory, &state)?;
@@ -289,7 +292,7 @@ impl Run<'_> {
         rows.push(row);
         let optimizer = self.carries().then_some(optimizer);
         report::write(self.dir).unwrap_or_else(|e| self.progress.note(&format!("report: {e}")));
-        match signal::asked() {
+        match signal::asked().filter(|_| at + 1 < self.tasks.list.len()) {
             Some(signal) => Err(Error::Stopped { signal, resume: Some(self.dir.to_path_buf()) }),
             None => Ok(Carried { weights, memory, optimizer, rows, state, metrics }),
         }
@@ -338,7 +341,10 @@ impl Run<'_> {
     fn state_bytes(&self, carried: &Carried) -> Result<usize> {
         let of = |t: &candle_core::Tensor| t.elem_count() * t.dtype().size_in_bytes();
         let optimizer = match &carried.optimizer {
-            Some(optimizer) => optimizer.state()?.iter().map(|(_, t)| of(t)).sum(),
+            Some(optimizer) => {
+                let state = optimizer.state()?;
+                state.iter().filter(|(name, _)| name.ends_with("#grad_sum")).map(|(_, t)| of(t)).sum()
+            }
             None => 0,
         };
         let memory = match self.continual.method {

@@ -2,13 +2,12 @@
 //! numbers, ranked as the task before left them.
 
 use crate::recipe::{Protection, Recipe};
-use crate::select::kappa::{analyse, choose, units, units::total_params, vision_roles, KappaConfig, Options};
+use crate::select::kappa::{
+    analyse, choose_with_notes, units, units::total_params, vision_roles, KappaConfig, Options,
+};
 use crate::train::Progress;
 use crate::weights::{Weight, Weights};
 use crate::{Error, Result};
-
-/// What a name must begin with to be of the output layer, which a new task always trains.
-const HEAD: &str = "classifier.";
 
 /// The store of task `at` with what it trains made trainable, and the names of that where it is not all.
 pub(super) fn trained(
@@ -26,7 +25,8 @@ pub(super) fn trained(
     let trains = |name: &str| {
         let vector = |ending: &str| name.ends_with(ending);
         let norm = name.contains("norm") && (vector(".weight") || vector(".bias"));
-        name.starts_with(HEAD)
+        // The output layer, or both of a model with two heads, is always trained.
+        name.split('.').any(|part| part.ends_with("classifier"))
             || chosen.iter().any(|c| c == name)
             || (kappa.train_norms && norm)
             || (kappa.train_biases && vector(".bias") && !norm)
@@ -57,9 +57,10 @@ fn chosen(
 ) -> Result<Vec<String>> {
     let units = units(weights, &vision_roles)?;
     let scored = analyse(weights, &units, &Options::from(kappa), None, progress)?;
-    let picked = choose(&scored, total_params(weights)?, kappa, recipe.seed)?;
-    let mut names = Vec::with_capacity(picked.len());
-    for i in picked {
+    let picked = choose_with_notes(&scored, total_params(weights)?, kappa, recipe.seed)?;
+    picked.notes.iter().for_each(|note| progress.note(note));
+    let mut names = Vec::with_capacity(picked.units.len());
+    for i in picked.units {
         let unit = &scored[i].unit;
         if unit.index.is_some() {
             let message = "one of several matrices in a tensor, which is not trained by itself here";

@@ -356,6 +356,7 @@ impl Optimizer for Classp {
 
     fn next_task(&mut self) {
         self.task += 1;
+        self.entries.values_mut().for_each(|entry| entry.passed = 0);
     }
 
     /// Percent of the entries that moved in the last step, the mean of S, percent of the entries whose S is

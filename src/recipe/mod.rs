@@ -462,6 +462,16 @@ impl Recipe {
                 "continual.method = \"field\" and model.kind = \"binary\", model.reading = \"field\": expected both",
             ));
         }
+        let mixes = self.augment.mixup > 0.0 || self.augment.cutmix > 0.0;
+        if continual.heads == HeadKind::Task && (self.augment.label_smoothing > 0.0 || mixes) {
+            return Err(Error::usage(
+                "augment.label_smoothing, mixup, cutmix: their soft labels reach over the heads of all tasks, expected \
+                 none with continual.heads = \"task\"",
+            ));
+        }
+        if self.distill.teacher.is_some() || self.distill.kind == DistillKind::Pld {
+            return Err(Error::usage("distill: tasks that are learned one after another have no teacher"));
+        }
         let (phases, tasks) = (self.phase.len(), continual.task.len());
         if phases != 1 && phases != tasks {
             return Err(Error::usage(format!(

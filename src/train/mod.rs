@@ -376,6 +376,10 @@ impl<S: Supply> Trainer<'_, S> {
             }
         }
         self.progress.finish();
+        if let Some(mut average) = self.average.take() {
+            // The phase ended early or with a step left out: the averages stay here too.
+            average.swap(&params)?;
+        }
         if recipe.train.restore_best {
             self.restore_best(&params)?;
         }
@@ -394,6 +398,16 @@ impl<S: Supply> Trainer<'_, S> {
         if policy == OnNan::Rollback {
             if let Some(saved) = resume::latest(self.dir)? {
                 saved.restore(params, self.device)?;
+                // Nothing stays of what the steps since then left.
+                optimizer.retain(&[]);
+                if self.average.is_some() {
+                    let decay = self.recipe.train.ema;
+                    let read = |name: &str| saved.optimizer(name, self.device);
+                    self.average = Some(match saved.has_state_of_average() {
+                        true => Average::restore(params, decay, &read)?,
+                        false => Average::new(params, decay)?,
+                    });
+                }
                 if saved.has_optimizer() {
                     let read = |name: &str| saved.optimizer(name, self.device);
                     optimizer.restore(&saved.with_state(params), &read)?;
@@ -413,6 +427,11 @@ impl<S: Supply> Trainer<'_, S> {
         };
         let Some(saved) = resume::at_step(self.dir, step, self.state.phase)? else { return Ok(()) };
         saved.restore(params, self.device)?;
+        if self.recipe.train.ema > 0.0 && saved.has_state_of_average() {
+            // What was evaluated was the average.
+            let read = |name: &str| saved.optimizer(name, self.device);
+            Average::restore(params, self.recipe.train.ema, &read)?.swap(params)?;
+        }
         self.state.measured = saved.state.measured;
         if let Some((measured, _)) = &mut self.state.measured {
             *measured = self.state.step;

@@ -39,6 +39,9 @@ pub struct State {
     /// The loss of the model that is adapted on the control text.
     #[serde(default)]
     pub control: Option<f64>,
+    /// Top-1 on every task after a step, of a run over several tasks.
+    #[serde(default)]
+    pub row: Option<(usize, Vec<f64>)>,
     /// Bytes of that model's file.
     pub fp_bytes: u64,
     /// Samples a second of the last phase's training; 0 where nothing was trained.
@@ -74,6 +77,7 @@ impl Default for State {
             wall_s: 0.0,
             full_precision: None,
             control: None,
+            row: None,
             fp_bytes: 0,
             samples_per_s: 0.0,
             frozen: 0.0,
@@ -233,6 +237,11 @@ impl Saved {
     /// Whether the optimizer had been at work: a phase's first checkpoint comes before its first step.
     pub fn has_optimizer(&self) -> bool {
         !self.optimizer.is_empty()
+    }
+
+    /// Whether a running average of the parameters was saved.
+    pub fn has_state_of_average(&self) -> bool {
+        self.optimizer.names().any(|stored| stored.ends_with("#average"))
     }
 
     /// Whether the optimizer's state of the parameter called `name` was saved.

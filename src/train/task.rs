@@ -142,6 +142,9 @@ impl Classify {
         let mut output = self.model.train(&batch.images, drop.as_ref())?;
         if let Some(heads) = &self.heads {
             output.class = heads.open(&output.class, &batch.labels)?;
+            if let Some(other) = &output.distillation {
+                output.distillation = Some(heads.open(other, &batch.labels)?);
+            }
         }
         let teacher = match (&self.teacher, self.distill) {
             (None, _) | (_, DistillKind::None) => None,

@@ -256,15 +256,19 @@ pub fn llama_roles(name: &str, shape: &[usize]) -> Option<Role> {
 }
 
 /// The roles of the names of vision models: transformers under the canonical names of
-/// [`crate::models::names`], and small convolutional networks (`conv*`, `fc*`).
+/// [`crate::models::names`], small convolutional networks (`conv*`, `fc*`), and
+/// perceptrons (`layers.N`).
 pub fn vision_roles(name: &str, shape: &[usize]) -> Option<Role> {
     let segments = segments(name)?;
-    let last = segments.last().copied()?;
+    // Layers in a row are numbered: `conv.0`, `layers.1`.
+    let last = segments.iter().rev().copied().find(|s| !s.chars().all(|c| c.is_ascii_digit()))?;
+    let numbered = segments.last().is_some_and(|s| *s != last);
     match shape.len() {
         2 if last.contains("classifier") || last == "head" => Some(Role::Head),
         2 if matches!(last, "query" | "key" | "value" | "dense" | "reduction") || last.starts_with("fc") => {
             Some(Role::Linear)
         }
+        2 if last == "layers" && numbered => Some(Role::Linear),
         3..=5 if last == "projection" && segments.contains(&"patch_embeddings") => Some(Role::Conv),
         3..=5 if last.starts_with("conv") => Some(Role::Conv),
         _ => None,
