@@ -107,9 +107,9 @@ fn largest(diagonal: &[f64], off: &[f64], known: f64) -> f64 {
     let mut high = (0..k).map(bound).fold(f64::NEG_INFINITY, f64::max);
     let all_below = |x: f64| {
         let mut pivot = 1.0f64;
-        for i in 0..k {
+        for (i, entry) in diagonal.iter().enumerate() {
             let square = if i > 0 { off[i - 1] * off[i - 1] } else { 0.0 };
-            pivot = diagonal[i] - x - square / pivot;
+            pivot = entry - x - square / pivot;
             if pivot >= 0.0 {
                 return false;
             }
@@ -138,9 +138,9 @@ fn last_component(diagonal: &[f64], off: &[f64], value: f64) -> f64 {
     let shift = value + value.abs() * 4.0 * f64::EPSILON + f64::MIN_POSITIVE;
     let mut pivots = vec![0.0; k];
     let mut vector = vec![1.0; k];
-    for i in 0..k {
+    for (i, entry) in diagonal.iter().enumerate() {
         let before = if i > 0 { off[i - 1] * off[i - 1] / pivots[i - 1] } else { 0.0 };
-        let pivot: f64 = shift - diagonal[i] - before;
+        let pivot: f64 = shift - entry - before;
         pivots[i] = pivot.max(value.abs() * 1e-300 + f64::MIN_POSITIVE);
     }
     for _ in 0..2 {

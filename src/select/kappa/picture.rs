@@ -144,9 +144,9 @@ pub fn svg(selection: &Selection) -> Option<String> {
 pub fn page(selection: &Selection, model: &str) -> String {
     let mut body = String::new();
     let total = selection.total_params.max(1) as f64;
-    let _ = write!(
+    let _ = writeln!(
         body,
-        "<header><h1>{}</h1><p>{} of {} units selected, {} of {} parameters ({:.2} %)</p></header>\n",
+        "<header><h1>{}</h1><p>{} of {} units selected, {} of {} parameters ({:.2} %)</p></header>",
         escape(model),
         selection.selected().count(),
         selection.tensors.len(),

@@ -126,7 +126,8 @@ pub(super) fn gram(g: &Mat<f64>) -> Result<Ends, Option<Top>> {
     // The largest diagonal entry is a lower bound on sigma_1^2: where kappa is too large by it alone,
     // the top is not worth finding here.
     let diagonal = (0..n).map(|i| g[(i, i)]).fold(0f64, f64::max);
-    if !(diagonal * below.value <= GATE * GATE) {
+    let near = diagonal * below.value <= GATE * GATE;
+    if !near {
         return Err(None);
     }
     let mut above = Lanczos::new(n, 2 * STEPS);
@@ -142,7 +143,8 @@ pub(super) fn gram(g: &Mat<f64>) -> Result<Ends, Option<Top>> {
             break;
         }
         let kappa = (theta * below.value).sqrt();
-        if !(kappa <= GATE) {
+        let believed = kappa <= GATE;
+        if !believed {
             break;
         }
         let slack = SLACK.max(4.0 * (n as f64).sqrt() * U * kappa * kappa);
@@ -262,7 +264,8 @@ pub(super) fn by_triangle(r: &Mat<f64>, known: Option<&Top>) -> Option<Ends> {
         return None;
     }
     let kappa = (top.theta * below.value).sqrt();
-    if !(kappa <= 1e12 / (n as f64).sqrt()) {
+    let believed = kappa <= 1e12 / (n as f64).sqrt();
+    if !believed {
         return None;
     }
     let slack = SLACK.max(4.0 * (n as f64).sqrt() * U * kappa);

@@ -303,7 +303,7 @@ pub fn generic_roles(name: &str, shape: &[usize]) -> Option<Role> {
             Some(Role::Head)
         }
         2 if segments == ["output"] => Some(Role::Head),
-        2 if segments.iter().any(|s| embeds(&s)) => Some(Role::Embedding),
+        2 if segments.iter().any(embeds) => Some(Role::Embedding),
         2 => Some(Role::Linear),
         4 | 5 => Some(Role::Conv),
         3 if lower.contains("conv") => Some(Role::Conv),
