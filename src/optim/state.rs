@@ -146,9 +146,10 @@ fn load(
     if mode != wanted {
         return differ("mode", mode, &format!("{wanted}, the recipe's: the sums mean another thing"));
     }
-    let task: u32 = meta("task")?
+    let stated = meta("task")?;
+    let task: u32 = stated
         .parse()
-        .map_err(|_| Error::input(&path, format!("task: found {:?}, expected a number", meta("task"))))?;
+        .map_err(|_| Error::input(&path, format!("task: found {stated:?}, expected a number")))?;
     let listed: Vec<Listed> =
         serde_json::from_str(meta("params")?).map_err(|e| Error::input(&path, format!("params: {e}")))?;
     let found = hash(&listed);
