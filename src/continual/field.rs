@@ -8,8 +8,7 @@
 //!
 //! between the distributions of fields θ and θ' ([`crate::models::binary`] says what they are). The log-cosh is
 //! `|θ| + ln(1 + exp(-2|θ|)) - ln 2`, and all of it is computed in f64: a divergence is what is left when
-//! numbers of the size of |θ| have cancelled. Li, Huang, Zou and Huang 2023 (arXiv 2212.02846); their
-//! programs use the square of the difference instead, its first term in θ - θ'.
+//! numbers of the size of |θ| have cancelled. Li, Huang, Zou and Huang 2023 (arXiv 2212.02846).
 
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Shape, Tensor};
 use rayon::prelude::*;
