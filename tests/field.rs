@@ -97,7 +97,6 @@ fn recipe(reading: &str, lr: f64, changes: &[&str]) -> Recipe {
     let model = format!("kind = \"binary\"\nhidden = [40, 30]\nreading = \"{reading}\"");
     table.insert("model".into(), toml::Value::Table(model.parse().unwrap()));
     let own = [
-        "transform=[]".to_string(),
         "data.glyphs.train=1000".to_string(),
         "data.glyphs.eval=300".to_string(),
         "optimizer.weight_decay=0.0".to_string(),
