@@ -159,9 +159,10 @@ impl CustomOp2 for Divergence {
 pub struct FieldPrior {
     /// The fields by the parameter's name.
     pub entries: Vec<(String, Tensor)>,
-    /// What the divergence counts. 1 is Bayes' rule, under which so many more weights than samples would
-    /// stay undecided and their signs mean nothing; 0.01 for the uniform prior of a first task and 0.2
-    /// for what it left behind served 10 000 images each of two tasks.
+    /// What the divergence counts. 1 is Bayes' rule; where there are many more weights than samples, as
+    /// usual, it leaves most weights undecided, and the network of their signs is a poor one. 0.01 for the
+    /// uniform prior of a first task and 0.2 for what it left behind are what the figures of
+    /// [`crate::models::binary`] were made with.
     pub weight: f64,
     /// Samples of the task: the loss is a mean over samples, the prior is one for all of them.
     pub samples: usize,

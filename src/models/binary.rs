@@ -65,6 +65,19 @@
 //! [`Reading::Field`] trains as above. [`Reading::Sign`] trains the same network as it is used, by the
 //! straight-through gradient of the sign: what the method has to be better than. [`Binary::forward`] is
 //! the signed network in both; [`Binary::mean_field`] is the mean of the logits under `q`.
+//!
+//! # Figures
+//!
+//! MNIST, then Fashion-MNIST, the first 10 000 training images of each, ten classes shared; two hidden layers
+//! of 200, ten epochs a task in batches of 64, AdamW without decay or clipping; percent right of 10 000 test
+//! images by the signed network, mean of three seeds (those of one seed are marked).
+//!
+//! | training | MNIST, first | MNIST, in the end | Fashion-MNIST |
+//! | --- | --- | --- | --- |
+//! | field, lr 0.05, prior at 0.01 then 0.2 | 95.2 | 92.5 | 83.1 |
+//! | field, lr 0.05, prior at 0.01 then 0 (one seed) | 95.3 | 64.1 | 85.4 |
+//! | field, lr 0.05, prior at 1 throughout (one seed) | 88.8 | 59.1 | 70.1 |
+//! | sign, lr 0.0003 | 94.9 | 40.1 | 83.6 |
 
 use std::sync::Arc;
 
