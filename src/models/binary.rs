@@ -29,10 +29,10 @@
 //! and that independence behind the first layer, are the approximation. No term of the variance is
 //! negative, so a layer that has made up its mind loses nothing to cancellation.
 //!
-//! Hidden layers rectify, `a = max(z, 0)`, as in the paper. It draws one Gaussian `z` for each unit and sample
-//! (local reparameterization); here both moments of `a` go on to the next layer in closed form
-//! ([`kernels::rectified_moments`]). That makes the pass a function of the images alone: nothing to seed, to
-//! resume or to average, and no noise in the gradient.
+//! Hidden layers rectify, `a = max(z, 0)`, as in the paper's programs. These draw one Gaussian `z` for each
+//! unit and sample (local reparameterization); here both moments of `a` go on to the next layer in closed
+//! form ([`kernels::rectified_moments`]). That makes the pass a function of the images alone: nothing to
+//! seed, to resume or to average, and no noise in the gradient.
 //!
 //! Before it is rectified, a hidden layer is divided by its size, `r^2 = mean_i (M_i^2 + V_i)` over its units,
 //! for each sample: `E z^2` summed over many units is its own expectation, so this is the division of the
@@ -51,7 +51,10 @@
 //! and to that is added `KL(q || q_before) / N` over all weights, where `q_before` is the distribution that the
 //! earlier tasks left behind and `N` the samples of this one ([`crate::continual::field`]). The divergence has
 //! the gradient `(1 - m^2)(θ - θ_before)`, and that of the likelihood too carries `dm/dθ = 1 - m^2`: a weight
-//! that an earlier task has made certain is moved little by a later one, an uncertain one freely.
+//! that an earlier task has made certain is moved little by a later one, an uncertain one freely. Adam, which
+//! divides by the size that gradients have, takes the common factor out again; what then holds a weight
+//! is the pull of the prior, which grows with the distance. It asks for no weight decay, a pull toward
+//! θ = 0, where everything is forgotten.
 //!
 //! The paper's programs take the same two terms, with two differences: they anneal `tanh β θ` with growing
 //! β, which is here left to the fields themselves to grow, and they pull a field toward its value one step
@@ -62,6 +65,19 @@
 //! [`Reading::Field`] trains as above. [`Reading::Sign`] trains the same network as it is used, by the
 //! straight-through gradient of the sign: what the method has to be better than. [`Binary::forward`] is
 //! the signed network in both; [`Binary::mean_field`] is the mean of the logits under `q`.
+//!
+//! # Figures
+//!
+//! MNIST, then Fashion-MNIST, the first 10 000 training images of each, ten classes shared; two hidden layers
+//! of 200, ten epochs a task in batches of 64, AdamW without decay or clipping; percent right of 10 000 test
+//! images by the signed network, mean of three seeds (those of one seed are marked).
+//!
+//! | training | MNIST, first | MNIST, in the end | Fashion-MNIST |
+//! | --- | --- | --- | --- |
+//! | field, lr 0.05, prior at 0.01 then 0.2 | 95.2 | 92.5 | 83.1 |
+//! | field, lr 0.05, prior at 0.01 then 0 (one seed) | 95.3 | 64.1 | 85.4 |
+//! | field, lr 0.05, prior at 1 throughout (one seed) | 88.8 | 59.1 | 70.1 |
+//! | sign, lr 0.0003 | 94.9 | 40.1 | 83.6 |
 
 use std::sync::Arc;
 
