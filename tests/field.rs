@@ -142,6 +142,7 @@ fn train(
         teacher: None,
         distill: DistillKind::None,
         drop_path: None,
+        heads: None,
     };
     let task = Remembering { learn, prior };
     let mut optimizer = recipe.optimizer.build();
