@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::data::{DataConfig, Dataset, Image, Source};
+use crate::data::{DataConfig, Dataset, HoldOut, Image, Source};
 use crate::random::Random;
 use crate::recipe::{ContinualConfig, HeadKind, Recipe, TaskConfig};
 use crate::train::Heads;
@@ -182,29 +182,13 @@ fn open_one(recipe: &Recipe, continual: &ContinualConfig, i: usize, task: &TaskC
         data.eval = picked(&data.eval, &places, known);
         data.classes = task.classes.clone();
     }
-    let path = || task.data.as_ref().and_then(|d| d.path.clone()).unwrap_or_else(|| data.name.clone().into());
     if let Some(held) = continual.validation {
-        let len = data.train.len();
-        if held >= len {
-            let message =
-                format!("continual.validation = {held}: expected fewer than the {len} training images");
-            return Err(Error::usage(format!("task {}: {message}", task.name)));
-        }
-        let some = |range: std::ops::Range<u32>| -> Arc<dyn Source> {
-            Arc::new(Part {
-                inner: data.train.clone(),
-                indices: Some(range.collect()),
-                relabel: None,
-                offset: 0,
-                permute: None,
-            })
-        };
-        let (train, eval) = (some(0..(len - held) as u32), some((len - held) as u32..len as u32));
-        (data.train, data.eval) = (train, eval);
+        data = data.validated(HoldOut::Count(held))?;
     }
     if data.train.is_empty() || data.eval.is_empty() {
         let found = if data.train.is_empty() { "train" } else { "evaluate" };
-        return Err(Error::input(path(), format!("task {}: found no images to {found} on", task.name)));
+        let path = own.path.unwrap_or_else(|| data.name.clone().into());
+        return Err(Error::input(path, format!("task {}: found no images to {found} on", task.name)));
     }
     Ok(data)
 }
@@ -302,7 +286,7 @@ mod tests {
         let before = shared.list[0].train.image(15).unwrap();
         assert_eq!(held.list[0].eval.image(0).unwrap(), before);
         let strange = ContinualConfig { validation: Some(20), ..continual };
-        assert!(open(&recipe, &strange).err().unwrap().to_string().contains("fewer than the 20"));
+        assert!(open(&recipe, &strange).err().unwrap().to_string().contains("20 of 20 training images"));
     }
 
     #[test]

@@ -122,15 +122,16 @@ impl Default for ReplayConfig {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct FieldConfig {
-    /// Factor on the divergence from the prior, which is divided by the number of training images.
+    /// Factor on the divergence from the posterior of the tasks before, which is divided by the number of training
+    /// images: 1 is Bayes' rule.
     pub weight: f64,
-    /// The same for the first task, whose prior says nothing.
+    /// The same for the first task, whose prior says nothing: at 1 it keeps this network from learning.
     pub first_weight: f64,
 }
 
 impl Default for FieldConfig {
     fn default() -> Self {
-        FieldConfig { weight: 1.0, first_weight: 0.0 }
+        FieldConfig { weight: 0.2, first_weight: 0.01 }
     }
 }
 
