@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 use qtune::select::kappa::spectrum::{by, spectrum};
 use qtune::select::kappa::{
     analyse, choose, low_rank_for, total_params, units, Fit, Float, KappaConfig, Kind, Matrix, Options, Role,
@@ -288,6 +288,30 @@ fn qtune(args: &[&str]) -> (i32, String, String) {
         std::process::Command::new(env!("CARGO_BIN_EXE_qtune")).arg("kappa").args(args).output().unwrap();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     (output.status.code().unwrap(), text(&output.stdout), text(&output.stderr))
+}
+
+/// Without a budget there is a table of what has no condition number too; with one nothing to choose from.
+#[test]
+fn a_table_of_what_cannot_be_chosen() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("flat.safetensors");
+    let zeros = Tensor::zeros((3, 2), DType::F32, &Device::Cpu).unwrap();
+    let ones = Tensor::ones((3, 2), DType::F32, &Device::Cpu).unwrap();
+    let tensors = [("a.weight", zeros), ("b.weight", ones)];
+    candle_core::safetensors::save(&std::collections::HashMap::from(tensors), &path).unwrap();
+    let model = path.to_str().unwrap();
+    let (code, table, stderr) = qtune(&[model, "--no-cache"]);
+    assert_eq!(code, 0, "{stderr}");
+    for part in ["rank_deficient", "zero", "2 units of f32, 2 without a condition number"] {
+        assert!(table.contains(part), "no {part:?} in {table}");
+    }
+    let (code, json, _) = qtune(&[model, "--no-cache", "--json"]);
+    let json: Value = serde_json::from_str(&json).unwrap();
+    let chosen = list(&json, "tensors").iter().filter(|t| t["selected"] == true || !t["rank"].is_null());
+    assert_eq!((code, chosen.count(), size(&json, "params_trainable")), (0, 0, 0));
+    let (code, _, stderr) = qtune(&[model, "--no-cache", "--budget", "1"]);
+    assert_eq!(code, 2);
+    assert!(stderr.contains("of 2 units 2 have no condition number"), "{stderr}");
 }
 
 /// The program on the tiny model, whose roles it takes from the names.

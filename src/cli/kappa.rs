@@ -53,7 +53,8 @@ pub struct Kappa {
     /// Leave out matrices with a longer side
     #[arg(long, value_name = "N")]
     max_dim: Option<usize>,
-    /// Take fused query, key and value, and gate and up, apart
+    /// Take fused query, key and value (three times as tall as wide), and gate and up, apart: for analysis only, a
+    /// part is not trained by itself
     #[arg(long)]
     split_fused: bool,
     /// Compute all singular values of every matrix
@@ -184,10 +185,15 @@ impl Kappa {
         let cache = (!self.no_cache).then(|| Cache::beside(&opened.dir));
         let scored =
             kappa::analyse(&opened.weights, &units, &Options::from(&config), cache.as_ref(), &progress)?;
-        let mut chosen = kappa::choose_with_notes(&scored, total, &config, self.seed)?;
-        if self.budget.is_none() {
-            chosen = Chosen { units: Vec::new(), notes: Vec::new(), ..chosen };
-        }
+        let chosen = match self.budget {
+            Some(_) => kappa::choose_with_notes(&scored, total, &config, self.seed)?,
+            // A table that nothing is chosen from may be one of units without a condition number.
+            None => Chosen {
+                units: Vec::new(),
+                ranked: kappa::rank(&scored, &config, self.seed)?,
+                notes: Vec::new(),
+            },
+        };
         chosen.notes.iter().for_each(|note| progress.note(note));
         let selection = Selection::new(&scored, &chosen, total, &config, self.seed);
         let spectra = self.spectra(&opened.weights, &all)?;
@@ -254,7 +260,10 @@ impl Kappa {
         let sources: std::collections::BTreeSet<&str> =
             selection.tensors.iter().map(|t| t.source.as_str()).collect();
         let sources = sources.into_iter().collect::<Vec<_>>().join(", ");
-        text += &format!("\n{} units of {sources}", selection.tensors.len());
+        text += &format!("\n{} units", selection.tensors.len());
+        if !sources.is_empty() {
+            text += &format!(" of {sources}");
+        }
         if without > 0 {
             text += &format!(", {without} without a condition number");
         }

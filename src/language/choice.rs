@@ -63,7 +63,7 @@ fn select(
     let selection = match made.or(config.selection.as_deref()) {
         Some(path) => {
             let selection = Selection::read(path)?;
-            selection.among(&units)?;
+            selection.among(&start.weights, &units)?;
             selection
         }
         None => {
@@ -99,7 +99,7 @@ pub(super) fn choice(
     if let Some(slice) = chosen.iter().find(|entry| entry.index.is_some()) {
         return Err(Error::usage(format!(
             "kappa: {} is one of several matrices in a tensor: such are analysed, but not trained by themselves; \
-             leave them out with kappa.exclude, or kappa.split_fused",
+             leave them out with kappa.exclude",
             slice.name
         )));
     }
@@ -257,6 +257,13 @@ mod tests {
         choice(&first, &start, Some(run.path()), &Quiet).unwrap();
         let file = format!("selection = {:?}", run.path().display().to_string());
         assert_eq!(chosen(&recipe(&[kappa(&file)])), highest);
+        // It holds for the numbers that it was made of alone.
+        let mut other = tiny(&Device::Cpu).unwrap();
+        let name = format!("{}.weight", highest[0]);
+        let moved = other.weights.get(&name).unwrap().tensor().unwrap().affine(1.0, 0.5).unwrap();
+        other.weights.insert(&name, Weight::dense(moved));
+        let error = choice(&recipe(&[kappa(&file)]), &other, None, &Quiet).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("tensor {name}: found other numbers")), "{error}");
         // A run keeps to what lies in its folder, whatever the recipe would choose now.
         let again = choice(&recipe(&[kappa("tensors = 4")]), &start, Some(run.path()), &Quiet).unwrap();
         assert_eq!(again.unwrap().selection.options.order, first.kappa.unwrap().order);

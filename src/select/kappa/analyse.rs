@@ -24,7 +24,7 @@ pub struct Scored {
     pub spectrum: Spectrum,
     /// What its numbers were stored as: `f64`, `f32`, `bf16`, `f16`, or the bits of a packed weight.
     pub source: String,
-    /// BLAKE3 of its content, as the cache has it.
+    /// BLAKE3 of its numbers as they are stored ([`cache::content`]).
     pub hash: String,
 }
 
@@ -54,13 +54,12 @@ impl From<&KappaConfig> for Options {
     }
 }
 
-/// Bytes that a unit takes at the most while it is looked at.
-fn memory_of(unit: &Unit) -> usize {
+/// Bytes that a unit takes at the most while it is looked at, `read` of them its numbers as they are read.
+fn memory_of(unit: &Unit, read: usize) -> usize {
     let (n, m) = (unit.rows.min(unit.cols), unit.rows.max(unit.cols));
     // Three squares on the Gram route, the stack of triangle and panel on the QR route, two runs of Lanczos.
     let squares = (3 * n).max(m.min(4 * n) + 2 * n);
-    let numbers = 8 * unit.numel();
-    8 * n * (squares + 512 + 2 * 601usize.min(n + 1)) + numbers.min(1 << 32)
+    8 * n * (squares + 512 + 2 * 601usize.min(n + 1)) + read
 }
 
 /// Half of the memory that is free, in bytes; 2 GiB where the system does not say.
@@ -82,6 +81,24 @@ struct Queue {
     /// Nothing new is begun.
     stop: bool,
     saved: Instant,
+}
+
+/// Memory that a unit at work holds. A worker that panics gives it back too, and ends the analysis: the others
+/// would wait for it for ever.
+struct Held<'q> {
+    queue: &'q Mutex<Queue>,
+    freed: &'q Condvar,
+    need: usize,
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        let mut now = self.queue.lock().unwrap_or_else(|e| e.into_inner());
+        now.held -= self.need;
+        now.stop |= std::thread::panicking();
+        drop(now);
+        self.freed.notify_all();
+    }
 }
 
 /// How often a long analysis is written to the cache.
@@ -106,7 +123,8 @@ pub fn analyse(
     let source = Source::new(weights, options.allow_quantized);
     // The largest first: what is left at the end is small. Experts of one tensor stay together.
     let mut order: Vec<usize> = (0..units.len()).collect();
-    order.sort_by_key(|&i| std::cmp::Reverse(memory_of(&units[i])));
+    let needs: Vec<usize> = units.iter().map(|unit| memory_of(unit, source.bytes(unit))).collect();
+    order.sort_by_key(|&i| std::cmp::Reverse(needs[i]));
     let memory = options.memory.unwrap_or_else(free_memory);
     let threads = options.threads.unwrap_or_else(rayon::current_num_threads).clamp(1, units.len().max(1));
     let queue = Mutex::new(Queue {
@@ -125,7 +143,7 @@ pub fn analyse(
             let mut now = lock();
             let (i, need) = loop {
                 let Some(&i) = order.get(now.next).filter(|_| !now.stop) else { return };
-                let need = memory_of(&units[i]);
+                let need = needs[i];
                 if now.held == 0 || now.held + need <= memory {
                     (now.next, now.held) = (now.next + 1, now.held + need);
                     break (i, need);
@@ -133,9 +151,10 @@ pub fn analyse(
                 now = freed.wait(now).unwrap_or_else(|e| e.into_inner());
             };
             drop(now);
+            let held = Held { queue: &queue, freed: &freed, need };
             let found = one(&source, &units[i], options, cache);
             let mut now = lock();
-            (now.held, now.done) = (now.held - need, now.done + 1);
+            now.done += 1;
             now.stop |= found.is_err() || signal::asked().is_some();
             now.found[i] = Some(found);
             progress.tick(now.done, &units[i].key());
@@ -144,7 +163,7 @@ pub fn analyse(
                 now.saved = Instant::now();
             }
             drop(now);
-            freed.notify_all();
+            drop(held);
             if let (true, Some(cache)) = (save, cache) {
                 // The last save tells of what hinders it.
                 let _ = cache.save();
@@ -179,13 +198,14 @@ pub fn analyse(
 fn one(source: &Source, unit: &Unit, options: &Options, cache: Option<&Cache>) -> Result<Scored> {
     let numbers = source.read(unit)?;
     let matrix: Matrix = numbers.matrix();
-    let hash = cache::key(&matrix, unit.kind, options.exact);
-    let spectrum = match cache.and_then(|c| c.get(&hash)) {
+    let hash = cache::content(&matrix);
+    let key = cache::key(&hash, unit.kind, options.exact);
+    let spectrum = match cache.and_then(|c| c.get(&key)) {
         Some(known) => known,
         None => {
             let found = spectrum(&matrix, options.exact);
             if let Some(cache) = cache {
-                cache.put(&hash, found);
+                cache.put(&key, found);
             }
             found
         }
@@ -204,11 +224,42 @@ pub fn singular_values(weights: &Weights, unit: &Unit, allow_quantized: bool) ->
     Ok(super::spectrum::values(&numbers.matrix()))
 }
 
-/// One hash over the content of all units.
+/// The hash of a unit's numbers, as [`Scored`] has it.
+pub fn content_hash(weights: &Weights, unit: &Unit, allow_quantized: bool) -> Result<String> {
+    let numbers = Source::new(weights, allow_quantized).read(unit)?;
+    Ok(cache::content(&numbers.matrix()))
+}
+
+/// One hash over the names and numbers of all units, in whatever order they come and however their condition numbers
+/// were found.
 pub fn model_hash(scored: &[Scored]) -> String {
-    let mut hasher = blake3::Hasher::new();
-    for s in scored {
-        hasher.update(format!("{} {}\n", s.unit.key(), s.hash).as_bytes());
+    let mut lines: Vec<String> = scored.iter().map(|s| format!("{} {}\n", s.unit.key(), s.hash)).collect();
+    lines.sort();
+    blake3::hash(lines.concat().as_bytes()).to_hex().to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::units::{Kind, Role};
+    use super::*;
+
+    #[test]
+    fn memory_counts_what_is_read_without_an_end() {
+        let unit = |rows, cols| Unit {
+            param: "w".into(),
+            index: None,
+            role: Role::Linear,
+            kind: Kind::Matrix,
+            rows,
+            cols,
+            aliases: Vec::new(),
+        };
+        let small = unit(300, 400);
+        assert_eq!(memory_of(&small, 8 * small.numel()) - memory_of(&small, 2 * small.numel()), 6 * 120_000);
+        // An embedding of 16 bits, 5 GiB of them.
+        let large = unit(1 << 20, 2560);
+        let read = 2 * large.numel();
+        assert!(read > 1 << 32);
+        assert_eq!(memory_of(&large, read) - memory_of(&large, 0), read);
     }
-    hasher.finalize().to_hex().to_string()
 }

@@ -17,7 +17,7 @@ use crate::{files, Error, Result};
 pub const FILE_NAME: &str = ".qtune-kappa.json";
 
 /// Goes up with every change to the arithmetic.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// What stands in the file.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -25,6 +25,12 @@ const VERSION: u32 = 1;
 struct Contents {
     version: u32,
     spectra: BTreeMap<String, Spectrum>,
+}
+
+/// What every version of the file has.
+#[derive(Deserialize)]
+struct Head {
+    version: u32,
 }
 
 /// The cache of one model.
@@ -37,16 +43,21 @@ pub struct Cache {
     behind: AtomicBool,
 }
 
-/// What a spectrum is kept under: BLAKE3 of the bytes, dtype, shape and kind, the way and the version of the
-/// algorithm. Options that act later (roles, budgets) are no part of it.
-pub fn key(matrix: &Matrix, kind: Kind, exact: bool) -> String {
+/// BLAKE3 of the numbers of a matrix: dtype, shape and bytes, whatever is made of them.
+pub fn content(matrix: &Matrix) -> String {
     let mut hasher = blake3::Hasher::new();
-    let way = if exact { "exact" } else { "proven" };
-    hasher.update(format!("qtune kappa {VERSION} {way} {} {kind:?} ", matrix.float.name()).as_bytes());
-    hasher.update(&(matrix.rows as u64).to_le_bytes());
-    hasher.update(&(matrix.cols as u64).to_le_bytes());
+    hasher
+        .update(format!("qtune matrix {} {} {} ", matrix.float.name(), matrix.rows, matrix.cols).as_bytes());
     hasher.update(matrix.bytes);
     hasher.finalize().to_hex().to_string()
+}
+
+/// What a spectrum is kept under: BLAKE3 of the [`content`], the kind, the way and the version of the algorithm.
+/// Options that act later (roles, budgets) are no part of it.
+pub fn key(content: &str, kind: Kind, exact: bool) -> String {
+    let way = if exact { "exact" } else { "proven" };
+    let text = format!("qtune kappa {VERSION} {way} {kind:?} {content}");
+    blake3::hash(text.as_bytes()).to_hex().to_string()
 }
 
 impl Cache {
@@ -86,11 +97,19 @@ impl Cache {
     }
 
     /// Writes the file, whole or not at all, with what another process has added to it meanwhile; nothing where
-    /// there is nothing new.
+    /// there is nothing new. What could not be written is tried again by the next call.
     pub fn save(&self) -> Result<()> {
         if !self.behind.swap(false, Ordering::SeqCst) {
             return Ok(());
         }
+        let written = self.write();
+        if written.is_err() {
+            self.behind.store(true, Ordering::SeqCst);
+        }
+        written
+    }
+
+    fn write(&self) -> Result<()> {
         let mut spectra = self.lock();
         for (key, spectrum) in read(&self.path).unwrap_or_default() {
             spectra.entry(key).or_insert(spectrum);
@@ -107,9 +126,14 @@ fn read(path: &Path) -> Result<BTreeMap<String, Spectrum>> {
         return Ok(BTreeMap::new());
     }
     let text = files::read_text(path)?;
-    let contents: Contents = serde_json::from_str(&text).map_err(|e| Error::input(path, e.to_string()))?;
+    let wrong = |e: serde_json::Error| Error::input(path, e.to_string());
     // What an older arithmetic found has keys of its own and would only lie about.
-    Ok(if contents.version == VERSION { contents.spectra } else { BTreeMap::new() })
+    let head: Head = serde_json::from_str(&text).map_err(wrong)?;
+    if head.version != VERSION {
+        return Ok(BTreeMap::new());
+    }
+    let contents: Contents = serde_json::from_str(&text).map_err(wrong)?;
+    Ok(contents.spectra)
 }
 
 #[cfg(test)]
@@ -121,19 +145,20 @@ mod tests {
     fn keys_are_of_the_content() {
         let bytes: Vec<u8> = (0..24).collect();
         let matrix = Matrix { bytes: &bytes, float: Float::F32, rows: 2, cols: 3 };
-        let own = key(&matrix, Kind::Matrix, false);
-        assert_eq!(own, key(&matrix, Kind::Matrix, false));
+        let own = content(&matrix);
+        assert_eq!(own, content(&Matrix { bytes: &bytes.clone(), ..matrix }));
         let mut other = bytes.clone();
         other[5] ^= 1;
         for different in [
-            key(&Matrix { bytes: &other, ..matrix }, Kind::Matrix, false),
-            key(&Matrix { rows: 3, cols: 2, ..matrix }, Kind::Matrix, false),
-            key(&Matrix { float: Float::F16, rows: 4, ..matrix }, Kind::Matrix, false),
-            key(&matrix, Kind::Conv, false),
-            key(&matrix, Kind::Matrix, true),
+            Matrix { bytes: &other, ..matrix },
+            Matrix { rows: 3, cols: 2, ..matrix },
+            Matrix { float: Float::F16, rows: 4, ..matrix },
         ] {
-            assert_ne!(own, different);
+            assert_ne!(own, content(&different));
+            assert_ne!(key(&own, Kind::Matrix, false), key(&content(&different), Kind::Matrix, false));
         }
+        assert_ne!(key(&own, Kind::Matrix, false), key(&own, Kind::Conv, false));
+        assert_ne!(key(&own, Kind::Matrix, false), key(&own, Kind::Matrix, true));
     }
 
     #[test]
@@ -152,11 +177,33 @@ mod tests {
         assert_eq!((both.get("one"), both.get("two")), (Some(spectrum), Some(spectrum)));
         assert!(both.note().is_none());
 
-        std::fs::write(&path, "{\"version\": 1, \"spe").unwrap();
+        let damage = format!("{{\"version\": {VERSION}, \"spe");
+        std::fs::write(&path, damage).unwrap();
         let damaged = Cache::open(&path);
         assert!(damaged.note().unwrap().contains(FILE_NAME) && damaged.get("one").is_none());
         damaged.put("three", spectrum);
         damaged.save().unwrap();
         assert_eq!(Cache::open(&path).get("three"), Some(spectrum));
+
+        // An older file is no damage, whatever it says of a spectrum.
+        std::fs::write(&path, "{\"version\": 1, \"spectra\": {\"one\": {\"sigma_max\": 1}}}").unwrap();
+        let older = Cache::open(&path);
+        assert!(older.note().is_none() && older.get("one").is_none());
+    }
+
+    #[test]
+    fn what_could_not_be_written_is_written_later() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("later");
+        let path = folder.join(FILE_NAME);
+        let bytes = 2.5f64.to_le_bytes();
+        let matrix = Matrix { bytes: &bytes, float: Float::F64, rows: 1, cols: 1 };
+        let spectrum = super::super::spectrum::spectrum(&matrix, false);
+        let cache = Cache::open(&path);
+        cache.put("one", spectrum);
+        assert!(cache.save().is_err());
+        std::fs::create_dir(&folder).unwrap();
+        cache.save().unwrap();
+        assert_eq!(Cache::open(&path).get("one"), Some(spectrum));
     }
 }

@@ -54,21 +54,12 @@ pub fn gaussian_deficit(rows: usize, cols: usize) -> f64 {
 pub fn score(scored: &Scored, config: &KappaConfig) -> Option<f64> {
     let kappa = scored.spectrum.kappa()?;
     let (rows, cols) = (scored.unit.rows, scored.unit.cols);
-    let q = rows.min(cols) as f64;
     let shape = config.normalize == Normalize::Shape;
     Some(match config.score {
         Score::Kappa if shape => kappa / gaussian_kappa(rows, cols),
         Score::Kappa => kappa,
-        Score::Logvol => {
-            // Never negative but for rounding (the means of Jensen's inequality).
-            let s = &scored.spectrum;
-            let deficit = ((s.frobenius / q.sqrt()).ln() - s.log_sum / q).max(0.0);
-            if shape {
-                deficit / gaussian_deficit(rows, cols)
-            } else {
-                deficit
-            }
-        }
+        Score::Logvol if shape => scored.spectrum.deficit / gaussian_deficit(rows, cols),
+        Score::Logvol => scored.spectrum.deficit,
     })
 }
 
@@ -77,13 +68,28 @@ fn by_name(a: &Scored, b: &Scored) -> Ordering {
     a.unit.param.as_bytes().cmp(b.unit.param.as_bytes()).then(a.unit.index.cmp(&b.unit.index))
 }
 
-/// Indexes of the candidates of `config` among `scored`, in its order; ties by name.
-fn ranked(scored: &[Scored], config: &KappaConfig, seed: u64) -> Result<Vec<usize>> {
-    let fits = |patterns: &[String], s: &Scored| {
-        let key = s.unit.key();
-        let names = [key.as_str(), s.unit.param.as_str(), s.unit.module()];
-        patterns.iter().any(|p| names.iter().any(|name| matches(p, name)))
-    };
+/// Whether a unit of this key, parameter or module is meant by one of the patterns.
+fn fits(patterns: &[String], s: &Scored) -> bool {
+    let key = s.unit.key();
+    let names = [key.as_str(), s.unit.param.as_str(), s.unit.module()];
+    patterns.iter().any(|p| names.iter().any(|name| matches(p, name)))
+}
+
+/// Whether the filters of `config` let a unit through.
+fn allowed(s: &Scored, config: &KappaConfig) -> bool {
+    // A vector has condition number 1 by definition, which says nothing of it.
+    s.unit.rows.min(s.unit.cols) >= 2
+        && config.wants(s.unit.role)
+        && config.max_dim.is_none_or(|most| s.unit.rows.max(s.unit.cols) <= most)
+        && (config.include.is_empty() || fits(&config.include, s))
+        && !fits(&config.exclude, s)
+}
+
+/// Indexes of the candidates of `config` among `scored`, in its order, ties by name; none where no unit that its
+/// filters let through has a condition number.
+///
+/// Errs on a pattern that no unit fits.
+pub fn rank(scored: &[Scored], config: &KappaConfig, seed: u64) -> Result<Vec<usize>> {
     for pattern in config.include.iter().chain(&config.exclude) {
         let one = std::slice::from_ref(pattern);
         if !scored.iter().any(|s| fits(one, s)) {
@@ -92,30 +98,8 @@ fn ranked(scored: &[Scored], config: &KappaConfig, seed: u64) -> Result<Vec<usiz
             return Err(Error::usage(format!("kappa: no unit matches {pattern:?}{hint}")));
         }
     }
-    let allowed = |s: &Scored| {
-        // A vector has condition number 1 by definition, which says nothing of it.
-        s.unit.rows.min(s.unit.cols) >= 2
-            && config.wants(s.unit.role)
-            && config.max_dim.is_none_or(|most| s.unit.rows.max(s.unit.cols) <= most)
-            && (config.include.is_empty() || fits(&config.include, s))
-            && !fits(&config.exclude, s)
-    };
-    let mut candidates: Vec<(usize, f64)> = Vec::new();
-    let mut left_out = 0;
-    for (i, s) in scored.iter().enumerate().filter(|(_, s)| allowed(s)) {
-        match score(s, config) {
-            Some(score) => candidates.push((i, score)),
-            None => left_out += 1,
-        }
-    }
-    if candidates.is_empty() {
-        return Err(Error::usage(format!(
-            "kappa: no unit is left to choose from: of {} units {left_out} have no condition number and {} are left out by \
-             include, exclude, roles and max_dim",
-            scored.len(),
-            scored.len() - left_out
-        )));
-    }
+    let open = scored.iter().enumerate().filter(|(_, s)| allowed(s, config));
+    let mut candidates: Vec<(usize, f64)> = open.filter_map(|(i, s)| Some((i, score(s, config)?))).collect();
     candidates.sort_by(|a, b| by_name(&scored[a.0], &scored[b.0]));
     match config.order {
         // Stable sorts: equal scores stay in the order of names.
@@ -145,7 +129,16 @@ pub fn choose_with_notes(
     seed: u64,
 ) -> Result<Chosen> {
     let budget = config.budget()?;
-    let ranked = ranked(scored, config, seed)?;
+    let ranked = rank(scored, config, seed)?;
+    if ranked.is_empty() {
+        let without = scored.iter().filter(|s| allowed(s, config)).count();
+        return Err(Error::usage(format!(
+            "kappa: no unit is left to choose from: of {} units {without} have no condition number and {} are left out by \
+             include, exclude, roles and max_dim",
+            scored.len(),
+            scored.len() - without
+        )));
+    }
     let numel = |i: &usize| scored[*i].unit.numel();
     let mut notes = Vec::new();
     let units: Vec<usize> = match budget {
@@ -163,7 +156,7 @@ pub fn choose_with_notes(
             ranked.iter().copied().take(k.max(1)).collect()
         }
         Budget::Share(p) => {
-            let limit = (p * total_params as f64 + 1e-9).floor() as usize;
+            let limit = limit(p, total_params);
             let (mut taken, mut spent) = (Vec::new(), 0usize);
             for i in &ranked {
                 if spent + numel(i) <= limit {
@@ -186,6 +179,20 @@ pub fn choose_with_notes(
     Ok(Chosen { units, ranked, notes })
 }
 
+/// How many of `total` parameters a share is.
+fn limit(share: f64, total: usize) -> usize {
+    (share * total as f64 + 1e-9).floor() as usize
+}
+
+/// `value` with six figures behind the point, and as little above as it takes to be enough.
+fn round_up(value: f64, enough: impl Fn(f64) -> bool) -> f64 {
+    let mut least = (value * 1e6).ceil() / 1e6;
+    while least.is_finite() && !enough(least) {
+        least = least.next_up();
+    }
+    least
+}
+
 /// The error of a budget that takes nothing, with the least one that would.
 fn too_small(
     scored: &[Scored],
@@ -194,14 +201,13 @@ fn too_small(
     budget: Budget,
     ranked: &[usize],
 ) -> Error {
-    let round_up = |value: f64| (value * 1e6).ceil() / 1e6;
     let kappa = |i: &usize| scored[*i].spectrum.kappa().unwrap_or(f64::INFINITY);
     match budget {
         Budget::KappaMax(t) => {
             let least = ranked.iter().map(kappa).fold(f64::INFINITY, f64::min);
             Error::usage(format!(
                 "kappa.kappa_max = {t}: takes no unit, expected at least {}",
-                round_up(least)
+                round_up(least, |t| least <= t)
             ))
         }
         Budget::Share(p) => {
@@ -211,7 +217,8 @@ fn too_small(
             };
             let unit = first.map(|i| &scored[*i].unit);
             let (name, numel) = unit.map(|u| (u.key(), u.numel())).unwrap_or_default();
-            let least = round_up(numel as f64 / total_params.max(1) as f64);
+            let total = total_params.max(1);
+            let least = round_up(numel as f64 / total as f64, |p| numel <= limit(p, total));
             Error::usage(format!(
                 "kappa.share = {p}: takes no unit, expected at least {least}, the {numel} of {total_params} parameters of \
                  {name}"
@@ -262,6 +269,7 @@ mod tests {
                 quotient: kappa,
                 log_sum: 0.0,
                 frobenius: 1.0,
+                deficit: 0.0,
                 status: if sound { Status::Ok } else { Status::RankDeficient },
                 route: Route::Direct,
                 bound: 0.0,
@@ -339,6 +347,39 @@ mod tests {
         assert_eq!(names(&scored, &ok, 34), ["e[10]"]);
     }
 
+    /// What is said to be the least budget is one, to the last digit that is said.
+    #[test]
+    fn what_would_take_something_does() {
+        let least = |scored: &[Scored], total, config: &KappaConfig| -> f64 {
+            let error = choose(scored, total, config, 0).unwrap_err().to_string();
+            let (_, rest) = error.split_once("expected at least ").unwrap();
+            rest.split(',').next().unwrap().parse().unwrap()
+        };
+        let mut random = Random::new(0, "least", &[]);
+        for _ in 0..200 {
+            let kappa = 10f64.powf(2.0 + 11.0 * f64::from(random.uniform()));
+            let scored = [unit("a", None, (3, 7), kappa)];
+            let enough = least(&scored, 21, &budget("kappa:1"));
+            assert!(enough >= kappa && enough <= kappa * (1.0 + 2e-8), "{kappa} {enough}");
+            assert!(choose(&scored, 21, &budget(&format!("kappa:{enough}")), 0).is_ok(), "{kappa} {enough}");
+            // A model of up to 1e17 parameters.
+            let total = 10f64.powf(3.0 + 14.0 * f64::from(random.uniform())) as usize;
+            let scored = [unit("a", None, (total / 7, 3), 2.0)];
+            let enough = least(&scored, total, &KappaConfig { share: Some(1e-9), ..KappaConfig::default() });
+            let config = KappaConfig { share: Some(enough), ..KappaConfig::default() };
+            assert!(choose(&scored, total, &config, 0).is_ok(), "{total} {enough}");
+        }
+    }
+
+    #[test]
+    fn without_a_condition_number_there_is_a_ranking_of_none() {
+        let dead = [unit("dead", None, (2, 2), 0.0), unit("gone", None, (3, 2), 0.0)];
+        assert_eq!(rank(&dead, &budget("1"), 0).unwrap(), [0usize; 0]);
+        assert!(choose(&dead, 10, &budget("1"), 0).unwrap_err().to_string().contains("of 2 units 2 have no"));
+        let idle = KappaConfig { include: vec!["none".into()], ..budget("1") };
+        assert!(rank(&dead, &idle, 0).is_err());
+    }
+
     #[test]
     fn random_orders_follow_the_seed_and_not_the_order_of_the_units() {
         let scored: Vec<Scored> =
@@ -378,11 +419,12 @@ mod tests {
         let config = KappaConfig { normalize: Normalize::Shape, ..budget("1") };
         assert_eq!(names(&[tall.clone(), square.clone()], &config, 50_000), ["s"]);
         assert_eq!(names(&[tall, square], &budget("1"), 50_000), ["t"]);
-        // An orthogonal matrix has no deficit.
-        let mut even = unit("o", None, (4, 4), 1.0);
-        even.spectrum.frobenius = 2.0;
+        let mut uneven = unit("o", None, (4, 4), 3.0);
+        uneven.spectrum.deficit = 0.25;
         let logvol = KappaConfig { score: Score::Logvol, ..budget("1") };
-        assert_eq!(score(&even, &logvol), Some(0.0));
+        assert_eq!(score(&uneven, &logvol), Some(0.25));
+        let shaped = KappaConfig { normalize: Normalize::Shape, ..logvol };
+        assert_eq!(score(&uneven, &shaped), Some(0.25 / gaussian_deficit(4, 4)));
     }
 
     #[test]

@@ -148,7 +148,8 @@ pub struct KappaConfig {
     pub max_dim: Option<usize>,
     /// Embeddings and output heads may be taken too.
     pub include_embeddings: bool,
-    /// Takes fused query, key and value, and gate and up, apart.
+    /// Takes fused query, key and value (three times as tall as wide), and gate and up, apart. For analysis only: a
+    /// part of a tensor is not trained by itself.
     pub split_fused: bool,
     /// All singular values of every unit, whatever that costs.
     pub exact: bool,

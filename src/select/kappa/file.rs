@@ -5,12 +5,12 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::analyse::{model_hash, Scored};
+use super::analyse::{content_hash, model_hash, Scored};
 use super::choose::{score, Chosen};
 use super::config::KappaConfig;
 use super::spectrum::{Route, Status};
 use super::units::{Role, Unit};
-use crate::weights::nearest;
+use crate::weights::{nearest, Weights};
 use crate::{files, Error, Result};
 
 /// The name of the file in a folder of results.
@@ -55,6 +55,8 @@ pub struct Entry {
     pub frobenius: f64,
     /// What its numbers were stored as.
     pub source: String,
+    /// BLAKE3 of its numbers: the selection holds for these alone.
+    pub hash: String,
     /// Other names of the same tensor.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub aliases: Vec<String>,
@@ -65,7 +67,7 @@ pub struct Entry {
 pub struct Selection {
     /// What the file is.
     pub format: String,
-    /// One hash over the content of all units.
+    /// One hash over the names and numbers of all units ([`model_hash`]).
     pub model_hash: String,
     /// The seed of a random order.
     pub seed: u64,
@@ -89,7 +91,7 @@ impl Selection {
         seed: u64,
     ) -> Self {
         let entry = |i: usize, rank: Option<usize>| {
-            let Scored { unit, spectrum, source, .. } = &scored[i];
+            let Scored { unit, spectrum, source, hash } = &scored[i];
             Entry {
                 name: unit.key(),
                 param: unit.param.clone(),
@@ -108,6 +110,7 @@ impl Selection {
                 log_sum: spectrum.log_sum,
                 frobenius: spectrum.frobenius,
                 source: source.clone(),
+                hash: hash.clone(),
                 aliases: unit.aliases.clone(),
             }
         };
@@ -152,10 +155,11 @@ impl Selection {
         self.tensors.iter().filter(|entry| entry.selected)
     }
 
-    /// The chosen ones among `units`, as indexes in the order of selection.
+    /// The chosen ones among the `units` of `weights`, as indexes in the order of selection.
     ///
-    /// Errs on one that the model does not have, or has in another shape.
-    pub fn among(&self, units: &[Unit]) -> Result<Vec<usize>> {
+    /// Errs on one that the model does not have, or has in another shape or with other numbers than it was
+    /// selected by.
+    pub fn among(&self, weights: &Weights, units: &[Unit]) -> Result<Vec<usize>> {
         self.selected()
             .map(|entry| {
                 let at = units.iter().position(|unit| unit.key() == entry.name);
@@ -166,14 +170,21 @@ impl Selection {
                     return Err(Error::tensor(&entry.name, message));
                 };
                 let found = [units[at].rows, units[at].cols];
-                match found == entry.shape {
-                    true => Ok(at),
-                    false => {
-                        let message =
-                            format!("found shape {found:?}, expected {:?} as selected", entry.shape);
-                        Err(Error::tensor(&entry.name, message))
-                    }
+                if found != entry.shape {
+                    let message = format!("found shape {found:?}, expected {:?} as selected", entry.shape);
+                    return Err(Error::tensor(&entry.name, message));
                 }
+                let found = content_hash(weights, &units[at], self.options.allow_quantized)?;
+                if found != entry.hash {
+                    let short = |hash: &str| hash.chars().take(12).collect::<String>();
+                    let message = format!(
+                        "found other numbers than it was selected by (hash {}, expected {})",
+                        short(&found),
+                        short(&entry.hash)
+                    );
+                    return Err(Error::tensor(&entry.name, message));
+                }
+                Ok(at)
             })
             .collect()
     }
@@ -202,7 +213,7 @@ mod tests {
     use super::super::units::{generic_roles, units};
     use super::*;
     use crate::train::Quiet;
-    use crate::weights::Weights;
+    use crate::weights::Weight;
 
     #[test]
     fn a_selection_survives_its_file() {
@@ -221,18 +232,30 @@ mod tests {
         selection.write(&dir.path().join(FILE_NAME)).unwrap();
         let read = Selection::read(dir.path()).unwrap();
         assert_eq!(read, selection);
-        assert_eq!(read.among(&units).unwrap(), [1]);
+        assert_eq!(read.among(&weights, &units).unwrap(), [1]);
         let ranks: Vec<_> = read.tensors.iter().map(|t| (t.name.as_str(), t.rank, t.kappa)).collect();
         let expected =
             [("b.weight", Some(1), Some(2.0)), ("a.weight", Some(2), Some(4.0)), ("dead.weight", None, None)];
         assert_eq!(ranks, expected);
         assert_eq!(read.shares(), [(Role::Linear, 1, 3, 4)]);
 
-        let error = read.among(&units[..1]).unwrap_err().to_string();
+        let error = read.among(&weights, &units[..1]).unwrap_err().to_string();
         assert_eq!(error, "tensor b.weight: selected, but not found among 1 units (nearest: a.weight)");
         let mut other = units.clone();
         other[1].rows = 3;
-        assert!(read.among(&other).unwrap_err().to_string().contains("found shape [3, 2], expected [2, 2]"));
+        let error = read.among(&weights, &other).unwrap_err().to_string();
+        assert!(error.contains("found shape [3, 2], expected [2, 2]"), "{error}");
+        // Only what was chosen has to be as it was.
+        let mut changed = weights.clone();
+        let dense = |rows: &[[f32; 2]; 2]| Weight::dense(Tensor::new(rows, cpu).unwrap());
+        changed.insert("a.weight", dense(&[[5.0, 0.0], [0.0, 1.0]]));
+        assert_eq!(read.among(&changed, &units).unwrap(), [1]);
+        changed.insert("b.weight", dense(&[[3.0, 0.0], [0.0, 1.0]]));
+        let error = read.among(&changed, &units).unwrap_err().to_string();
+        assert!(
+            error.starts_with("tensor b.weight: found other numbers than it was selected by (hash "),
+            "{error}"
+        );
         let path = dir.path().join("none.json");
         let mut none = selection;
         none.tensors.iter_mut().for_each(|t| t.selected = false);

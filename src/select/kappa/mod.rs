@@ -43,9 +43,11 @@ pub mod spectrum;
 pub mod stored;
 pub mod units;
 
-pub use analyse::{analyse, model_hash, singular_values, Options, Scored};
+pub use analyse::{analyse, content_hash, model_hash, singular_values, Options, Scored};
 pub use cache::Cache;
-pub use choose::{choose, choose_with_notes, gaussian_deficit, gaussian_kappa, low_rank_for, score, Chosen};
+pub use choose::{
+    choose, choose_with_notes, gaussian_deficit, gaussian_kappa, low_rank_for, rank, score, Chosen,
+};
 pub use config::{Budget, Fit, KappaConfig, Normalize, Order, Score};
 pub use file::{Entry, Selection};
 pub use spectrum::{Route, Spectrum, Status};

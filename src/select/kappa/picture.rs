@@ -19,21 +19,21 @@ const RIGHT: f64 = 20.0;
 const TOP: f64 = 44.0;
 const BOTTOM: f64 = 40.0;
 
-/// The number of the layer in a name, its first segment that is one, and what comes behind it.
+/// The number of the layer in a name, its first segment that is one (of 16 bits: a larger one counts something
+/// else), and what comes behind it.
 fn place(entry: &Entry) -> (Option<usize>, String) {
     let path = entry.param.strip_suffix(".weight").unwrap_or(&entry.param);
     let segments: Vec<&str> = path.split('.').collect();
-    let layer = segments.iter().position(|s| s.parse::<usize>().is_ok());
+    let layer = segments.iter().position(|s| s.parse::<u16>().is_ok());
     // An expert that is a tensor of its own has a number too; experts share a name.
     let behind = layer.map_or(0, |at| at + 1);
-    let rest: Vec<&str> =
-        segments[behind..].iter().copied().filter(|s| s.parse::<usize>().is_err()).collect();
+    let rest: Vec<&str> = segments[behind..].iter().copied().filter(|s| s.parse::<u16>().is_err()).collect();
     let name = match rest.last() {
         Some(last) if entry.role == super::Role::Experts => format!("experts {last}"),
         Some(_) => rest[rest.len().saturating_sub(2)..].join("."),
         None => path.to_string(),
     };
-    (layer.and_then(|at| segments[at].parse().ok()), name)
+    (layer.and_then(|at| segments[at].parse::<u16>().ok()).map(usize::from), name)
 }
 
 /// What is drawn of an entry: its score, where the ranking is by one, else its condition number.
@@ -220,6 +220,7 @@ mod tests {
             log_sum: 0.0,
             frobenius: 1.0,
             source: "f32".into(),
+            hash: String::new(),
             aliases: Vec::new(),
         }
     }
@@ -252,6 +253,20 @@ mod tests {
             assert!(page.contains(part), "no {part:?}");
         }
         assert!(!page.contains("NaN") && !page.contains("<model>") && !page.contains("<b>"));
+    }
+
+    #[test]
+    fn numbers_too_large_for_a_layer_are_none() {
+        for huge in [u64::MAX.to_string(), "99999999999999999999999".into(), "65536".into()] {
+            let name = format!("model.layers.{huge}.up_proj.weight");
+            let plain = entry("model.layers.3.up_proj.weight", 2.0, 2);
+            assert_eq!(place(&plain), (Some(3), "up_proj".into()));
+            assert_eq!(place(&entry(&name, 1.0, 1)), (None, format!("{huge}.up_proj")));
+            let drawn = svg(&selection(vec![entry(&name, 1.0, 1), plain])).unwrap();
+            assert!(drawn.contains(">other</text>") && !drawn.contains("NaN"), "{drawn}");
+        }
+        let last = svg(&selection(vec![entry("layers.65535.w", 1.0, 1)])).unwrap();
+        assert!(last.contains(">61440</text>"), "{last}");
     }
 
     #[test]

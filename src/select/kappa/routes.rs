@@ -263,36 +263,36 @@ pub(super) fn by_triangle(r: &Mat<f64>, known: Option<&Top>) -> Option<Ends> {
     if !below.run(STEPS, TOLERANCE, &mut through) {
         return None;
     }
-    let kappa = (top.theta * below.value).sqrt();
-    let believed = kappa <= 1e12 / (n as f64).sqrt();
-    if !believed {
-        return None;
-    }
-    let slack = SLACK.max(4.0 * (n as f64).sqrt() * U * kappa);
+    // What lies inside can only grow: what is beyond the gate now needs no inverse.
+    let within = |below: f64| {
+        let kappa = (top.theta * below).sqrt();
+        (kappa <= 1e12 / (n as f64).sqrt()).then_some(kappa)
+    };
+    within(below.value)?;
     // Z Z^T, whose spectrum is that of Z^T Z, is what (R^T R)^-1 is.
     let mut z = Mat::<f64>::zeros(n, n);
     triangular_inverse::invert_upper_triangular(z.as_mut(), r.as_ref(), Par::Seq);
     let mut g = Mat::<f64>::zeros(n, n);
     add_product(g.as_mut(), z.as_ref(), BlockStructure::TriangularUpper, z.transpose());
-    let mut sound = false;
     for round in 0..2 {
         if round > 0 && !below.run(STEPS, 0.0, &mut through) {
-            return None;
-        }
-        copy_lower(&g, &mut z, -1.0, (1.0 + slack) * below.value);
-        if factor(&mut z) {
-            sound = true;
             break;
         }
+        let kappa = within(below.value)?;
+        let slack = SLACK.max(4.0 * (n as f64).sqrt() * U * kappa);
+        copy_lower(&g, &mut z, -1.0, (1.0 + slack) * below.value);
+        if factor(&mut z) {
+            return Some(Ends {
+                top: top.theta.sqrt(),
+                bottom: (1.0 / below.value).sqrt(),
+                log_sum,
+                frobenius: top.trace.sqrt(),
+                route: Route::Qr,
+                bound: (SLACK + slack) / 2.0 + 5.0 * U * kappa,
+            });
+        }
     }
-    sound.then_some(Ends {
-        top: top.theta.sqrt(),
-        bottom: (1.0 / below.value).sqrt(),
-        log_sum,
-        frobenius: top.trace.sqrt(),
-        route: Route::Qr,
-        bound: (SLACK + slack) / 2.0 + 5.0 * U * kappa,
-    })
+    None
 }
 
 /// All singular values.

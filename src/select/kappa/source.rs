@@ -80,16 +80,29 @@ impl<'a> Source<'a> {
         }
     }
 
+    /// Bytes that the numbers of a unit take while they are read: those of the file, or of the copies of a tensor.
+    pub fn bytes(&self, unit: &Unit) -> usize {
+        let mut weight = self.weights.get(&unit.param).ok();
+        while let Some(inner) = weight.and_then(Weight::before) {
+            weight = Some(inner);
+        }
+        let each = match weight.map(Weight::expr) {
+            Some(Expr::Stored { checkpoint, name, .. }) => float(checkpoint.dtype(name)).map(Float::size),
+            // Its numbers once as a list and once as bytes.
+            Some(Expr::Dense(tensor)) => Some(2 * tensor.dtype().size_in_bytes()),
+            _ => None,
+        };
+        // What is decoded is there as a tensor of f32 too.
+        each.unwrap_or(12) * unit.numel()
+    }
+
     fn stored(&self, unit: &Unit, weight: &Weight, checkpoint: &Checkpoint, name: &str) -> Result<Numbers> {
-        let float = match checkpoint.dtype(name) {
-            Some(Dtype::F64) => Float::F64,
-            Some(Dtype::F32) => Float::F32,
-            Some(Dtype::F16) => Float::F16,
-            Some(Dtype::BF16) => Float::Bf16,
-            Some(Dtype::F8_E4M3) if self.allow_quantized => {
+        let float = match (checkpoint.dtype(name), float(checkpoint.dtype(name))) {
+            (_, Some(float)) => float,
+            (Some(Dtype::F8_E4M3), _) if self.allow_quantized => {
                 return dense(unit, &weight.tensor()?, Some("f8_e4m3".into()));
             }
-            other => {
+            (other, _) => {
                 let found = other.map(|d| format!("{d:?}")).unwrap_or_default();
                 let hint = if found == "F8_E4M3" { "; --allow-quantized-kappa takes it" } else { "" };
                 let message = format!("found dtype {found}, expected F64, F32, F16 or BF16{hint}");
@@ -126,6 +139,17 @@ impl<'a> Source<'a> {
             Some((start, _)) => Ok(Some((path.to_path_buf(), *start))),
             None => Err(Error::input(path, format!("tensor {name}: it was changed since it was opened"))),
         }
+    }
+}
+
+/// A dtype of files that is read as it lies there.
+fn float(dtype: Option<Dtype>) -> Option<Float> {
+    match dtype? {
+        Dtype::F64 => Some(Float::F64),
+        Dtype::F32 => Some(Float::F32),
+        Dtype::F16 => Some(Float::F16),
+        Dtype::BF16 => Some(Float::Bf16),
+        _ => None,
     }
 }
 

@@ -78,6 +78,9 @@ pub struct Spectrum {
     pub log_sum: f64,
     /// The root of the sum of squares.
     pub frobenius: f64,
+    /// The deficit of log-volume, `ln(frobenius / sqrt(q)) - log_sum / q`, taken before the power of two is put
+    /// back as well; never negative (the means of Jensen's inequality), and 0 where the status is not ok.
+    pub deficit: f64,
     /// Whether there is a condition number.
     pub status: Status,
     /// How it was found.
@@ -99,6 +102,7 @@ impl Spectrum {
             quotient: 0.0,
             log_sum: 0.0,
             frobenius: 0.0,
+            deficit: 0.0,
             status,
             route: Route::Seen,
             bound: 0.0,
@@ -177,12 +181,16 @@ fn finish(scaled: &Scaled, ends: Ends) -> Spectrum {
     let (matrix, scale) = (scaled.matrix, scaled.scale);
     let sound = ends.bottom > matrix.long() as f64 * U * ends.top;
     let status = if sound { Status::Ok } else { Status::RankDeficient };
+    let q = matrix.short() as f64;
+    let deficit = (ends.frobenius / q.sqrt()).ln() - ends.log_sum / q;
     Spectrum {
         sigma_max: scale.undo(ends.top),
         sigma_min: scale.undo(ends.bottom),
         quotient: if sound { ends.top / ends.bottom } else { 0.0 },
-        log_sum: if sound { ends.log_sum - matrix.short() as f64 * scale.ln() } else { 0.0 },
+        log_sum: if sound { ends.log_sum - q * scale.ln() } else { 0.0 },
         frobenius: scale.undo(ends.frobenius),
+        // Below zero by rounding alone.
+        deficit: if sound { deficit.max(0.0) } else { 0.0 },
         status,
         route: ends.route,
         bound: if sound { ends.bound } else { 0.0 },

@@ -110,6 +110,49 @@ fn planted_spectra_by_every_route_and_refusals_above_the_gates() {
     }
 }
 
+/// Where both ends stand apart from the rest Lanczos has them to rounding, and the QR route keeps every digit that
+/// the matrix has: its bound is a matter of the certificate.
+#[test]
+fn the_qr_route_keeps_the_digits_where_both_ends_stand_apart() {
+    let n = 300;
+    for kappa in [1e1, 1e4, 1e6, 1e8, 1e10] {
+        // One, then from a half down to twice the last one.
+        let mut sigma = geometric(n - 2, kappa / 4.0);
+        sigma.iter_mut().for_each(|s| *s *= 0.5);
+        sigma.insert(0, 1.0);
+        sigma.push(1.0 / kappa);
+        let held = Held::new(&planted(n, n, &sigma, 8), n, n);
+        let found = by(Route::Qr, &held.matrix()).unwrap_or_else(|| panic!("{kappa}: refused"));
+        let error = (found.quotient / kappa - 1.0).abs();
+        assert!(error <= rounding(kappa), "{kappa}: {error:e} of {:e}, {found:?}", rounding(kappa));
+    }
+}
+
+/// More rows than four squares and than a panel: the Gram matrix is summed from panels, and the triangle reduced in
+/// pieces, as `spectrum` does it on its own.
+#[test]
+fn tall_and_wide_matrices_by_panels_and_pieces() {
+    let (rows, cols) = (1100, 260);
+    for (kappa, route) in [(1e3, Route::Gram), (1e7, Route::Qr)] {
+        let sigma = geometric(cols, kappa);
+        let values = planted(rows, cols, &sigma, 9);
+        let log_sum: f64 = sigma.iter().map(|s| s.ln()).sum();
+        let frobenius = sigma.iter().map(|s| s * s).sum::<f64>().sqrt();
+        for held in [Held::new(&values, rows, cols), Held::new(&transposed(&values, rows, cols), cols, rows)]
+        {
+            let found = spectrum(&held.matrix(), false);
+            assert_eq!((found.route, found.status), (route, Status::Ok), "{kappa}");
+            let error = (found.quotient / kappa - 1.0).abs();
+            assert!(error <= found.bound + rounding(kappa), "{kappa}: {error:e} {found:?}");
+            assert!(found.bound <= 1e-5, "{kappa}: {found:?}");
+            assert!((found.log_sum / log_sum - 1.0).abs() < 1e-8, "{kappa}: {} {log_sum}", found.log_sum);
+            assert!((found.frobenius / frobenius - 1.0).abs() < 1e-12, "{kappa}: {}", found.frobenius);
+            let deficit = (frobenius / (cols as f64).sqrt()).ln() - log_sum / cols as f64;
+            assert!((found.deficit / deficit - 1.0).abs() < 1e-8, "{kappa}: {} {deficit}", found.deficit);
+        }
+    }
+}
+
 #[test]
 fn what_no_route_can_prove_goes_to_all_singular_values() {
     let n = 270;
@@ -172,6 +215,13 @@ fn transposes_scales_and_permutations() {
     }
     let tiny = [f64::from_bits(6), 0.0, 0.0, f64::from_bits(2)];
     assert_eq!(spectrum(&Held::new(&tiny, 2, 2).matrix(), false).kappa(), Some(3.0));
+    // And so does the deficit of log-volume, though the root of the sum of squares is rounded to a whole multiple
+    // of the least number, or lies beyond the largest.
+    let deficit = |a: f64, b: f64| spectrum(&Held::new(&[a, 0.0, 0.0, b], 2, 2).matrix(), false).deficit;
+    let plain = deficit(7.0, 5.0);
+    assert!((plain - 0.5 * (37.0f64 / 35.0).ln()).abs() < 1e-15, "{plain}");
+    assert_eq!(deficit(f64::from_bits(7), f64::from_bits(5)), plain);
+    assert_eq!(deficit(7.0 * 2f64.powi(1021), 5.0 * 2f64.powi(1021)), plain);
 }
 
 #[test]
@@ -278,9 +328,60 @@ fn the_same_bits_from_file_memory_and_cache_with_any_number_of_threads() {
     let known = cache();
     let mut lie = first[0].spectrum;
     lie.quotient = 12345.0;
-    known.put(&first[0].hash, lie);
+    known.put(&super::cache::key(&first[0].hash, first[0].unit.kind, false), lie);
     assert_eq!(run(&dense, 1, Some(&known))[0].spectrum.quotient, 12345.0);
-    assert_ne!(model_hash(&first), model_hash(&first[1..]));
+}
+
+/// The hash of a model is one of names and numbers: neither the order nor the route is part of it.
+#[test]
+fn one_hash_for_one_content() {
+    let hash = |tensors: Vec<(String, Tensor)>, exact: bool| {
+        let weights = Weights::from_tensors(tensors);
+        let units = units(&weights, &generic_roles).unwrap();
+        let options = Options { exact, ..Options::default() };
+        let scored = analyse(&weights, &units, &options, None, &Quiet).unwrap();
+        for s in &scored {
+            assert_eq!(content_hash(&weights, &s.unit, false).unwrap(), s.hash, "{}", s.unit.key());
+        }
+        (model_hash(&scored), scored)
+    };
+    let (own, scored) = hash(model(), false);
+    let (exact, of_all) = hash(model(), true);
+    let routes = |scored: &[Scored]| scored.iter().map(|s| s.spectrum.route).collect::<Vec<_>>();
+    assert_ne!(routes(&scored), routes(&of_all));
+    assert_eq!(own, exact);
+    let mut turned = model();
+    turned.reverse();
+    assert_eq!(own, hash(turned, false).0);
+    let mut back = scored.clone();
+    back.reverse();
+    assert_eq!(own, model_hash(&back));
+    assert_ne!(own, model_hash(&scored[1..]));
+    let mut moved = model();
+    moved[2].0 = "layers.1.k_proj.weight".into();
+    assert_ne!(own, hash(moved, false).0);
+    let mut other = model();
+    other[2].1 = other[2].1.neg().unwrap();
+    assert_ne!(own, hash(other, false).0);
+}
+
+/// A worker that panics ends the analysis, though others wait for the memory that it holds.
+#[test]
+fn a_panic_holds_no_memory_back() {
+    struct Panics;
+    impl crate::train::Progress for Panics {
+        fn note(&self, _line: &str) {}
+        fn start(&self, _what: &str, _total: usize) {}
+        fn tick(&self, _done: usize, _message: &str) {
+            panic!("a terminal that is gone");
+        }
+        fn finish(&self) {}
+    }
+    let weights = Weights::from_tensors(model());
+    let units = units(&weights, &generic_roles).unwrap();
+    let options = Options { threads: Some(4), memory: Some(1), ..Options::default() };
+    let run = std::panic::AssertUnwindSafe(|| analyse(&weights, &units, &options, None, &Panics));
+    assert!(std::panic::catch_unwind(run).is_err());
 }
 
 #[test]

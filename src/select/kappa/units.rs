@@ -199,7 +199,7 @@ pub fn tie(units: &mut [Unit], param: &str, alias: &str) {
 
 /// The same units, a fused tensor as the parts that its name promises: gate and up in halves, query, key and
 /// value in thirds where the tensor is three times as tall as wide (with fewer key heads than query heads the
-/// parts differ in size, and the tensor stays whole).
+/// parts differ in size, and the tensor stays whole). For analysis: training takes whole tensors alone.
 pub fn split_fused(units: Vec<Unit>) -> Vec<Unit> {
     let mut split = Vec::with_capacity(units.len());
     for unit in units {
@@ -316,6 +316,7 @@ mod tests {
     use candle_core::{DType, Device, Tensor};
 
     use super::*;
+    use crate::models::{BinaryConfig, ConvConfig, Reading};
 
     fn store(tensors: &[(&str, &[usize])]) -> Weights {
         let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
@@ -408,6 +409,52 @@ mod tests {
         ] {
             assert_eq!(roles(name, shape), role, "{name}");
         }
+    }
+
+    /// Over every tensor of the small networks, as their configurations have them.
+    #[test]
+    fn every_tensor_of_the_small_networks_has_its_role() {
+        let classes = |count: usize| (0..count).map(|i| i.to_string()).collect::<Vec<_>>();
+        let conv = ConvConfig {
+            image_size: (28, 28),
+            channels: 1,
+            widths: vec![32, 64],
+            kernel: 3,
+            hidden: 128,
+            dropout: (0.25, 0.5),
+            classes: classes(10),
+        };
+        let binary = BinaryConfig {
+            image_size: (28, 28),
+            channels: 1,
+            hidden: vec![200, 100],
+            reading: Reading::Sign,
+            classes: classes(10),
+        };
+        let roles = |shapes: Vec<(String, Vec<usize>)>| -> Vec<(String, Option<Role>)> {
+            let of = |(name, shape): (String, Vec<usize>)| (vision_roles(&name, &shape), name);
+            shapes.into_iter().map(of).map(|(role, name)| (name, role)).collect()
+        };
+        let expected = |of: &[(&str, Option<Role>)]| -> Vec<(String, Option<Role>)> {
+            of.iter().map(|(name, role)| (name.to_string(), *role)).collect()
+        };
+        let of_conv = [
+            ("conv.0.weight", Some(Role::Conv)),
+            ("conv.0.bias", None),
+            ("conv.1.weight", Some(Role::Conv)),
+            ("conv.1.bias", None),
+            ("fc.weight", Some(Role::Linear)),
+            ("fc.bias", None),
+            ("classifier.weight", Some(Role::Head)),
+            ("classifier.bias", None),
+        ];
+        assert_eq!(roles(conv.shapes()), expected(&of_conv));
+        let of_binary = [
+            ("layers.0.weight", Some(Role::Linear)),
+            ("layers.1.weight", Some(Role::Linear)),
+            ("classifier.weight", Some(Role::Head)),
+        ];
+        assert_eq!(roles(binary.shapes()), expected(&of_binary));
     }
 
     #[test]
