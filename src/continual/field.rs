@@ -10,7 +10,7 @@
 //! `|θ| + ln(1 + exp(-2|θ|)) - ln 2`, and all of it is computed in f64: a divergence is what is left when
 //! numbers of the size of |θ| have cancelled. Li, Huang, Zou and Huang 2023 (arXiv 2212.02846).
 
-use candle_core::{CpuStorage, CustomOp2, DType, Layout, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp2, DType, Layout, Shape, Tensor, WithDType};
 use rayon::prelude::*;
 
 use crate::train::Pass;
@@ -57,8 +57,8 @@ fn divergence<T: Copy + Into<f64>>(theta: &[T], prior: &[T], mut slope: impl FnM
 }
 
 /// The sum of the divergences, and `factor` times the derivative of each.
-fn sums(theta: &[f32], prior: &[f32], factor: f64) -> (f64, Vec<f32>) {
-    let mut slopes = vec![0f32; theta.len()];
+fn sums<T: WithDType + Into<f64>>(theta: &[T], prior: &[T], factor: f64) -> (f64, Vec<T>) {
+    let mut slopes = vec![T::zero(); theta.len()];
     let parts: Vec<f64> = slopes
         .par_chunks_mut(GRAIN)
         .zip(theta.par_chunks(GRAIN).zip(prior.par_chunks(GRAIN)))
@@ -66,12 +66,29 @@ fn sums(theta: &[f32], prior: &[f32], factor: f64) -> (f64, Vec<f32>) {
             let mut slopes = slopes.iter_mut();
             divergence(theta, prior, |by_theta| {
                 if let Some(slope) = slopes.next() {
-                    *slope = (factor * by_theta) as f32;
+                    *slope = T::from_f64(factor * by_theta);
                 }
             })
         })
         .collect();
     (parts.iter().sum(), slopes)
+}
+
+/// [`sums`] of two tensors in host memory, of one shape and dtype.
+fn on_host(theta: &Tensor, prior: &Tensor, factor: f64) -> candle_core::Result<(f64, Tensor)> {
+    fn of<T: WithDType + Into<f64>>(
+        theta: &Tensor,
+        prior: &Tensor,
+        factor: f64,
+    ) -> candle_core::Result<(f64, Tensor)> {
+        let (t, p) = (theta.flatten_all()?.to_vec1::<T>()?, prior.flatten_all()?.to_vec1::<T>()?);
+        let (value, slope) = sums(&t, &p, factor);
+        Ok((value, Tensor::from_vec(slope, theta.shape(), theta.device())?))
+    }
+    match theta.dtype() {
+        DType::F64 => of::<f64>(theta, prior, factor),
+        _ => of::<f32>(theta, prior, factor),
+    }
 }
 
 /// The divergence, a scalar in the dtype of `theta`, in nats, of the weights of fields `theta` from those of
@@ -135,7 +152,7 @@ impl CustomOp2 for Divergence {
                 CpuStorage::F32(vec![sums(&theta[from..to], &prior[first..last], 0.0).0 as f32])
             }
             (CpuStorage::F64(theta), CpuStorage::F64(prior)) => {
-                CpuStorage::F64(vec![divergence(&theta[from..to], &prior[first..last], |_| ())])
+                CpuStorage::F64(vec![sums(&theta[from..to], &prior[first..last], 0.0).0])
             }
             _ => candle_core::bail!("field-kl: expected elements of f32 or f64"),
         };
@@ -149,8 +166,8 @@ impl CustomOp2 for Divergence {
         _sum: &Tensor,
         grad: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let unsure = theta.tanh()?.sqr()?.affine(-1.0, 1.0)?;
-        Ok((Some((unsure * (theta - prior)?)?.broadcast_mul(grad)?), None))
+        let factor = grad.to_dtype(DType::F64)?.to_scalar()?;
+        Ok((Some(on_host(theta, prior, factor)?.1), None))
     }
 }
 
@@ -226,15 +243,14 @@ impl FieldPrior {
 
 /// The divergence and `factor` times its gradient in `theta`.
 fn weighted(theta: &Tensor, prior: &Tensor, factor: f64) -> Result<(f64, Tensor)> {
-    if theta.device().is_cpu() && theta.dtype() == DType::F32 {
-        let prior = prior.to_dtype(DType::F32)?;
-        let (t, p) = (theta.flatten_all()?.to_vec1::<f32>()?, prior.flatten_all()?.to_vec1::<f32>()?);
-        let (value, slope) = sums(&t, &p, factor);
-        return Ok((value, Tensor::from_vec(slope, theta.shape(), theta.device())?));
-    }
     let prior = prior.to_dtype(theta.dtype())?.to_device(theta.device())?;
+    if theta.device().is_cpu() && matches!(theta.dtype(), DType::F32 | DType::F64) {
+        return Ok(on_host(theta, &prior, factor)?);
+    }
     let value = kl(theta, &prior)?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
-    let unsure = theta.tanh()?.sqr()?.affine(-1.0, 1.0)?;
+    // 1 - m^2 without the difference, as in `one`.
+    let tail = (theta.abs()? * -2.0)?.exp()?;
+    let unsure = ((&tail * 4.0)? / (tail + 1.0)?.sqr()?)?;
     Ok((value, ((unsure * (theta - prior)?)? * factor)?))
 }
 
@@ -311,6 +327,35 @@ mod tests {
             };
             let numeric = (at(1e-5) - at(-1e-5)) / 2e-5;
             assert!((analytic[i] - numeric).abs() < 1e-8, "{i}: {} {numeric}", analytic[i]);
+        }
+    }
+
+    /// Where f32 no longer tells tanh θ from 1: both roads to the gradient agree, and it is not 0.
+    #[test]
+    fn the_certain_are_still_pulled() {
+        for (theta, dtype) in [(12.0, DType::F32), (-20.0, DType::F32), (25.0, DType::F64)] {
+            let of = |t: f64| row(&[t]).to_dtype(dtype).unwrap();
+            let (var, prior) = (Var::from_tensor(&of(theta)).unwrap(), of(1.0));
+            let sum = (kl(var.as_tensor(), &prior).unwrap() * 3.0).unwrap();
+            let got = sum.backward().unwrap().get(&var).unwrap().to_dtype(DType::F64).unwrap();
+            let got = got.to_vec1::<f64>().unwrap()[0];
+            let want = 3.0 * (theta - 1.0) / theta.cosh().powi(2);
+            assert!((got / want - 1.0).abs() < 1e-6, "{theta}: {got} {want}");
+            let (_, added) = weighted(&of(theta), &prior, 3.0).unwrap();
+            assert_eq!(added.to_dtype(DType::F64).unwrap().to_vec1::<f64>().unwrap(), [got]);
+        }
+    }
+
+    #[test]
+    fn what_is_not_a_number_is_not_hidden() {
+        for (theta, prior) in [(f64::NAN, 0.5), (0.5, f64::NAN)] {
+            for dtype in [DType::F32, DType::F64] {
+                let of = |t: f64| row(&[1.0, t, -1.0]).to_dtype(dtype).unwrap();
+                assert!(scalar(&kl(&of(theta), &of(prior)).unwrap()).is_nan());
+                let (value, slope) = weighted(&of(theta), &of(prior), 1.0).unwrap();
+                let slope = slope.to_dtype(DType::F64).unwrap().to_vec1::<f64>().unwrap();
+                assert!(value.is_nan() && slope[1].is_nan() && slope[0] == 0.0, "{value} {slope:?}");
+            }
         }
     }
 

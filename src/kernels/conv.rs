@@ -50,7 +50,7 @@ pub fn reference(x: &Tensor, w: &Tensor, b: &Tensor, how: Convolution) -> Result
     }
     let y = x.contiguous()?.conv2d(w, 0, stride, 1, 1)?.permute((0, 2, 3, 1))?.broadcast_add(b)?;
     match relu {
-        true => y.relu(),
+        true => super::relu::reference(&y),
         false => Ok(y),
     }
 }
@@ -76,6 +76,9 @@ impl Sizes {
         };
         if inner != channels {
             bail!("conv2d: expected x of {inner} channels for w {w:?}, got {x:?}")
+        }
+        if height == 0 || width == 0 {
+            bail!("conv2d: expected images of a height and a width above 0, got x {x:?}")
         }
         let room = (height + 2 * how.padding, width + 2 * how.padding);
         if how.stride == 0 || rows == 0 || cols == 0 || rows > room.0 || cols > room.1 {
@@ -385,7 +388,7 @@ impl CustomOp1 for Backward {
 /// The convolution of `x: [images, height, width, channels]` with `w: [out, channels, rows, columns]` and
 /// `b: [out]`, to `[images, rows of y, columns of y, out]`.
 ///
-/// Errs on shapes that do not go together, a window larger than the padded image, and a stride of 0.
+/// Errs on shapes that do not go together, images without pixels, a window larger than the padded image, and a stride of 0.
 pub fn conv2d(x: &Tensor, w: &Tensor, b: &Tensor, how: Convolution) -> Result<Tensor> {
     let sizes = Sizes::of(x.dims(), w.dims(), how)?;
     if b.dims() != [sizes.out] {
@@ -507,6 +510,11 @@ mod tests {
         assert!(said(&x, &w, &b, how(0, 0, false)).contains("stride 0"));
         let wide = values(&[2, 2, 4, 4], 1);
         assert!(said(&x, &wide, &b, how(1, 0, false)).contains("expected a window that fits into x"));
+        for none in [[1, 0, 3, 2], [1, 3, 0, 2]] {
+            let none = Tensor::zeros(&none[..], DType::F64, &Device::Cpu).unwrap();
+            let text = said(&none, &w, &b, how(1, 3, false));
+            assert!(text.contains("expected images of a height and a width above 0"), "{text}");
+        }
         assert!(said(&values(&[3, 3], 1), &w, &b, how(1, 0, false)).contains("expected x [images"));
     }
 }

@@ -24,6 +24,7 @@ pub(super) trait Real: WithDType {
     fn sqrt(self) -> Self;
     fn ln(self) -> Self;
     fn abs(self) -> Self;
+    fn is_nan(self) -> bool;
     /// Round half to even.
     fn rne(self) -> Self;
     /// `e^self` for `self <= 0`; NaN stays NaN.
@@ -69,6 +70,10 @@ impl Real for f32 {
     #[inline(always)]
     fn abs(self) -> f32 {
         f32::abs(self)
+    }
+    #[inline(always)]
+    fn is_nan(self) -> bool {
+        f32::is_nan(self)
     }
     #[inline(always)]
     fn rne(self) -> f32 {
@@ -151,6 +156,10 @@ impl Real for f64 {
     #[inline(always)]
     fn abs(self) -> f64 {
         f64::abs(self)
+    }
+    #[inline(always)]
+    fn is_nan(self) -> bool {
+        f64::is_nan(self)
     }
     #[inline(always)]
     fn rne(self) -> f64 {

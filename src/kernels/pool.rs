@@ -4,6 +4,7 @@
 //! y[n, c, i, j] = max of x[n, 2 i + u, 2 j + v, c] over u, v of 0 and 1
 //! x [N, H, W, C], y [N, C, H / 2, W / 2]; a last odd row or column is left out
 //! dx = dy at the first of the largest, in the order (0, 0), (0, 1), (1, 0), (1, 1); 0 elsewhere
+//! NaN is larger than any number, the last of several the largest
 //! ```
 //!
 //! Channels first, because a classifier behind it reads them flat in the order in which published files
@@ -24,7 +25,7 @@ pub fn reference(x: &Tensor) -> Result<Tensor> {
         let next = x.narrow(2, u, 1)?.narrow(4, v, 1)?.reshape((n, h / 2, w / 2, c))?;
         best = Some(match best {
             None => next,
-            Some(best) => next.gt(&best)?.where_cond(&next, &best)?,
+            Some(best) => (next.gt(&best)? + next.ne(&next)?)?.where_cond(&next, &best)?,
         });
     }
     match best {
@@ -56,6 +57,12 @@ impl Sizes {
     }
 }
 
+/// Whether `next` takes the place of `best`.
+#[inline(always)]
+fn beats<T: Real>(next: T, best: T) -> bool {
+    (next > best) | next.is_nan()
+}
+
 simd! {
     fn forward<T>(s: Sizes, x: &[T], y: &mut [T]) {
         let (c, pixels) = (s.channels, s.pixels());
@@ -63,9 +70,9 @@ simd! {
             let [a, b, d, e] = s.four(at).map(|from| &x[from..from + c]);
             for ch in 0..c {
                 let mut best = a[ch];
-                best = if b[ch] > best { b[ch] } else { best };
-                best = if d[ch] > best { d[ch] } else { best };
-                best = if e[ch] > best { e[ch] } else { best };
+                best = if beats(b[ch], best) { b[ch] } else { best };
+                best = if beats(d[ch], best) { d[ch] } else { best };
+                best = if beats(e[ch], best) { e[ch] } else { best };
                 y[ch * pixels + at] = best;
             }
         }
@@ -80,9 +87,9 @@ simd! {
             let [a, b, d, e] = starts.map(|from| &x[from..from + c]);
             for ch in 0..c {
                 let (mut best, mut place) = (a[ch], starts[0]);
-                (best, place) = if b[ch] > best { (b[ch], starts[1]) } else { (best, place) };
-                (best, place) = if d[ch] > best { (d[ch], starts[2]) } else { (best, place) };
-                place = if e[ch] > best { starts[3] } else { place };
+                (best, place) = if beats(b[ch], best) { (b[ch], starts[1]) } else { (best, place) };
+                (best, place) = if beats(d[ch], best) { (d[ch], starts[2]) } else { (best, place) };
+                place = if beats(e[ch], best) { starts[3] } else { place };
                 dx[place + ch] = grad[ch * pixels + at];
             }
         }
@@ -179,6 +186,22 @@ mod tests {
         let z = 0.0;
         let want = [z, z, z, z, g[1], g[3], z, z, g[0], g[2], z, z, z, z, z, z];
         assert_eq!(flat(&all[1]), want);
+    }
+
+    /// Wherever in its window it lies, and the gradient goes where it came from.
+    #[test]
+    fn nan_comes_through_from_any_place() {
+        for places in 1u32..16 {
+            let at = |i: u32| if places >> i & 1 == 1 { f64::NAN } else { f64::from(i * 7 % 4) };
+            let x = Tensor::from_vec((0..4).map(at).collect(), (1, 2, 2, 1), &Device::Cpu).unwrap();
+            let last = 31 - places.leading_zeros() as usize;
+            for all in [run(&[x.clone()], &|t| max_pool2(&t[0])), run(&[x], &|t| reference(&t[0]))] {
+                assert!(flat(&all[0])[0].is_nan(), "{places:04b}");
+                let mut want = [0.0; 4];
+                want[last] = flat(&values(&[1, 1, 1, 1], 77))[0];
+                assert_eq!(flat(&all[1]), want, "{places:04b}");
+            }
+        }
     }
 
     #[test]

@@ -11,66 +11,89 @@
 //! is 0, `z` is certain: `a = max(m, 0)`, `w = 0`, and no gradient flows to `v` from `a`. The derivatives
 //! are those of a Gaussian expectation, `dE f/dm = E f'` and `dE f/dv = E f'' / 2`.
 //!
-//! f32 and f64 here, f16 and bf16 through f32. Source: Frey and Hinton 1999, "Variational learning in
-//! nonlinear Gaussian belief networks" (the rectifier's mean and variance).
+//! Both are computed in f64 whatever the elements are, `Phi` by its tail: far below zero `h` is what is left
+//! of two numbers `t^2` times its size, and `P - h k` of two such. f32 and f64 here, f16 and bf16 through f32.
+//! Source: Frey and Hinton 1999, "Variational learning in nonlinear Gaussian belief networks" (the rectifier's
+//! mean and variance).
 
 use super::cpu::{self, real, simd, Real, Road};
-use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
+use candle_core::cpu::erf::erfc_f64;
+use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 /// 1 / sqrt(2 pi).
 const PEAK: f64 = 0.398_942_280_401_432_7;
 
-/// Both moments in plain candle ops: mean and variance, of a variance above 0.
+/// Both moments in plain candle ops: mean and variance, of a variance above 0. Without a tail of its own,
+/// `Phi` is good to 1e-16 here, not to so much of itself.
 pub fn reference(mean: &Tensor, variance: &Tensor) -> Result<(Tensor, Tensor)> {
+    let dtype = mean.dtype();
+    let (mean, variance) = (mean.to_dtype(DType::F64)?, variance.to_dtype(DType::F64)?);
     let deviation = variance.sqrt()?;
     let t = (mean / &deviation)?;
     let below = (((&t * std::f64::consts::FRAC_1_SQRT_2)?.erf()? + 1.0)? * 0.5)?;
     let density = ((t.sqr()? * -0.5)?.exp()? * PEAK)?;
     let h = ((&t * &below)? + &density)?;
     let k = (density - (t * (1.0 - &below)?)?)?;
-    Ok(((deviation * &h)?, (variance * (below - (h * k)?)?)?))
+    let spread = (variance * (below - (&h * k)?)?)?;
+    let at_least = |x: Tensor| x.lt(0.0)?.where_cond(&x.zeros_like()?, &x)?.to_dtype(dtype);
+    Ok((at_least((deviation * h)?)?, at_least(spread)?))
 }
 
-/// `Phi(t)`, `Phi(-t)` and `phi(t)`.
+/// `z` by its deviation: `s`, `P`, `Phi(-t)`, `p` and `h`; none where it is certain.
 #[inline(always)]
-fn normal<T: Real>(t: T) -> (T, T, T) {
-    let half = T::from_f64(0.5);
-    let e = (t * T::from_f64(std::f64::consts::FRAC_1_SQRT_2)).error_function();
-    let density = T::from_f64(PEAK) * (t * t * T::from_f64(-0.5)).exp_nonpos();
-    (half.fma(e, half), half - half * e, density)
+fn normal(m: f64, v: f64) -> Option<[f64; 5]> {
+    if v <= 0.0 {
+        return None;
+    }
+    let s = v.sqrt();
+    let t = m / s;
+    let tail = 0.5 * erfc_f64(t.abs() * std::f64::consts::FRAC_1_SQRT_2);
+    let (below, above) = if t < 0.0 { (tail, 1.0 - tail) } else { (1.0 - tail, tail) };
+    let density = PEAK * (-0.5 * t * t).exp();
+    Some([s, below, above, density, not_negative(t.mul_add(below, density))])
+}
+
+/// Far below zero what is left is rounding of nothing; NaN stays NaN.
+#[inline(always)]
+fn not_negative(x: f64) -> f64 {
+    if x < 0.0 {
+        0.0
+    } else {
+        x
+    }
 }
 
 simd! {
     fn forward<T>(m: &[T], v: &[T], mean: &mut [T], variance: &mut [T]) {
         for (((mean, variance), &m), &v) in mean.iter_mut().zip(variance).zip(m).zip(v) {
-            let certain = v <= T::ZERO;
-            let s = if certain { T::ONE } else { v.sqrt() };
-            let t = m / s;
-            let (below, above, density) = normal(t);
-            let h = t.fma(below, density);
-            let w = v * (below - h * (density - t * above));
-            let positive = if m > T::ZERO { m } else { T::ZERO };
-            *mean = if certain { positive } else { s * h };
-            // Far below zero both terms are rounding of nothing: not a negative variance.
-            *variance = if certain || w < T::ZERO { T::ZERO } else { w };
+            let (m, v) = (m.to_f64(), v.to_f64());
+            let (a, w) = match normal(m, v) {
+                None => (not_negative(m), 0.0),
+                Some([s, below, above, density, h]) => {
+                    (s * h, not_negative(v * (below - h * (density - m / s * above))))
+                }
+            };
+            (*mean, *variance) = (T::from_f64(a), T::from_f64(w));
         }
     }
 }
 
 simd! {
     fn backward<T>(m: &[T], v: &[T], g: &[T], gw: &[T], dm: &mut [T], dv: &mut [T]) {
-        let two = T::from_f64(2.0);
         let all = dm.iter_mut().zip(dv).zip(m).zip(v).zip(g).zip(gw);
         for (((((dm, dv), &m), &v), &g), &gw) in all {
-            let certain = v <= T::ZERO;
-            let s = if certain { T::ONE } else { v.sqrt() };
-            let t = m / s;
-            let (below, above, density) = normal(t);
-            let h = t.fma(below, density);
-            let step = if m > T::ZERO { T::ONE } else { T::ZERO };
-            *dm = if certain { g * step } else { g * below + gw * (two * s * h * above) };
-            *dv = if certain { gw * step } else { g * density / (two * s) + gw * (below - h * density) };
+            let (m, g, gw) = (m.to_f64(), g.to_f64(), gw.to_f64());
+            let (by_m, by_v) = match normal(m, v.to_f64()) {
+                None => {
+                    let step = if m > 0.0 { 1.0 } else { 0.0 };
+                    (g * step, gw * step)
+                }
+                Some([s, below, above, density, h]) => {
+                    (g * below + gw * (2.0 * s * h * above), g * density / (2.0 * s) + gw * (below - h * density))
+                }
+            };
+            (*dm, *dv) = (T::from_f64(by_m), T::from_f64(by_v));
         }
     }
 }
@@ -179,7 +202,7 @@ pub fn rectified_moments(mean: &Tensor, variance: &Tensor) -> Result<(Tensor, Te
 mod tests {
     use super::super::testing::*;
     use super::*;
-    use candle_core::Device;
+    use candle_core::{Device, Var};
 
     /// Both moments as one tensor, from a mean and the root of a variance, so that any input is valid.
     fn op(t: &[Tensor]) -> Result<Tensor> {
@@ -236,5 +259,57 @@ mod tests {
         assert_eq!(w.to_vec1::<f32>().unwrap(), [0.0, 0.0, 0.0, 1e-6, 0.0]);
         let message = refusal(rectified_moments(&m, &of(&[1.0])).map(|(a, _)| a));
         assert!(message.contains("expected a variance of shape [5]"), "{message}");
+    }
+
+    /// Three to eight deviations below zero: in f32 what f64 rounds to, and f64 what the integral is.
+    #[test]
+    fn the_tail_keeps_its_digits() {
+        let both = |m: f64, v: f64, dtype: DType| {
+            let of = |x: f64| Tensor::new(&[x], &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+            let (m, v) = (Var::from_tensor(&of(m)).unwrap(), Var::from_tensor(&of(v)).unwrap());
+            let (a, w) = rectified_moments(m.as_tensor(), v.as_tensor()).unwrap();
+            let mut all = vec![a.clone(), w.clone()];
+            for y in [a, w] {
+                let grads = y.sum_all().unwrap().backward().unwrap();
+                all.extend([&m, &v].map(|x| grads.get(x).unwrap().clone()));
+            }
+            all.iter().map(|y| flat(y)[0]).collect::<Vec<f64>>()
+        };
+        for i in 0..=20 {
+            let t = -3.0 - 0.25 * f64::from(i);
+            for s in [0.25, 1.0, 2.0] {
+                let (narrow, wide) = (both(t * s, s * s, DType::F32), both(t * s, s * s, DType::F64));
+                for (which, (narrow, wide)) in narrow.iter().zip(&wide).enumerate() {
+                    let near = *narrow > 0.0 && (narrow / wide - 1.0).abs() < 1e-6;
+                    assert!(near, "{t} {s}, {which}: {narrow} {wide}");
+                }
+                let (steps, mut first, mut second) = (40_000, 0.0, 0.0);
+                for i in 0..=steps {
+                    let x = 4.0 * f64::from(i) / f64::from(steps);
+                    let p = PEAK * (-0.5 * (x - t).powi(2)).exp() * 4.0 / f64::from(steps);
+                    first += s * x * p;
+                    second += s * s * x * x * p;
+                }
+                assert!((wide[0] / first - 1.0).abs() < 1e-6, "{t} {s}: {} {first}", wide[0]);
+                let spread = second - first * first;
+                assert!((wide[1] / spread - 1.0).abs() < 1e-6, "{t} {s}: {} {spread}", wide[1]);
+            }
+        }
+        // Where even f64 has nothing left, in no format a mean below 0.
+        let m = Tensor::arange(-60f64, 0.0, &Device::Cpu).unwrap();
+        for dtype in [DType::F64, DType::F32, DType::BF16] {
+            let (m, v) = (m.to_dtype(dtype).unwrap(), m.ones_like().unwrap().to_dtype(dtype).unwrap());
+            for (a, w) in [rectified_moments(&m, &v).unwrap(), reference(&m, &v).unwrap()] {
+                assert!(flat(&a).iter().chain(&flat(&w)).all(|x| *x >= 0.0), "{dtype:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_a_number_stays_so() {
+        let of = |x: &[f32]| Tensor::new(x, &Device::Cpu).unwrap();
+        let (m, v) = (of(&[f32::NAN, f32::NAN, 1.0]), of(&[0.0, 1.0, f32::NAN]));
+        let (a, w) = rectified_moments(&m, &v).unwrap();
+        assert!(flat(&a).iter().all(|x| x.is_nan()) && flat(&w)[1..].iter().all(|x| x.is_nan()));
     }
 }

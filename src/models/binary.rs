@@ -120,7 +120,7 @@ impl Moments {
     /// Of what is above zero.
     fn rectified(self) -> Result<Self> {
         Ok(match self.variance {
-            None => Moments { mean: self.mean.relu()?, variance: None },
+            None => Moments { mean: kernels::relu(&self.mean)?, variance: None },
             Some(variance) => {
                 let (mean, variance) = kernels::rectified_moments(&self.mean, &variance)?;
                 Moments { mean, variance: Some(variance) }
@@ -435,5 +435,9 @@ mod tests {
         assert_eq!(model.not_finite(&drawn("images", &[2, 1, 3, 2], 1.0)).unwrap(), None);
         let nan = (drawn("images", &[2, 1, 3, 2], 1.0) * f64::NAN).unwrap();
         assert_eq!(model.not_finite(&nan).unwrap().as_deref(), Some("layers.0"));
+        // The rectifiers of either reading let it through to the logits.
+        for output in [model.forward(&nan), model.mean_field(&nan)] {
+            assert!(rows(&output.unwrap().class).iter().flatten().all(|v| v.is_nan()));
+        }
     }
 }

@@ -19,6 +19,8 @@ const KIND: &str = "qtune_binary";
 const MOST: [(&str, usize); 3] = [("image_size", 1 << 12), ("num_channels", 1 << 6), ("labels", 1 << 20)];
 const MOST_LAYERS: usize = 64;
 const MOST_UNITS: usize = 1 << 16;
+/// Fields of one layer.
+const MOST_FIELDS: usize = 1 << 30;
 
 /// How the fields θ of a network are read in training. To everyone else its weights are their signs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -105,6 +107,14 @@ impl BinaryConfig {
                 return Err(Error::usage(format!("{name}: found {found}, expected 1 to {most}")));
             }
         }
+        for (name, shape) in self.shapes() {
+            let fields = shape.iter().fold(1, |all: usize, n| all.saturating_mul(*n));
+            if fields > MOST_FIELDS {
+                return Err(Error::usage(format!(
+                    "{name}: found {shape:?}, expected at most {MOST_FIELDS} fields"
+                )));
+            }
+        }
         Ok(())
     }
 
@@ -117,7 +127,8 @@ impl BinaryConfig {
     /// Every tensor the model needs, by name and shape, in order from input to output: the fields θ of each
     /// layer, `[units, inputs]`.
     pub fn shapes(&self) -> Vec<(String, Vec<usize>)> {
-        let mut inputs = self.channels * self.image_size.0 * self.image_size.1;
+        let (height, width) = self.image_size;
+        let mut inputs = self.channels.saturating_mul(height).saturating_mul(width);
         let units = self.hidden.iter().copied().chain([self.classes.len()]);
         let mut shapes = Vec::new();
         for (name, units) in self.layers().into_iter().zip(units) {
@@ -174,6 +185,7 @@ pub(super) mod tests {
             ("hidden_sizes", json!([20, 0]), "hidden_sizes: found 0, expected 1 to 65536"),
             ("hidden_sizes", json!("20"), "expected a list of whole numbers"),
             ("image_size", json!([28, 0]), "image_size: found 0"),
+            ("hidden_sizes", json!([65536, 65536]), "layers.1.weight: found [65536, 65536]"),
             ("reading", json!("signs"), "found \"signs\", expected \"field\" or \"sign\""),
         ] {
             let mut json = tiny(Reading::Field).to_hf();
@@ -182,6 +194,10 @@ pub(super) mod tests {
             assert_eq!(error.exit_code(), 4);
             let error = error.to_string();
             assert!(error.starts_with("config.json: ") && error.contains(expected), "{error}");
+            assert_eq!(error.lines().count(), 1);
         }
+        let huge = BinaryConfig { image_size: (4096, 4096), channels: 64, ..tiny(Reading::Field) };
+        let expected = "layers.0.weight: found [5, 1073741824], expected at most 1073741824 fields";
+        assert_eq!(huge.check().unwrap_err().to_string(), expected);
     }
 }

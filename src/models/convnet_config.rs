@@ -21,7 +21,7 @@ const MOST: [(&str, usize); 5] = [
 ];
 const MOST_LAYERS: usize = 1 << 6;
 const MOST_WIDTH: usize = 1 << 14;
-/// Elements of the first matrix behind the convolutions.
+/// Elements of one weight.
 const MOST_MATRIX: usize = 1 << 30;
 
 /// Sizes and labels of a convolutional classifier.
@@ -125,6 +125,14 @@ impl ConvConfig {
                 self.hidden
             )));
         }
+        for (name, shape) in self.shapes() {
+            let numbers = shape.iter().fold(1, |all: usize, n| all.saturating_mul(*n));
+            if numbers > MOST_MATRIX {
+                return Err(Error::usage(format!(
+                    "{name}: found {shape:?}, expected at most {MOST_MATRIX} numbers"
+                )));
+            }
+        }
         for (key, p) in [("channel_dropout", self.dropout.0), ("hidden_dropout", self.dropout.1)] {
             if !(0.0..1.0).contains(&p) {
                 return Err(Error::usage(format!("{key}: found {p}, expected 0 or more and less than 1")));
@@ -143,7 +151,7 @@ impl ConvConfig {
     /// Elements of the pooled last map.
     pub fn features(&self) -> usize {
         let (height, width, channels) = self.map(self.widths.len().saturating_sub(1));
-        (height / 2) * (width / 2) * channels
+        (height / 2).saturating_mul(width / 2).saturating_mul(channels)
     }
 
     /// Every tensor the model needs, by name and shape, in order from input to output.
@@ -248,5 +256,13 @@ mod tests {
         }
         let huge = json!({"model_type": "qtune_conv", "image_size": 4096, "hidden_size": 65536});
         assert!(read(huge).unwrap_err().to_string().contains("hidden_size: found 65536"));
+        let mut huge = ConvConfig { widths: vec![16384, 16384], hidden: 1, ..published() };
+        let text = huge.check().unwrap_err().to_string();
+        let expected = "conv.1.weight: found [16384, 16384, 3, 3], expected at most 1073741824 numbers";
+        assert_eq!(text, expected);
+        huge = ConvConfig { hidden: 1 << 16, classes: numbered_labels((1 << 14) + 1), ..published() };
+        assert!(huge.check().unwrap_err().to_string().starts_with("classifier.weight: found [16385, 65536]"));
+        huge.classes.truncate(1 << 14);
+        assert!(huge.check().is_ok());
     }
 }

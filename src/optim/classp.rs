@@ -160,6 +160,7 @@ impl ClasspConfig {
         if let Some(i) = self.group.iter().position(|group| group.targets.is_empty()) {
             return Err(Error::usage(format!("optimizer.group.{i}.targets: found none, expected patterns")));
         }
+        self.check_rate(0.0)?;
         if self.threshold_quantile.is_some() {
             if self.threshold > 0.0 || self.first.is_some_and(|f| f.threshold.is_some()) {
                 let message = "optimizer.threshold_quantile and a threshold: expected one of them";
@@ -172,6 +173,37 @@ impl ClasspConfig {
             }
             if self.quantile_steps == 0 {
                 return Err(Error::usage("optimizer.quantile_steps = 0: expected at least 1"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Errs where f32 cannot hold epsilon, its root, or a learning rate `lr` divided by the root: what the
+    /// step of a small gradient is computed with.
+    pub(super) fn check_rate(&self, lr: f64) -> Result<()> {
+        let groups = self.group.iter().enumerate().map(|(i, group)| {
+            let key = match group.epsilon {
+                Some(_) => format!("group.{i}.epsilon"),
+                None => "epsilon".to_string(),
+            };
+            let power = group.power.unwrap_or(self.power);
+            (key, group.epsilon.unwrap_or(self.epsilon), power, lr * group.lr)
+        });
+        let own = ("epsilon".to_string(), self.epsilon, self.power, lr);
+        for (key, epsilon, power, lr) in std::iter::once(own).chain(groups) {
+            let root = epsilon.powf(1.0 / power);
+            let held = f64::from(f32::MIN_POSITIVE)..=f64::from(f32::MAX);
+            if let Some(found) = [epsilon, root].into_iter().find(|x| !held.contains(x)) {
+                return Err(Error::usage(format!(
+                    "optimizer.{key} = {epsilon:e}: found {found:.1e} at power {power}, expected what f32 holds"
+                )));
+            }
+            let rate = lr / root;
+            if rate > *held.end() {
+                return Err(Error::usage(format!(
+                    "optimizer.{key} = {epsilon:e}: a learning rate of {lr:e} by its root at power {power} is {rate:.1e}, \
+                     expected what f32 holds"
+                )));
             }
         }
         Ok(())
@@ -508,6 +540,35 @@ mod tests {
         let both = wrong(&|c| (c.threshold_quantile, c.threshold) = (Some(0.5), 0.1));
         assert!(both.contains("expected one of them"), "{both}");
         assert!(ClasspConfig::default().check().is_ok());
+    }
+
+    #[test]
+    fn an_epsilon_that_f32_cannot_divide_by_is_refused() {
+        let of = |epsilon, power| ClasspConfig { epsilon, power, ..ClasspConfig::default() };
+        let said = |config: ClasspConfig| config.check().unwrap_err().to_string();
+        // 1e-10 to the fourth, then 1e-46 itself.
+        let text = said(of(1e-10, 0.25));
+        assert!(text.starts_with("optimizer.epsilon = 1e-10: ") && text.contains("power 0.25"), "{text}");
+        assert!(said(of(1e-46, 8.0)).contains("found 1.0e-46 at power 8"));
+        assert!(said(of(1e10, 0.25)).contains("expected what f32 holds"));
+        let config = of(1e-9, 0.25);
+        config.check().unwrap();
+        config.check_rate(1e2).unwrap();
+        let text = config.check_rate(1e3).unwrap_err().to_string();
+        assert!(
+            text.contains("a learning rate of 1e3") && text.contains("expected what f32 holds"),
+            "{text}"
+        );
+        let group = ClasspGroup {
+            targets: vec!["*".into()],
+            threshold: None,
+            epsilon: Some(1e-10),
+            power: Some(0.25),
+            scaling: None,
+            lr: 1.0,
+        };
+        let grouped = ClasspConfig { group: vec![group], ..ClasspConfig::default() };
+        assert!(said(grouped).starts_with("optimizer.group.0.epsilon = 1e-10: "));
     }
 
     #[test]

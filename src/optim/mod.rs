@@ -94,6 +94,14 @@ impl OptimizerConfig {
         Ok(())
     }
 
+    /// Errs where the rule cannot take steps of the learning rate `lr`.
+    pub fn check_rate(&self, lr: f64) -> Result<()> {
+        match self {
+            OptimizerConfig::Classp(c) => c.check_rate(lr),
+            _ => Ok(()),
+        }
+    }
+
     /// Its name on the command line.
     pub fn name(&self) -> &'static str {
         match self {

@@ -1,7 +1,8 @@
 //! What CLASSP carries from run to run: the sums S of every trainable, in a folder of their own.
 //!
 //! `optimizer.safetensors` holds `NAME.grad_sum` (and `NAME.measured` where thresholds are measured) and, in
-//! its metadata, the version of the format, mode, settings, steps, the number of the task, and each trainable's
+//! its metadata, the version of the format, mode, settings, steps, the number of the task, the model that the
+//! run started from (told, not compared: what follows on a task starts from what it left), and each trainable's
 //! name, shape and power, with a BLAKE3 hash over them. A sum of |g|^p means nothing under another power or
 //! mode: they have to be equal.
 
@@ -67,14 +68,14 @@ fn hash(listed: &[Listed]) -> String {
     hasher.finalize().to_hex().to_string()
 }
 
-/// Writes the state of `rule` over `params`, after `step` steps, into the folder `dir`: whole or not at all,
-/// in place of what was there. Returns the bytes of the file.
+/// Writes the state of `rule` over `params`, after `step` steps from the model called `base`, into the folder
+/// `dir`: whole or not at all, in place of what was there. Returns the bytes of the file.
 pub fn save(
     dir: &Path,
     config: &ClasspConfig,
     rule: &dyn Optimizer,
     params: &[Param],
-    step: usize,
+    (step, base): (usize, &str),
 ) -> Result<u64> {
     let state: BTreeMap<String, Tensor> = rule.state()?.into_iter().collect();
     let task = match state.get(TASK) {
@@ -98,6 +99,7 @@ pub fn save(
         ("power", config.power.to_string()),
         ("step", step.to_string()),
         ("task", task.to_string()),
+        ("base", base.to_string()),
         ("settings", text(serde_json::to_string(config))?),
         ("hash", hash(&listed)),
         ("params", text(serde_json::to_string(&listed))?),
@@ -198,12 +200,17 @@ fn load(
     let device = params.first().map_or(Device::Cpu, |p| p.var.device().clone());
     let read = |key: &str| match key.rsplit_once('#') {
         _ if key == TASK => Ok(Tensor::new(&[task], &Device::Cpu)?),
+        // Stored where no threshold was measured: that begins here.
+        Some((name, "measured")) if !stored.contains(&format!("{name}.measured")) => {
+            Ok(Tensor::new(&[0f64, 0.0], &Device::Cpu)?)
+        }
         Some((name, part)) => stored.tensor(&format!("{name}.{part}"), &device),
         None => stored.tensor(key, &device),
     };
     rule.restore(&known, &read)?;
+    let base = stored.metadata().get("base").map(|base| format!(" from {base}")).unwrap_or_default();
     notes.push(format!(
-        "{}: sums of {} trainables after task {} ({} steps)",
+        "{}: sums of {} trainables after task {} ({} steps{base})",
         path.display(),
         known.len(),
         task + 1,
@@ -255,9 +262,9 @@ mod tests {
         let params = params(&["a", "b"]);
         let rule = trained(&config, &params);
         let dir = run.path().join("optimizer");
-        save(&dir, &config, &rule, &params, 7).unwrap();
+        save(&dir, &config, &rule, &params, (7, "new a")).unwrap();
         let bytes = std::fs::read(dir.join(FILE)).unwrap();
-        save(&dir, &config, &rule, &params, 7).unwrap();
+        save(&dir, &config, &rule, &params, (7, "new a")).unwrap();
         assert_eq!(bytes, std::fs::read(dir.join(FILE)).unwrap());
         let config = OptimizerConfig::Classp(config);
         for dir in [run.path(), dir.as_path()] {
@@ -265,10 +272,34 @@ mod tests {
             let (again, notes) = begin(&config, &params, 0.0, from).unwrap();
             assert_eq!(sums(again.as_ref()), sums(&rule));
             assert_eq!((task(&rule), task(again.as_ref())), (0, 1));
-            assert!(notes[0].contains("2 trainables") && notes[0].contains("7 steps"), "{notes:?}");
+            assert!(
+                notes[0].contains("2 trainables") && notes[0].contains("7 steps from new a"),
+                "{notes:?}"
+            );
         }
         let (fresh, _) = begin(&config, &params, 0.0, None).unwrap();
         assert!(sums(fresh.as_ref()).is_empty() && task(fresh.as_ref()) == 0);
+    }
+
+    /// A run that measures thresholds begins with sums of one that did not.
+    #[test]
+    fn what_was_not_measured_is_measured_from_the_start() {
+        let run = tempfile::tempdir().unwrap();
+        let config = ClasspConfig::default();
+        let params = params(&["a"]);
+        save(run.path(), &config, &trained(&config, &params), &params, (1, "new a")).unwrap();
+        let config = ClasspConfig { threshold_quantile: Some(0.5), quantile_steps: 1, ..config };
+        let from = Some(From { dir: run.path(), partial: false });
+        let (mut rule, _) = begin(&OptimizerConfig::Classp(config), &params, 0.0, from).unwrap();
+        assert_eq!(sums(rule.as_ref())[0].1, [1.0, 2.0, 0.0]);
+        let before: Vec<f32> = params[0].var.to_vec1().unwrap();
+        let grad = Tensor::new(&[1f32, 2.0, 3.0], &Device::Cpu).unwrap();
+        for moved in [false, true] {
+            rule.update(&params[0], &grad, 0.1, true).unwrap();
+            let now: Vec<f32> = params[0].var.to_vec1().unwrap();
+            // The threshold is the second square: the third entry alone passes.
+            assert_eq!((now[..2] == before[..2], now[2] != before[2]), (true, moved));
+        }
     }
 
     #[test]
@@ -276,7 +307,7 @@ mod tests {
         let run = tempfile::tempdir().unwrap();
         let config = ClasspConfig::default();
         let all = params(&["a", "b"]);
-        save(run.path(), &config, &trained(&config, &all), &all, 1).unwrap();
+        save(run.path(), &config, &trained(&config, &all), &all, (1, "new a")).unwrap();
         let begun = |config: &ClasspConfig, params: &[Param], partial| {
             let from = Some(From { dir: run.path(), partial });
             begin(&OptimizerConfig::Classp(config.clone()), params, 0.0, from)

@@ -101,7 +101,7 @@ fn memory_estimate(
             let maps = (0..conv.widths.len()).map(|layer| conv.map(layer)).map(|(h, w, c)| 2 * h * w * c);
             maps.sum::<usize>() + 2 * conv.features()
         }
-        // Moments of each unit before and after its rectifier, and of the input.
+        // Refused before, too; moments of each unit before and after its rectifier, and of the input.
         VisionConfig::Binary(binary) => {
             12 * binary.shapes().iter().map(|(_, shape)| shape[0] + shape[1]).sum::<usize>()
         }

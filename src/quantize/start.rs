@@ -311,9 +311,14 @@ pub(super) fn prepare(
         check_without_data(recipe)?;
     }
     let start = start(recipe, dataset.as_ref(), device)?;
-    if let VisionConfig::Conv(_) = start.config {
+    let other = match start.config {
+        VisionConfig::Conv(_) => Some("a convolutional classifier"),
+        VisionConfig::Binary(_) => Some("a perceptron of one-bit weights"),
+        VisionConfig::Vit(_) | VisionConfig::Swin(_) => None,
+    };
+    if let Some(found) = other {
         return Err(Error::usage(format!(
-            "{}: found a convolutional classifier, which is not quantized: expected a vision transformer",
+            "{}: found {found}, which is not quantized: expected a vision transformer",
             start.name
         )));
     }

@@ -551,6 +551,7 @@ impl Recipe {
             if let Some((name, value)) = finite.iter().find(|(_, v)| !(v.is_finite() && *v >= 0.0)) {
                 return Err(Error::usage(format!("{} = {value}: expected 0 or more", key(name))));
             }
+            self.optimizer.check_rate(phase.lr.max(phase.min_lr).max(phase.warmup_lr))?;
             if let Some(span) = phase.cosine_span.filter(|span| !(span.is_finite() && *span > 0.0)) {
                 return Err(Error::usage(format!("{} = {span}: expected more than 0", key("cosine_span"))));
             }

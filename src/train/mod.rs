@@ -195,7 +195,12 @@ impl<S: Supply> Trainer<'_, S> {
     /// Leaves the state of a rule that remembers in the run's folder, for the runs after it.
     pub fn leave_optimizer(&self, optimizer: &dyn Optimizer, params: &[Param]) -> Result<()> {
         if let OptimizerConfig::Classp(config) = &self.recipe.optimizer {
-            optim::state::save(&self.dir.join("optimizer"), config, optimizer, params, self.state.step)?;
+            let base = match self.recipe.model.path() {
+                Some(path) => path.display().to_string(),
+                None => format!("new {}", self.recipe.name),
+            };
+            let at = (self.state.step, base.as_str());
+            optim::state::save(&self.dir.join("optimizer"), config, optimizer, params, at)?;
         }
         Ok(())
     }

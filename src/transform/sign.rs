@@ -2,11 +2,11 @@
 //! `dθ = dw` where `|θ| <= 1`, else 0.
 //!
 //! Hubara et al. 2016, "Binarized neural networks", equations 1 and 4. The forward pass is exact: every
-//! entry is 1 or -1 and nothing else.
+//! entry is 1 or -1 and nothing else, but that NaN stays NaN, so that what made it is found.
 
 use std::sync::Arc;
 
-use candle_core::{bail, CpuStorage, CustomOp1, Layout, Shape, Tensor};
+use candle_core::{bail, CpuStorage, CustomOp1, Layout, Shape, Tensor, WithDType};
 
 use crate::weights::Transform;
 use crate::Result;
@@ -35,14 +35,28 @@ pub fn sign(theta: &Tensor) -> Result<Tensor> {
         return Ok(theta.contiguous()?.apply_op1(SignOp)?);
     }
     // The value is a constant, and what is added to it is zero to the bit.
-    let value = ((theta.detach().ge(0.0)?.to_dtype(theta.dtype())? * 2.0)? - 1.0)?;
-    let passed = (theta * passes(&theta.detach())?)?;
+    let at = theta.detach();
+    let one = at.ones_like()?;
+    let value = at.lt(0.0)?.where_cond(&one.neg()?, &at)?;
+    let value = at.ge(0.0)?.where_cond(&one, &value)?;
+    let passed = within(&at)?.where_cond(theta, &at.zeros_like()?)?;
     Ok((value + (&passed - passed.detach())?)?)
 }
 
-/// 1 where the gradient passes, else 0.
-fn passes(theta: &Tensor) -> candle_core::Result<Tensor> {
-    theta.abs()?.le(1.0)?.to_dtype(theta.dtype())
+/// Where the gradient passes.
+fn within(theta: &Tensor) -> candle_core::Result<Tensor> {
+    theta.abs()?.le(1.0)
+}
+
+/// 1 or -1; NaN stays NaN.
+fn one<T: WithDType>(theta: T) -> T {
+    if theta >= T::zero() {
+        T::one()
+    } else if theta < T::zero() {
+        T::zero() - T::one()
+    } else {
+        theta
+    }
 }
 
 struct SignOp;
@@ -57,19 +71,15 @@ impl CustomOp1 for SignOp {
             bail!("sign: expected contiguous elements, got strides {:?}", layout.stride())
         };
         let signs = match theta {
-            CpuStorage::F32(theta) => {
-                CpuStorage::F32(theta[from..to].iter().map(|&t| if t >= 0.0 { 1.0 } else { -1.0 }).collect())
-            }
-            CpuStorage::F64(theta) => {
-                CpuStorage::F64(theta[from..to].iter().map(|&t| if t >= 0.0 { 1.0 } else { -1.0 }).collect())
-            }
+            CpuStorage::F32(theta) => CpuStorage::F32(theta[from..to].iter().copied().map(one).collect()),
+            CpuStorage::F64(theta) => CpuStorage::F64(theta[from..to].iter().copied().map(one).collect()),
             _ => bail!("sign: expected elements of f32 or f64"),
         };
         Ok((signs, layout.shape().clone()))
     }
 
     fn bwd(&self, theta: &Tensor, _sign: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        Ok(Some((grad * passes(theta)?)?))
+        Ok(Some(within(theta)?.where_cond(grad, &grad.zeros_like()?)?))
     }
 }
 
@@ -101,6 +111,25 @@ mod tests {
                 expected[6] = 7.0; // 1.0001 is 1 there
             }
             assert_eq!(flat(grads.get(&var).unwrap()), expected, "{dtype:?}");
+        }
+    }
+
+    /// On the kernel's road (f32, f64) and in plain ops (bf16) alike.
+    #[test]
+    fn nan_stays_and_the_infinite_have_a_sign() {
+        for dtype in [DType::F32, DType::F64, DType::BF16] {
+            let theta = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -0.5];
+            let theta = Tensor::new(&theta, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+            let var = Var::from_tensor(&theta).unwrap();
+            let w = sign(var.as_tensor()).unwrap();
+            let of = |t: &Tensor| t.to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap();
+            assert!(of(&w)[0].is_nan(), "{dtype:?}: {:?}", of(&w));
+            assert_eq!(of(&w)[1..], [1.0, -1.0, -1.0], "{dtype:?}");
+            // A slope of the saturated that is not finite is none of theirs.
+            let slope = [2.0, f32::INFINITY, f32::NEG_INFINITY, 3.0];
+            let slope = Tensor::new(&slope, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+            let grads = (w * slope).unwrap().sum_all().unwrap().backward().unwrap();
+            assert_eq!(of(grads.get(&var).unwrap()), [0.0, 0.0, 0.0, 3.0], "{dtype:?}");
         }
     }
 
