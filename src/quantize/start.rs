@@ -307,9 +307,6 @@ pub(super) fn prepare(
     dataset: Option<Dataset>,
     device: &Device,
 ) -> Result<(Start, Option<Dataset>)> {
-    if dataset.is_none() {
-        check_without_data(recipe)?;
-    }
     let start = start(recipe, dataset.as_ref(), device)?;
     let other = match start.config {
         VisionConfig::Conv(_) => Some("a convolutional classifier"),
@@ -321,6 +318,9 @@ pub(super) fn prepare(
             "{}: found {found}, which is not quantized: expected a vision transformer",
             start.name
         )));
+    }
+    if dataset.is_none() {
+        check_without_data(recipe)?;
     }
     targets(recipe, &start.weights)?;
     let Some(mut dataset) = dataset else {

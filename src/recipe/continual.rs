@@ -84,7 +84,8 @@ pub enum FisherLabels {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct EwcConfig {
-    /// The penalty is half of this times the sum of Fisher information times squared distance.
+    /// The penalty is half of this times the sum of Fisher information times squared distance. Plain gradient
+    /// descent diverges where this times the learning rate times the largest Fisher information exceeds 2.
     pub lambda: f64,
     /// Training images of each task that its Fisher information is the mean over.
     pub samples: usize,
@@ -98,7 +99,7 @@ pub struct EwcConfig {
 
 impl Default for EwcConfig {
     fn default() -> Self {
-        EwcConfig { lambda: 100.0, samples: 1000, labels: FisherLabels::Model, online: None }
+        EwcConfig { lambda: 10.0, samples: 1000, labels: FisherLabels::Model, online: None }
     }
 }
 
