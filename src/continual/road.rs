@@ -398,7 +398,7 @@ impl Run<'_> {
         put("params_trainable", json!(trained));
         put("accuracy", json!(accuracy));
         put("accuracy_before", json!(before));
-        let json = serde_json::to_value(&figures).map_err(|e| Error::Run(format!("metrics: {e}")))?;
+        let json = serde_json::to_value(figures).map_err(|e| Error::Run(format!("metrics: {e}")))?;
         for (key, value) in json.as_object().into_iter().flatten() {
             put(key, value.clone());
         }

@@ -195,7 +195,9 @@ mod tests {
             let at = |i: u32| if places >> i & 1 == 1 { f64::NAN } else { f64::from(i * 7 % 4) };
             let x = Tensor::from_vec((0..4).map(at).collect(), (1, 2, 2, 1), &Device::Cpu).unwrap();
             let last = 31 - places.leading_zeros() as usize;
-            for all in [run(&[x.clone()], &|t| max_pool2(&t[0])), run(&[x], &|t| reference(&t[0]))] {
+            for all in
+                [run(std::slice::from_ref(&x), &|t| max_pool2(&t[0])), run(&[x], &|t| reference(&t[0]))]
+            {
                 assert!(flat(&all[0])[0].is_nan(), "{places:04b}");
                 let mut want = [0.0; 4];
                 want[last] = flat(&values(&[1, 1, 1, 1], 77))[0];

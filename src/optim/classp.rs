@@ -443,7 +443,7 @@ mod tests {
         let state = rule.state().unwrap();
         let read = |name: &str| Ok(state.iter().find(|(n, _)| n == name).unwrap().1.clone());
         let mut again = Classp::new(config);
-        again.restore(&[w.clone()], &read).unwrap();
+        again.restore(std::slice::from_ref(&w), &read).unwrap();
         again.update(&w, &grad(&[1.0, 0.25]), 0.5, true).unwrap();
         // S = 1 + 1 and 0.25: steps of 0.5 / 3 and 0.5 * 0.25 / 1.25
         assert_eq!(values(&w), [-0.5 - 0.5 / 3.0, -0.5 / 1.25 * 0.25]);
@@ -500,7 +500,7 @@ mod tests {
         let state = rule.state().unwrap();
         let read = |name: &str| Ok(state.iter().find(|(n, _)| n == name).unwrap().1.clone());
         let mut again = Classp::new(config);
-        again.restore(&[w.clone()], &read).unwrap();
+        again.restore(std::slice::from_ref(&w), &read).unwrap();
         again.update(&w, &grad(&[1.0, 3.0, 3.5, 4.0]), 1.0, true).unwrap();
         assert_eq!(values(&w), [0.0, 0.0, -3.5, -4.0]);
         let figures = again.figures();
@@ -575,7 +575,7 @@ mod tests {
     fn notes_on_what_seldom_passes_and_on_the_released_rule() {
         let w = param("w", &[0.0; 100], Role::Plain);
         let of = |mode, threshold, clip| {
-            ClasspConfig { mode, threshold, ..ClasspConfig::default() }.notes(clip, &[w.clone()])
+            ClasspConfig { mode, threshold, ..ClasspConfig::default() }.notes(clip, std::slice::from_ref(&w))
         };
         assert!(of(ClasspMode::Paper, 0.005, 1.0).is_empty() && of(ClasspMode::Paper, 0.5, 0.0).is_empty());
         assert!(of(ClasspMode::Paper, 0.02, 1.0)[0].contains("0.02"));
