@@ -158,8 +158,8 @@ pub fn markdown(rows: &[Trade]) -> String {
     text
 }
 
-/// What is learned over what is forgotten: a dot for each seed, a cross at their mean. Nothing where there
-/// are no finished runs.
+/// What is learned over what is forgotten: a dot for each seed, a cross at their mean, a line through the means of
+/// a grid. Nothing where there are no finished runs.
 pub fn svg(rows: &[Trade]) -> Option<String> {
     const LEFT: f64 = 72.0;
     const PLOT: (f64, f64) = (560.0, 420.0);
@@ -210,35 +210,55 @@ pub fn svg(rows: &[Trade]) -> Option<String> {
     let (across, up) = (title("forgetting").unwrap_or_default(), title("learned").unwrap_or_default());
     let _ = write!(body, "<text class=\"t e\" x=\"{right}\" y=\"{:.1}\">{across}</text>", bottom + 34.0);
     let _ = write!(body, "<text class=\"t\" x=\"{LEFT}\" y=\"{:.1}\">{up}</text>", TOP - 8.0);
-    for (i, (row, points)) in shown.iter().enumerate() {
+    // One colour and one line in the legend for each grid, or for a variant that is of none.
+    let name = |row: &Trade| row.family.clone().unwrap_or_else(|| row.variant.clone());
+    let mut names: Vec<String> = shown.iter().map(|(row, _)| name(row)).collect();
+    names.dedup();
+    for (i, of) in names.iter().enumerate() {
         let colour = COLOURS[i % COLOURS.len()];
-        for (px, py) in points {
+        // Beyond as many as there are colours, hollow.
+        let fill = if i < COLOURS.len() { colour } else { "#fff" };
+        let mut means = Vec::new();
+        for (_, points) in shown.iter().filter(|(row, _)| name(row) == *of) {
+            for (px, py) in points {
+                let _ = write!(
+                    body,
+                    "<circle cx=\"{:.1}\" cy=\"{:.1}\" r=\"3.5\" fill=\"{fill}\" stroke=\"{colour}\" opacity=\".5\"/>",
+                    x(*px),
+                    y(*py)
+                );
+            }
+            let n = points.len() as f64;
+            let mean = points.iter().fold((0.0, 0.0), |sum, p| (sum.0 + p.0 / n, sum.1 + p.1 / n));
+            means.push((x(mean.0), y(mean.1)));
+        }
+        for (mx, my) in &means {
             let _ = write!(
                 body,
-                "<circle cx=\"{:.1}\" cy=\"{:.1}\" r=\"4\" fill=\"{colour}\" fill-opacity=\".45\"/>",
-                x(*px),
-                y(*py)
+                "<path d=\"M{:.1} {my:.1}h14m-7 -7v14\" stroke=\"{colour}\" stroke-width=\"2.5\"/>",
+                mx - 7.0
             );
         }
-        let n = points.len() as f64;
-        let (mx, my) = points.iter().fold((0.0, 0.0), |sum, p| (sum.0 + p.0 / n, sum.1 + p.1 / n));
-        let _ = write!(
-            body,
-            "<path d=\"M{:.1} {:.1}h14m-7 -7v14\" stroke=\"{colour}\" stroke-width=\"2.5\"/>",
-            x(mx) - 7.0,
-            y(my)
-        );
+        if means.len() > 1 {
+            let path: Vec<String> = means.iter().map(|(mx, my)| format!("{mx:.1} {my:.1}")).collect();
+            let dashes = if i < COLOURS.len() { "none" } else { "4 3" };
+            let _ = write!(
+                body,
+                "<path class=\"l\" stroke=\"{colour}\" stroke-dasharray=\"{dashes}\" d=\"M{}\"/>",
+                path.join("L")
+            );
+        }
         let line = TOP + 14.0 + 20.0 * i as f64;
         let _ = write!(
             body,
-            "<circle cx=\"{:.1}\" cy=\"{:.1}\" r=\"5\" fill=\"{colour}\"/><text x=\"{:.1}\" y=\"{line:.1}\">{}</text>",
+            "<circle cx=\"{:.1}\" cy=\"{:.1}\" r=\"5\" fill=\"{fill}\" stroke=\"{colour}\"/><text x=\"{:.1}\" y=\"{line:.1}\">{}</text>",
             right + 24.0,
             line - 4.0,
             right + 36.0,
-            escape(&row.variant)
+            escape(of)
         );
     }
-    let (width, height) = (right + 300.0, (bottom + 48.0).max(TOP + 30.0 + 20.0 * shown.len() as f64));
+    let (width, height) = (right + 300.0, (bottom + 48.0).max(TOP + 30.0 + 20.0 * names.len() as f64));
     Some(format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width:.0} {height:.0}\" width=\"{width:.0}\" height=\"{height:.0}\">\
          <style>{STYLE}</style><rect width=\"100%\" height=\"100%\" fill=\"#fff\"/>{body}</svg>\n"
@@ -282,8 +302,9 @@ mod tests {
         );
         assert!(text.contains("| d | not run |") && text.contains("best of g: b|c"), "{text}");
         let picture = svg(&rows).unwrap();
-        // Three seeds, and a mark in the legend for each variant that has some.
-        assert_eq!(picture.matches("<circle").count(), 5);
+        // Three seeds, and a mark in the legend for their grid, whose two means a line joins.
+        assert_eq!(picture.matches("<circle").count(), 4);
+        assert_eq!(picture.matches("class=\"l\"").count(), 1);
         assert!(svg(&rows[2..]).is_none());
     }
 }
