@@ -5,6 +5,7 @@
 
 mod adapter;
 mod continual;
+mod embedded;
 mod model;
 mod phase;
 mod set;
@@ -29,49 +30,10 @@ pub use adapter::{
 pub use continual::{
     ContinualConfig, EwcConfig, FieldConfig, FisherLabels, HeadKind, Protection, ReplayConfig, TaskConfig,
 };
+pub use embedded::EMBEDDED;
 pub use model::{BinarySource, ConvSource, ModelConfig, SwinSource, VitSource};
 pub use phase::{CalmQk, PhaseConfig, QkrBias, QkrConfig, When};
 pub use set::{put, set};
-
-/// The recipes that are compiled in: name and text.
-pub const EMBEDDED: &[(&str, &str)] = &[
-    ("glyphs", include_str!("../../recipes/glyphs.toml")),
-    ("vit-w2a32", include_str!("../../recipes/vit-w2a32.toml")),
-    ("vit-w2a2", include_str!("../../recipes/vit-w2a2.toml")),
-    ("vit-w4a4", include_str!("../../recipes/vit-w4a4.toml")),
-    ("deit-tiny-w2a2", include_str!("../../recipes/deit-tiny-w2a2.toml")),
-    ("deit-tiny-w3a3", include_str!("../../recipes/deit-tiny-w3a3.toml")),
-    ("deit-tiny-w4a4", include_str!("../../recipes/deit-tiny-w4a4.toml")),
-    ("deit-small-w2a2", include_str!("../../recipes/deit-small-w2a2.toml")),
-    ("deit-small-w3a3", include_str!("../../recipes/deit-small-w3a3.toml")),
-    ("deit-small-w4a4", include_str!("../../recipes/deit-small-w4a4.toml")),
-    ("swin-tiny-w2a2", include_str!("../../recipes/swin-tiny-w2a2.toml")),
-    ("swin-tiny-w3a3", include_str!("../../recipes/swin-tiny-w3a3.toml")),
-    ("swin-tiny-w4a4", include_str!("../../recipes/swin-tiny-w4a4.toml")),
-    ("ablation-ofq", include_str!("../../recipes/ablation-ofq.toml")),
-    ("bone", include_str!("../../recipes/bone.toml")),
-    ("miss", include_str!("../../recipes/miss.toml")),
-    ("mini", include_str!("../../recipes/mini.toml")),
-    ("lora", include_str!("../../recipes/lora.toml")),
-    ("rslora", include_str!("../../recipes/rslora.toml")),
-    ("dora", include_str!("../../recipes/dora.toml")),
-    ("pissa", include_str!("../../recipes/pissa.toml")),
-    ("full", include_str!("../../recipes/full.toml")),
-    ("classp", include_str!("../../recipes/classp.toml")),
-    ("kappatune", include_str!("../../recipes/kappatune.toml")),
-    ("kappa-bone-classp", include_str!("../../recipes/kappa-bone-classp.toml")),
-    ("continual-glyphs", include_str!("../../recipes/continual-glyphs.toml")),
-    ("continual", include_str!("../../recipes/continual.toml")),
-    ("continual-glyphs-field", include_str!("../../recipes/continual-glyphs-field.toml")),
-    ("continual-field", include_str!("../../recipes/continual-field.toml")),
-    ("search-continual", include_str!("../../recipes/search-continual.toml")),
-    ("ablation-continual", include_str!("../../recipes/ablation-continual.toml")),
-    ("ablation-kappa", include_str!("../../recipes/ablation-kappa.toml")),
-    ("ablation-field", include_str!("../../recipes/ablation-field.toml")),
-    ("sorting", include_str!("../../recipes/sorting.toml")),
-    ("tiny-llama", include_str!("../../recipes/tiny-llama.toml")),
-    ("llama-w2", include_str!("../../recipes/llama-w2.toml")),
-];
 
 /// A whole run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
