@@ -35,6 +35,7 @@ pub mod hub;
 mod import;
 pub mod kernels;
 pub mod language;
+pub mod memory;
 pub mod models;
 pub mod optim;
 pub mod quantize;

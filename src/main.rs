@@ -9,19 +9,8 @@ mod cli;
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// mimalloc's `mi_option_purge_delay`, which its bindings do not name.
-const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
-
-/// A step frees and asks for the same sizes as the one before: memory given back to the system in
-/// between costs a page fault for every page of every activation.
-#[allow(unsafe_code)]
-fn keep_memory() {
-    // SAFETY: the call sets an integer in the allocator's table of options and reads no memory of ours.
-    unsafe { libmimalloc_sys::mi_option_set(PURGE_DELAY, -1) };
-}
-
 fn main() -> ExitCode {
-    keep_memory();
+    qtune::memory::keep();
     // candle's own elementwise ops would spin on a second pool beside ours, which costs more than it
     // gives at our sizes. Set before candle reads it, while there is one thread.
     if std::env::var_os("CANDLE_NUM_THREADS").is_none() {

@@ -12,6 +12,18 @@ pub(super) fn chunk_rows(width: usize) -> usize {
     (GRAIN / width.max(1)).max(1)
 }
 
+/// A place for `count` results. Zeros would be written first and then written over: a pass over memory for nothing.
+///
+/// The caller writes every element before it reads one.
+#[allow(clippy::uninit_vec)]
+pub(super) fn unwritten<T: Real>(count: usize) -> Vec<T> {
+    let mut elements = Vec::with_capacity(count);
+    // SAFETY: the capacity is `count`; T is f32 or f64, of which every bit pattern is a value, and the callers, all
+    // in this room, write each element before they read it.
+    unsafe { elements.set_len(count) };
+    elements
+}
+
 /// Independent accumulators of a sum over a row. Part of the numerics, like [`GRAIN`].
 const LANES: usize = 16;
 

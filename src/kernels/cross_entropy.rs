@@ -9,6 +9,7 @@
 //! ofq.md 6.1 (the soft term of distillation is `soft_cross_entropy(student, softmax(teacher))`).
 
 use super::cpu::{self, real, simd, Real, Road};
+use crate::kernels::tape;
 use candle_core::{
     bail, CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, WithDType, D,
 };
@@ -270,7 +271,7 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
         bail!("{op}: expected labels on the device of the logits, got {:?}", labels.device().location())
     }
     match cpu::road(op, &[("logits", logits)])? {
-        Road::Kernel => logits.contiguous()?.apply_op2(&labels.contiguous()?, CrossEntropy),
+        Road::Kernel => tape::apply2(&logits.contiguous()?, &labels.contiguous()?, CrossEntropy),
         Road::ThroughF32 => cross_entropy(&cpu::wide(logits)?, labels)?.to_dtype(logits.dtype()),
         Road::Reference => {
             for (row, label) in labels.to_vec1::<u32>()?.into_iter().enumerate() {
@@ -291,7 +292,7 @@ pub fn soft_cross_entropy(logits: &Tensor, probs: &Tensor) -> Result<Tensor> {
     }
     let probs = probs.detach();
     match cpu::road(op, &[("logits", logits), ("probs", &probs)])? {
-        Road::Kernel => logits.contiguous()?.apply_op2(&probs.contiguous()?, SoftCrossEntropy),
+        Road::Kernel => tape::apply2(&logits.contiguous()?, &probs.contiguous()?, SoftCrossEntropy),
         Road::ThroughF32 => {
             soft_cross_entropy(&cpu::wide(logits)?, &cpu::wide(&probs)?)?.to_dtype(logits.dtype())
         }

@@ -9,6 +9,7 @@
 //! the number of threads. f32 and f64 here, f16 and bf16 through f32. Srivastava et al. 2014.
 
 use super::cpu::{self, real, Real};
+use crate::kernels::tape;
 use crate::random::Random;
 use candle_core::{bail, CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, WithDType};
 use rayon::prelude::*;
@@ -54,7 +55,7 @@ impl CustomOp1 for DropoutMask {
     fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout) -> Result<(CpuStorage, Shape)> {
         real!("dropout", x, T => {
             let x = <T as Real>::slice("dropout", x, xl)?;
-            let mut y = vec![T::ZERO; x.len()];
+            let mut y = cpu::unwritten(x.len());
             let chunks = y.par_chunks_mut(cpu::GRAIN).zip(x.par_chunks(cpu::GRAIN)).enumerate();
             chunks.for_each(|(chunk, (y, x))| {
                 let mut next = self.factors(chunk);
@@ -78,7 +79,7 @@ pub fn dropout(x: &Tensor, mask: DropoutMask) -> Result<Tensor> {
         return Ok(x.clone());
     }
     match cpu::road("dropout", &[("x", x)])? {
-        cpu::Road::Kernel => x.contiguous()?.apply_op1(mask),
+        cpu::Road::Kernel => tape::apply1(&x.contiguous()?, mask),
         cpu::Road::ThroughF32 => dropout(&x.to_dtype(DType::F32)?, mask)?.to_dtype(x.dtype()),
         cpu::Road::Reference => reference(x, &mask),
     }

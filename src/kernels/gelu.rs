@@ -7,6 +7,7 @@
 //! f32 and f64 here, f16 and bf16 through f32. Source: Hendrycks and Gimpel 2016, section 2.
 
 use super::cpu::{self, real, simd, Real, Road};
+use crate::kernels::tape;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -52,7 +53,7 @@ impl CustomOp1 for Gelu {
     fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout) -> Result<(CpuStorage, Shape)> {
         real!(self.name(), x, T => {
             let x = <T as Real>::slice(self.name(), x, xl)?;
-            let mut y = vec![T::ZERO; x.len()];
+            let mut y = cpu::unwritten(x.len());
             y.par_chunks_mut(cpu::GRAIN).zip(x.par_chunks(cpu::GRAIN)).for_each(|(y, x)| forward(x, y));
             Ok((<T as Real>::store(y), xl.shape().clone()))
         })
@@ -80,7 +81,7 @@ impl CustomOp2 for GeluGrad {
     ) -> Result<(CpuStorage, Shape)> {
         real!(self.name(), x, T => {
             let (x, g) = (<T as Real>::slice(self.name(), x, xl)?, <T as Real>::slice(self.name(), g, gl)?);
-            let mut dx = vec![T::ZERO; x.len()];
+            let mut dx = cpu::unwritten(x.len());
             dx.par_chunks_mut(cpu::GRAIN)
                 .zip(x.par_chunks(cpu::GRAIN).zip(g.par_chunks(cpu::GRAIN)))
                 .for_each(|(dx, (x, g))| backward(x, g, dx));
@@ -92,7 +93,7 @@ impl CustomOp2 for GeluGrad {
 /// GELU (erf form) of a tensor of any shape.
 pub fn gelu(x: &Tensor) -> Result<Tensor> {
     match cpu::road("gelu", &[("x", x)])? {
-        Road::Kernel => x.contiguous()?.apply_op1(Gelu),
+        Road::Kernel => tape::apply1(&x.contiguous()?, Gelu),
         Road::ThroughF32 => gelu(&cpu::wide(x)?)?.to_dtype(x.dtype()),
         Road::Reference => reference(x),
     }

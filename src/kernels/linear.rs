@@ -13,6 +13,7 @@
 //! order, depends on the shapes alone; each tile is a single-threaded product.
 
 use super::cpu::{self, real, simd, Real, Road};
+use crate::kernels::tape;
 use candle_core::{bail, CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, D};
 use rayon::prelude::*;
 
@@ -211,7 +212,7 @@ pub(super) fn matmul<T: Real>(
 fn long_product<T: Real>((m, n, k): (usize, usize, usize), a: View<T>, b: View<T>) -> Vec<T> {
     let part = k.div_ceil(PARTS).max(LONG / 2);
     let size = m * n;
-    let mut partial = vec![T::ZERO; k.div_ceil(part) * size];
+    let mut partial = cpu::unwritten(k.div_ceil(part) * size);
     partial.par_chunks_mut(size).enumerate().for_each(|(p, dst)| {
         let from = p * part;
         let a = View { data: &a.data[from * a.cs..], ..a };
@@ -406,8 +407,8 @@ pub fn linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
         Road::Kernel => {
             let (x, w) = (x.contiguous()?, w.contiguous()?);
             match bias {
-                Some(b) => x.apply_op3(&w, &b.contiguous()?, Linear),
-                None => x.apply_op2(&w, Product::Forward),
+                Some(b) => tape::apply3(&x, &w, &b.contiguous()?, Linear),
+                None => tape::apply2(&x, &w, Product::Forward),
             }
         }
         Road::ThroughF32 => {
@@ -425,7 +426,9 @@ pub fn frozen_matmul(x: &Tensor, w: &Tensor) -> Result<Tensor> {
     check(op, x, w, None)?;
     let w = w.detach();
     match cpu::road(op, &[("x", x), ("w", &w)])? {
-        Road::Kernel => x.contiguous()?.apply_op1(Frozen { w: w.contiguous()?, product: Product::Forward }),
+        Road::Kernel => {
+            tape::apply1(&x.contiguous()?, Frozen { w: w.contiguous()?, product: Product::Forward })
+        }
         Road::ThroughF32 => frozen_matmul(&cpu::wide(x)?, &cpu::wide(&w)?)?.to_dtype(x.dtype()),
         Road::Reference => reference(x, &w, None),
     }
@@ -458,7 +461,7 @@ impl CustomOp2 for AddBias {
     ) -> Result<(CpuStorage, Shape)> {
         real!(self.name(), x, T => {
             let (x, b) = (<T as Real>::slice(self.name(), x, xl)?, <T as Real>::slice(self.name(), b, bl)?);
-            let mut y = vec![T::ZERO; x.len()];
+            let mut y = cpu::unwritten(x.len());
             if !b.is_empty() {
                 let step = cpu::chunk_rows(b.len()) * b.len();
                 y.par_chunks_mut(step).zip(x.par_chunks(step)).for_each(|(y, x)| add_rows_into(x, b, y));
@@ -490,7 +493,7 @@ pub fn add_bias(x: &Tensor, b: &Tensor) -> Result<Tensor> {
         bail!("{op}: expected a bias whose shape ends that of x {:?}, got {:?}", x.dims(), b.dims())
     }
     match cpu::road(op, &[("x", x), ("b", b)])? {
-        Road::Kernel => x.contiguous()?.apply_op2(&b.contiguous()?, AddBias),
+        Road::Kernel => tape::apply2(&x.contiguous()?, &b.contiguous()?, AddBias),
         Road::ThroughF32 => add_bias(&cpu::wide(x)?, &cpu::wide(b)?)?.to_dtype(x.dtype()),
         Road::Reference => reference_add_bias(x, b),
     }

@@ -10,6 +10,7 @@
 //! W is frozen, dense or packed, and gets no gradient; neither it nor W' is ever whole in memory where it is
 //! large (see `change` and `rows`). Sources: Hu et al. 2021, equation 3; arXiv 2409.15371, the additive form.
 
+use crate::kernels::tape;
 use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor};
 
 use super::block_sum::block_sum;
@@ -253,7 +254,7 @@ pub fn shared_block(x: &Tensor, rows: &FrozenRows, block: &Tensor) -> Result<Ten
     if !x.device().is_cpu() {
         return reference_shared_block(x, rows, block);
     }
-    x.contiguous()?.apply_op2(&block.contiguous()?, SharedBlock { rows: rows.clone() })
+    tape::apply2(&x.contiguous()?, &block.contiguous()?, SharedBlock { rows: rows.clone() })
 }
 
 /// `x W'^T` with `W' = W + scale B A`, for `x: [.., I]`, the frozen `rows` of W `[O, I]`, `a: [r, I]` and
@@ -270,7 +271,7 @@ pub fn low_rank(x: &Tensor, rows: &FrozenRows, a: &Tensor, b: &Tensor, scale: f6
         return reference(x, rows, a, b, scale);
     }
     let op = LowRank { rows: rows.clone(), scale: scale as f32 };
-    x.contiguous()?.apply_op3(&a.contiguous()?, &b.contiguous()?, op)
+    tape::apply3(&x.contiguous()?, &a.contiguous()?, &b.contiguous()?, op)
 }
 
 #[cfg(test)]

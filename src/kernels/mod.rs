@@ -12,6 +12,7 @@
 #![allow(unsafe_code)]
 
 mod adamw;
+mod arithmetic;
 mod attention;
 mod best_step;
 mod block_affine;
@@ -41,10 +42,12 @@ mod rows;
 mod scale;
 mod softmax;
 mod swiglu;
+pub mod tape;
 #[cfg(test)]
 mod testing;
 
 pub use adamw::{adamw_step, AdamWParams, Moments};
+pub use arithmetic::{arithmetic, set_arithmetic, Arithmetic};
 pub use attention::{attention_mix, attention_probs, causal_attention};
 pub use best_step::{absmax_step, best_step, round_to};
 pub use block_affine::{block_affine, merged as block_affine_merged};
@@ -54,8 +57,8 @@ pub use conv::{conv2d, Convolution};
 pub use cross_entropy::{cross_entropy, soft_cross_entropy};
 pub use dropout::{dropout, DropoutMask};
 pub use fake_quant::{
-    dequantize, lsq, lsq_codes, lsq_init, quantize, statsq, statsq_annealed, statsq_codes, statsq_free,
-    statsq_scale, Levels, SCALE_FLOOR,
+    dequantize, lsq, lsq_codes, lsq_init, lsq_shifted, quantize, statsq, statsq_annealed, statsq_codes,
+    statsq_free, statsq_scale, Levels, SCALE_FLOOR,
 };
 pub use gelu::gelu;
 pub use linear::{add_bias, frozen_matmul, linear};
@@ -75,6 +78,7 @@ pub use rows::FrozenRows;
 pub use scale::scale_leading;
 pub use softmax::softmax;
 pub use swiglu::swiglu;
+pub use tape::add;
 
 /// The plain candle forms of the ops, as oracles for tests and benches.
 pub mod reference {

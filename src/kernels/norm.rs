@@ -10,6 +10,7 @@
 //! Source: Ba, Kiros and Hinton 2016, section 3.
 
 use super::cpu::{self, real, simd, Real, Road};
+use crate::kernels::tape;
 use candle_core::{bail, CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, D};
 use rayon::prelude::*;
 
@@ -95,7 +96,7 @@ impl CustomOp3 for LayerNorm {
             let x = <T as Real>::slice(name, x, xl)?;
             let (w, b) = (<T as Real>::slice(name, w, wl)?, <T as Real>::slice(name, b, bl)?);
             let step = cpu::chunk_rows(w.len()) * w.len();
-            let mut y = vec![T::ZERO; x.len()];
+            let mut y = cpu::unwritten(x.len());
             y.par_chunks_mut(step)
                 .zip(x.par_chunks(step))
                 .for_each(|(y, x)| forward_rows(x, w, b, self.eps as T, y));
@@ -144,7 +145,7 @@ impl CustomOp3 for LayerNormGrad {
             let w = <T as Real>::slice(name, w, wl)?;
             let (count, width) = (x.len(), w.len());
             let step = cpu::chunk_rows(width) * width;
-            let mut out = vec![T::ZERO; count + 2 * width];
+            let mut out = cpu::unwritten(count + 2 * width);
             let mut partial = vec![T::ZERO; count.div_ceil(step) * 2 * width];
             out[..count]
                 .par_chunks_mut(step)
@@ -176,7 +177,7 @@ pub fn layer_norm(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor
         }
     }
     match cpu::road(op, &[("x", x), ("w", w), ("b", b)])? {
-        Road::Kernel => x.contiguous()?.apply_op3(&w.contiguous()?, &b.contiguous()?, LayerNorm { eps }),
+        Road::Kernel => tape::apply3(&x.contiguous()?, &w.contiguous()?, &b.contiguous()?, LayerNorm { eps }),
         Road::ThroughF32 => {
             layer_norm(&cpu::wide(x)?, &cpu::wide(w)?, &cpu::wide(b)?, eps)?.to_dtype(x.dtype())
         }

@@ -17,6 +17,7 @@
 //! mean and variance).
 
 use super::cpu::{self, real, simd, Real, Road};
+use crate::kernels::tape;
 use candle_core::cpu::erf::erfc_f64;
 use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
@@ -115,7 +116,7 @@ impl CustomOp2 for Rectified {
     ) -> Result<(CpuStorage, Shape)> {
         real!(self.name(), m, T => {
             let (m, v) = (<T as Real>::slice(self.name(), m, ml)?, <T as Real>::slice(self.name(), v, vl)?);
-            let mut out = vec![T::ZERO; 2 * m.len()];
+            let mut out = cpu::unwritten(2 * m.len());
             let (mean, variance) = out.split_at_mut(m.len());
             mean.par_chunks_mut(cpu::GRAIN)
                 .zip(variance.par_chunks_mut(cpu::GRAIN))
@@ -159,7 +160,7 @@ impl CustomOp3 for RectifiedGrad {
         real!(self.name(), m, T => {
             let (m, v) = (<T as Real>::slice(self.name(), m, ml)?, <T as Real>::slice(self.name(), v, vl)?);
             let (g, gw) = <T as Real>::slice(self.name(), g, gl)?.split_at(m.len());
-            let mut out = vec![T::ZERO; 2 * m.len()];
+            let mut out = cpu::unwritten(2 * m.len());
             let (dm, dv) = out.split_at_mut(m.len());
             dm.par_chunks_mut(cpu::GRAIN)
                 .zip(dv.par_chunks_mut(cpu::GRAIN))
@@ -185,7 +186,7 @@ pub fn rectified_moments(mean: &Tensor, variance: &Tensor) -> Result<(Tensor, Te
     }
     match cpu::road(op, &[("mean", mean), ("variance", variance)])? {
         Road::Kernel => {
-            let packed = mean.contiguous()?.apply_op2(&variance.contiguous()?, Rectified)?;
+            let packed = tape::apply2(&mean.contiguous()?, &variance.contiguous()?, Rectified)?;
             let count = mean.elem_count();
             Ok((cpu::unpack(&packed, 0, mean.shape())?, cpu::unpack(&packed, count, mean.shape())?))
         }

@@ -7,6 +7,7 @@
 //! candle's own turns NaN into 0 and so hides where it came from. f32 and f64 here, f16 and bf16 through f32.
 
 use super::cpu::{self, real, simd, Real, Road};
+use crate::kernels::tape;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -71,7 +72,7 @@ impl CustomOp2 for Backward {
         let name = self.name();
         real!(name, x, T => {
             let (x, grad) = (<T as Real>::slice(name, x, xl)?, <T as Real>::slice(name, grad, gl)?);
-            let mut dx = vec![T::ZERO; x.len()];
+            let mut dx = cpu::unwritten(x.len());
             let chunks = dx.par_chunks_mut(cpu::GRAIN).zip(x.par_chunks(cpu::GRAIN));
             chunks.zip(grad.par_chunks(cpu::GRAIN)).for_each(|((dx, x), grad)| where_positive(x, grad, dx));
             Ok((<T as Real>::store(dx), xl.shape().clone()))
@@ -82,7 +83,7 @@ impl CustomOp2 for Backward {
 /// `max(x, 0)` of every element of `x` (any shape).
 pub fn relu(x: &Tensor) -> Result<Tensor> {
     match cpu::road("relu", &[("x", x)])? {
-        Road::Kernel => x.contiguous()?.apply_op1(Relu),
+        Road::Kernel => tape::apply1(&x.contiguous()?, Relu),
         Road::ThroughF32 => relu(&cpu::wide(x)?)?.to_dtype(x.dtype()),
         Road::Reference => reference(x),
     }

@@ -8,6 +8,7 @@
 //! f32 and f64 here, f16 and bf16 through f32. Source: Zhang and Sennrich 2019, eq. 4.
 
 use super::cpu::{self, real, simd, Real, Road};
+use crate::kernels::tape;
 use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, D};
 use rayon::prelude::*;
 
@@ -71,7 +72,7 @@ impl CustomOp2 for RmsNorm {
         real!(name, x, T => {
             let (x, w) = (<T as Real>::slice(name, x, xl)?, <T as Real>::slice(name, w, wl)?);
             let step = cpu::chunk_rows(w.len()) * w.len();
-            let mut y = vec![T::ZERO; x.len()];
+            let mut y = cpu::unwritten(x.len());
             y.par_chunks_mut(step)
                 .zip(x.par_chunks(step))
                 .for_each(|(y, x)| forward_rows(x, w, self.eps as T, y));
@@ -115,7 +116,7 @@ impl CustomOp3 for RmsNormGrad {
             let w = <T as Real>::slice(name, w, wl)?;
             let (count, width) = (x.len(), w.len());
             let step = cpu::chunk_rows(width) * width;
-            let mut out = vec![T::ZERO; count + width];
+            let mut out = cpu::unwritten(count + width);
             let mut partial = vec![T::ZERO; count.div_ceil(step) * width];
             out[..count]
                 .par_chunks_mut(step)
@@ -137,7 +138,7 @@ pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
         bail!("{op}: expected x [.., C] and w [C], got {:?} and {:?}", x.dims(), w.dims())
     }
     match cpu::road(op, &[("x", x), ("w", w)])? {
-        Road::Kernel => x.contiguous()?.apply_op2(&w.contiguous()?, RmsNorm { eps }),
+        Road::Kernel => tape::apply2(&x.contiguous()?, &w.contiguous()?, RmsNorm { eps }),
         Road::ThroughF32 => rms_norm(&cpu::wide(x)?, &cpu::wide(w)?, eps)?.to_dtype(x.dtype()),
         Road::Reference => reference(x, w, eps),
     }

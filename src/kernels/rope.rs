@@ -8,6 +8,7 @@
 //! x is `[B, T, H*d]`, head h its columns `h*d .. (h+1)*d`; token t of the flattened `[B*T]` stands at
 //! position `p = positions[t]`. f32 and f64 here, f16 and bf16 through f32. Source: Su et al. 2021, eq. 34.
 
+use crate::kernels::tape;
 use std::sync::Arc;
 
 use super::cpu::{self, real, simd, Real, Road};
@@ -92,7 +93,7 @@ impl CustomOp1 for Rope {
             let x = <T as Real>::slice(self.name(), x, xl)?;
             let sign = if self.back { T::ZERO - T::ONE } else { T::ONE };
             let rows = cpu::chunk_rows(width);
-            let mut y = vec![T::ZERO; x.len()];
+            let mut y = cpu::unwritten(x.len());
             y.par_chunks_mut(rows * width).zip(x.par_chunks(rows * width)).enumerate().for_each(|(i, (y, x))| {
                 let positions = self.positions[i * rows..].iter();
                 for ((y, x), &p) in y.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(positions) {
@@ -126,7 +127,7 @@ pub fn rope(x: &Tensor, heads: usize, positions: &Arc<[u32]>, rotations: &Rotati
     match cpu::road(op, &[("x", x)])? {
         Road::Kernel => {
             let op = Rope { positions: positions.clone(), rotations: rotations.clone(), back: false };
-            x.contiguous()?.apply_op1(op)
+            tape::apply1(&x.contiguous()?, op)
         }
         Road::ThroughF32 => rope(&cpu::wide(x)?, heads, positions, rotations)?.to_dtype(x.dtype()),
         Road::Reference => reference(x, heads, positions, rotations),

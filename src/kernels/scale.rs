@@ -7,6 +7,7 @@
 //! `f` takes no gradient. f32 and f64 here, f16 and bf16 through f32.
 
 use super::cpu::{self, real, simd, Real, Road};
+use crate::kernels::tape;
 use candle_core::{bail, CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -40,7 +41,7 @@ impl CustomOp1 for Scale {
         real!(name, x, T => {
             let x = <T as Real>::slice(name, x, xl)?;
             let f = <T as Real>::slice(name, cpu::host(name, &f)?, fl)?;
-            let mut y = vec![T::ZERO; x.len()];
+            let mut y = cpu::unwritten(x.len());
             if !x.is_empty() {
                 let each = x.len() / f.len();
                 let rows = cpu::chunk_rows(each);
@@ -63,7 +64,7 @@ pub fn scale_leading(x: &Tensor, f: &Tensor) -> Result<Tensor> {
     }
     let f = f.detach();
     match cpu::road("scale_leading", &[("x", x), ("the factors", &f)])? {
-        Road::Kernel => x.contiguous()?.apply_op1(Scale(f.contiguous()?)),
+        Road::Kernel => tape::apply1(&x.contiguous()?, Scale(f.contiguous()?)),
         Road::ThroughF32 => scale_leading(&cpu::wide(x)?, &cpu::wide(&f)?)?.to_dtype(x.dtype()),
         Road::Reference => reference(x, &f),
     }

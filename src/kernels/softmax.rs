@@ -7,6 +7,7 @@
 //! f32 and f64 here, f16 and bf16 through f32. A row with a NaN, or of -inf alone, gives NaN.
 
 use super::cpu::{self, real, simd, Real, Road};
+use crate::kernels::tape;
 use candle_core::{bail, CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, D};
 use rayon::prelude::*;
 
@@ -62,7 +63,7 @@ impl CustomOp1 for Softmax {
         real!(self.name(), x, T => {
             let x = <T as Real>::slice(self.name(), x, xl)?;
             let step = cpu::chunk_rows(width) * width;
-            let mut y = vec![T::ZERO; x.len()];
+            let mut y = cpu::unwritten(x.len());
             y.par_chunks_mut(step).zip(x.par_chunks(step)).for_each(|(y, x)| {
                 y.copy_from_slice(x);
                 softmax_rows(y, width);
@@ -94,7 +95,7 @@ impl CustomOp2 for SoftmaxGrad {
         let width = yl.dims().last().copied().unwrap_or(1);
         real!(self.name(), y, T => {
             let (y, g) = (<T as Real>::slice(self.name(), y, yl)?, <T as Real>::slice(self.name(), g, gl)?);
-            let mut dx = vec![T::ZERO; y.len()];
+            let mut dx = cpu::unwritten(y.len());
             let step = cpu::chunk_rows(width) * width;
             dx.par_chunks_mut(step)
                 .zip(y.par_chunks(step).zip(g.par_chunks(step)))
@@ -110,7 +111,7 @@ pub fn softmax(x: &Tensor) -> Result<Tensor> {
         bail!("softmax: expected x [.., K], got {:?}", x.dims())
     }
     match cpu::road("softmax", &[("x", x)])? {
-        Road::Kernel => x.contiguous()?.apply_op1(Softmax),
+        Road::Kernel => tape::apply1(&x.contiguous()?, Softmax),
         Road::ThroughF32 => softmax(&cpu::wide(x)?)?.to_dtype(x.dtype()),
         Road::Reference => reference(x),
     }

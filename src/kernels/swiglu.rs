@@ -8,6 +8,7 @@
 //! eq. 6 without the products.
 
 use super::cpu::{self, real, simd, Real, Road};
+use crate::kernels::tape;
 use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -66,7 +67,7 @@ impl CustomOp2 for SwiGlu {
         let name = self.name();
         real!(name, g, T => {
             let (g, u) = (<T as Real>::slice(name, g, gl)?, <T as Real>::slice(name, u, ul)?);
-            let mut y = vec![T::ZERO; g.len()];
+            let mut y = cpu::unwritten(g.len());
             let chunk = cpu::GRAIN;
             y.par_chunks_mut(chunk)
                 .zip(g.par_chunks(chunk).zip(u.par_chunks(chunk)))
@@ -109,7 +110,7 @@ impl CustomOp3 for SwiGluGrad {
         real!(name, g, T => {
             let (g, u) = (<T as Real>::slice(name, g, gl)?, <T as Real>::slice(name, u, ul)?);
             let dy = <T as Real>::slice(name, dy, dl)?;
-            let mut out = vec![T::ZERO; 2 * g.len()];
+            let mut out = cpu::unwritten(2 * g.len());
             let (dg, du) = out.split_at_mut(g.len());
             let chunk = cpu::GRAIN;
             dg.par_chunks_mut(chunk)
@@ -129,7 +130,7 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
         bail!("{op}: expected up {:?} as gate is, got {:?}", gate.dims(), up.dims())
     }
     match cpu::road(op, &[("gate", gate), ("up", up)])? {
-        Road::Kernel => gate.contiguous()?.apply_op2(&up.contiguous()?, SwiGlu),
+        Road::Kernel => tape::apply2(&gate.contiguous()?, &up.contiguous()?, SwiGlu),
         Road::ThroughF32 => swiglu(&cpu::wide(gate)?, &cpu::wide(up)?)?.to_dtype(gate.dtype()),
         Road::Reference => reference(gate, up),
     }

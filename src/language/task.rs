@@ -6,6 +6,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor, Var};
 
 use crate::data::text::TextBatch;
+use crate::kernels::tape::{self, Tape};
 use crate::models::{Llama, Places};
 use crate::train::{Pass, Task};
 use crate::weights::Param;
@@ -55,8 +56,21 @@ struct Sums<'a> {
 
 impl Sums<'_> {
     /// Goes backward from `loss`, adds what reached the parameters and gives what reached `input`.
-    fn backward(&mut self, loss: &Tensor, input: Option<&Var>) -> Result<Option<Tensor>> {
-        let mut found = loss.backward()?;
+    fn backward(&mut self, tape: Tape, loss: &Tensor, input: Option<&Var>) -> Result<Option<Tensor>> {
+        self.onward(tape, loss, loss.ones_like()?, input)
+    }
+
+    /// Goes backward from `y`, whose gradient is known.
+    fn onward(
+        &mut self,
+        tape: Tape,
+        y: &Tensor,
+        grad: Tensor,
+        input: Option<&Var>,
+    ) -> Result<Option<Tensor>> {
+        let wanted: Vec<&Tensor> =
+            self.params.iter().map(|p| p.var.as_tensor()).chain(input.map(Var::as_tensor)).collect();
+        let mut found = tape.onward(y, grad, &wanted)?;
         for (sum, param) in self.grads.iter_mut().zip(self.params) {
             let Some(grad) = found.remove(param.var.as_tensor()) else { continue };
             *sum = Some(match sum.take() {
@@ -65,11 +79,6 @@ impl Sums<'_> {
             });
         }
         Ok(input.and_then(|var| found.remove(var.as_tensor())))
-    }
-
-    /// Goes backward from `y`, whose gradient is known.
-    fn onward(&mut self, y: &Tensor, grad: &Tensor, input: Option<&Var>) -> Result<Option<Tensor>> {
-        self.backward(&(y * grad)?.sum_all()?, input)
     }
 }
 
@@ -129,13 +138,19 @@ impl Task for Predict {
             None => None,
         };
         let mut sums = Sums { params, grads: vec![None; params.len()] };
-        let (x, inputs) = self.body(batch, &places, device)?;
+        let pass = || self.body(batch, &places, device);
+        // What is computed again is not written down: the tape would hold it.
+        let ((x, inputs), tape) =
+            if self.checkpointing { (pass()?, Tape::default()) } else { tape::record(pass)? };
         let part = (MOST_LOGITS / self.model.config().vocab.max(1)).max(1);
         if !self.checkpointing && labels.len() <= part {
-            let hidden = rows_of(&self.model.finish(&x)?, &at)?;
-            let loss = self.loss(&hidden, &labels, teacher.as_ref())?;
+            let (loss, tape) = tape.then(|| {
+                let hidden = rows_of(&self.model.finish(&x)?, &at)?;
+                self.loss(&hidden, &labels, teacher.as_ref())
+            })?;
             let value = self.check(f64::from(loss.to_scalar::<f32>()?), batch, &places, device)?;
-            sums.backward(&loss, None)?;
+            drop(x);
+            sums.backward(tape, &loss, None)?;
             return Ok(Pass { loss: value, right: 0, grads: sums.grads });
         }
         // The output's part first, in pieces, down to the gradient of what the blocks gave.
@@ -144,11 +159,14 @@ impl Task for Predict {
         for from in (0..labels.len()).step_by(part) {
             let count = part.min(labels.len() - from);
             let share = count as f64 / labels.len() as f64;
-            let hidden = rows_of(&self.model.finish(given.as_tensor())?, &at[from..from + count])?;
-            let teacher = teacher.as_ref().map(|t| t.narrow(0, from, count)).transpose()?;
-            let loss = self.loss(&hidden, &labels[from..from + count], teacher.as_ref())?;
+            let (loss, tape) = tape::record(|| -> Result<Tensor> {
+                let hidden = rows_of(&self.model.finish(given.as_tensor())?, &at[from..from + count])?;
+                let teacher = teacher.as_ref().map(|t| t.narrow(0, from, count)).transpose()?;
+                self.loss(&hidden, &labels[from..from + count], teacher.as_ref())
+            })?;
             value += share * f64::from(loss.to_scalar::<f32>()?);
-            let reached = sums.backward(&(loss * share)?, Some(&given))?;
+            let grad_of_part = loss.ones_like()?.affine(share, 0.0)?;
+            let reached = sums.onward(tape, &loss, grad_of_part, Some(&given))?;
             grad = match (grad, reached) {
                 (Some(sum), Some(more)) => Some((sum + more)?),
                 (sum, more) => sum.or(more),
@@ -158,21 +176,21 @@ impl Task for Predict {
         drop(given);
         let Some(mut grad) = grad else { return Ok(Pass { loss: value, right: 0, grads: sums.grads }) };
         if !self.checkpointing {
-            sums.onward(&x, &grad, None)?;
+            sums.onward(tape, &x, grad, None)?;
             return Ok(Pass { loss: value, right: 0, grads: sums.grads });
         }
-        drop(x);
+        drop((x, tape));
         for (i, x) in inputs.iter().enumerate().rev() {
             let input = Var::from_tensor(x)?;
-            let y = self.model.block(i, input.as_tensor(), &places, None)?;
-            match sums.onward(&y, &grad, Some(&input))? {
+            let (y, tape) = tape::record(|| self.model.block(i, input.as_tensor(), &places, None))?;
+            match sums.onward(tape, &y, grad.clone(), Some(&input))? {
                 Some(reached) => grad = reached,
                 None => return Ok(Pass { loss: value, right: 0, grads: sums.grads }),
             }
         }
-        let embedded = self.model.embed(&batch.tokens, &places, device)?;
+        let (embedded, tape) = tape::record(|| self.model.embed(&batch.tokens, &places, device))?;
         if embedded.track_op() {
-            sums.onward(&embedded, &grad, None)?;
+            sums.onward(tape, &embedded, grad, None)?;
         }
         Ok(Pass { loss: value, right: 0, grads: sums.grads })
     }

@@ -227,10 +227,10 @@ impl Llama {
     pub fn block(&self, i: usize, x: &Tensor, places: &Places, cache: Option<&mut Cache>) -> Result<Tensor> {
         let block = &self.blocks[i];
         let h = block.norm_before.forward(x)?;
-        let x = (x + self.attention(i, &h, places, cache)?)?;
+        let x = kernels::add(x, &self.attention(i, &h, places, cache)?)?;
         let h = block.norm_after.forward(&x)?;
         let inner = kernels::swiglu(&block.gate.forward_float(&h)?, &block.up.forward_float(&h)?)?;
-        Ok((x + block.down.forward_float(&inner)?)?)
+        Ok(kernels::add(&x, &block.down.forward_float(&inner)?)?)
     }
 
     fn attention(&self, i: usize, h: &Tensor, places: &Places, cache: Option<&mut Cache>) -> Result<Tensor> {

@@ -88,9 +88,9 @@ impl Block {
 
     /// `h: [batch, tokens, channels]`; `drop` acts on what each branch adds.
     fn forward(&self, h: &Tensor, drop: impl Fn(Tensor, u64) -> Result<Tensor>) -> Result<Tensor> {
-        let h = (h + drop(self.attention.forward(&self.norm_before.forward(h)?, None)?, 0)?)?;
+        let h = kernels::add(h, &drop(self.attention.forward(&self.norm_before.forward(h)?, None)?, 0)?)?;
         let branch = drop(self.mlp.forward(&self.norm_after.forward(&h)?)?, 1)?;
-        Ok((h + branch)?)
+        Ok(kernels::add(&h, &branch)?)
     }
 }
 

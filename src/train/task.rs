@@ -6,6 +6,7 @@ use candle_core::{DType, Device, Tensor, D};
 use serde::{Deserialize, Serialize};
 
 use crate::data::{Batch, Loader, Preprocess, Source};
+use crate::kernels::tape;
 use crate::models::{DropPath, VisionModel, VisionOutput};
 use crate::recipe::DistillKind;
 use crate::weights::Param;
@@ -170,10 +171,11 @@ impl Task for Classify {
     type Batch = Batch;
 
     fn learn(&self, batch: &Batch, params: &[Param], device: &Device) -> Result<Pass> {
-        let out = self.loss(batch, device)?;
+        let (out, tape) = tape::record(|| self.loss(batch, device))?;
         let loss = f64::from(out.loss.to_scalar::<f32>()?);
-        let grads = out.loss.backward()?;
-        let grads = params.iter().map(|p| grads.get(p.var.as_tensor()).cloned()).collect();
+        let wanted: Vec<&Tensor> = params.iter().map(|p| p.var.as_tensor()).collect();
+        let mut grads = tape.backward(&out.loss, &wanted)?;
+        let grads = wanted.iter().map(|x| grads.remove(x)).collect();
         Ok(Pass { loss, right: out.right, grads })
     }
 

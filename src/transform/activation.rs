@@ -212,8 +212,12 @@ impl ActQuant {
 
     /// The axis of the steps in `x`, whose groups are already split.
     fn axis(&self, x: &Tensor) -> Result<Option<usize>> {
-        let axis = absolute(self.axis, x.rank())?;
-        let (found, expected) = (axis.map(|a| x.dims()[a]).unwrap_or(1), self.step.elem_count());
+        self.axis_in(x.dims())
+    }
+
+    fn axis_in(&self, dims: &[usize]) -> Result<Option<usize>> {
+        let axis = absolute(self.axis, dims.len())?;
+        let (found, expected) = (axis.map(|a| dims[a]).unwrap_or(1), self.step.elem_count());
         if found != expected {
             let what = if self.axis == Some(-2) { "tokens" } else { "channels" };
             let (found, expected) = (found / self.groups, expected / self.groups);
@@ -228,37 +232,42 @@ impl ActQuant {
     /// `x` as the quantizer sees it, and the shift that is still to be added to it: groups are split,
     /// after a shift that lies along all of them.
     fn seen(&self, x: &Tensor) -> Result<(Tensor, Option<&Tensor>)> {
-        if let Some(shift) = &self.shift_in {
-            let (channels, expected) = (x.dim(x.rank() - 1)?, shift.elem_count());
-            if expected != channels {
-                return Err(Error::Run(format!("found {channels} channels, the shifts have {expected}")));
-            }
-        }
+        self.check_shift(x)?;
         match (self.groups, &self.shift_in) {
             (1, shift) => Ok((x.clone(), shift.as_ref())),
             (groups, None) => Ok((split(x, groups)?, None)),
             (groups, Some(shift)) => Ok((split(&kernels::add_bias(x, shift)?, groups)?, None)),
         }
     }
+
+    fn check_shift(&self, x: &Tensor) -> Result<()> {
+        if let Some(shift) = &self.shift_in {
+            let (channels, expected) = (x.dim(x.rank() - 1)?, shift.elem_count());
+            if expected != channels {
+                return Err(Error::Run(format!("found {channels} channels, the shifts have {expected}")));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// `x [.., N, g C]` as `[.., N g, C]`.
 fn split(x: &Tensor, groups: usize) -> Result<Tensor> {
-    let dims = x.dims();
-    let [lead @ .., tokens, width] = dims else {
-        return match groups {
-            1 => Ok(x.clone()),
-            _ => Err(Error::Run(format!("found an activation {dims:?}, expected tokens and channels"))),
-        };
-    };
+    Ok(if groups == 1 { x.clone() } else { x.reshape(divided(x.dims(), groups)?)? })
+}
+
+/// The dimensions `[.., N, g C]` as `[.., N g, C]`.
+fn divided(dims: &[usize], groups: usize) -> Result<Vec<usize>> {
     if groups == 1 {
-        return Ok(x.clone());
+        return Ok(dims.to_vec());
     }
+    let [lead @ .., tokens, width] = dims else {
+        return Err(Error::Run(format!("found an activation {dims:?}, expected tokens and channels")));
+    };
     if !width.is_multiple_of(groups) {
         return Err(Error::Run(format!("found {width} channels, expected a multiple of {groups}")));
     }
-    let shape: Vec<usize> = lead.iter().copied().chain([tokens * groups, width / groups]).collect();
-    Ok(x.reshape(shape)?)
+    Ok(lead.iter().copied().chain([tokens * groups, width / groups]).collect())
 }
 
 /// An axis counted from the end, counted from the front.
@@ -277,14 +286,11 @@ impl Transform for ActQuant {
     }
 
     fn apply(&self, inputs: &[Tensor]) -> Result<Tensor> {
-        let (x, shift) = self.seen(&inputs[0])?;
-        let axis = self.axis(&x)?;
-        let y = kernels::lsq(&x, &self.step, shift, self.grid.levels(), axis)?;
-        let y = if self.groups == 1 { y } else { y.reshape(inputs[0].shape())? };
-        match &self.shift_out {
-            Some(shift) => Ok(kernels::add_bias(&y, shift)?),
-            None => Ok(y),
-        }
+        let x = &inputs[0];
+        self.check_shift(x)?;
+        let axis = self.axis_in(&divided(x.dims(), self.groups)?)?;
+        let shifts = (self.shift_in.as_ref(), self.shift_out.as_ref());
+        Ok(kernels::lsq_shifted(x, &self.step, shifts, self.grid.levels(), (axis, self.groups))?)
     }
 
     fn params(&self) -> Vec<(&'static str, Var, Role)> {

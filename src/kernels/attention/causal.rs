@@ -14,6 +14,7 @@
 //! f32 and f64 here, f16 and bf16 through f32. Source: Vaswani et al. 2017, eq. 1; grouped heads: Ainslie et
 //! al. 2023; recomputation: Dao et al. 2022.
 
+use crate::kernels::tape;
 use std::sync::Arc;
 
 use crate::kernels::cpu::{self, real, Real, Road};
@@ -128,7 +129,7 @@ impl Sizes {
         let &Sizes { t, s, d, heads, groups } = self;
         let (qs, ks) = (t * heads * d, s * groups * d);
         let blocks = t.div_ceil(BLOCK);
-        let mut out = vec![T::ZERO; q.len()];
+        let mut out = cpu::unwritten(q.len());
         // A task is a block of queries of one batch entry, whose rows of the result lie together.
         let mut tasks = Vec::with_capacity(q.len() / qs.max(1) * blocks);
         for (b, entry) in out.chunks_mut(qs.max(1)).enumerate() {
@@ -204,7 +205,7 @@ impl Sizes {
                 let operands = [&q[at_q.clone()], &k[at_k.clone()], &v[at_k], &go[at_q]];
                 self.group_grad(operands, &starts[b * t..(b + 1) * t], (g, scale), [dq, dk, dv]);
             });
-        let mut out = vec![T::ZERO; q.len() + 2 * k.len()];
+        let mut out = cpu::unwritten(q.len() + 2 * k.len());
         let (oq, rest) = out.split_at_mut(q.len());
         let (ok, ov) = rest.split_at_mut(k.len());
         interleave(dq, oq, (t, groups, each * d));
@@ -334,7 +335,7 @@ pub fn causal_attention(
     match cpu::road(op, &[("q", q), ("k", k), ("v", v)])? {
         Road::Kernel => {
             let op = Causal { heads, groups, scale, starts: starts.clone() };
-            q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
+            tape::apply3(&q.contiguous()?, &k.contiguous()?, &v.contiguous()?, op)
         }
         Road::ThroughF32 => {
             let (k, v) = (cpu::wide(k)?, cpu::wide(v)?);

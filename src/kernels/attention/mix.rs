@@ -3,6 +3,7 @@
 use super::{check_heads, heads_first};
 use crate::kernels::cpu::{self, real, Real, Road};
 use crate::kernels::linear::{product, View};
+use crate::kernels::tape;
 use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -35,7 +36,7 @@ impl Sizes {
     fn mix<T: Real>(&self, p: &[T], v: &[T]) -> Vec<T> {
         let &Sizes { heads, n, m, c } = self;
         let d = self.d();
-        let mut o = vec![T::ZERO; v.len() / (m * c) * n * c];
+        let mut o = cpu::unwritten(v.len() / (m * c) * n * c);
         o.par_chunks_mut(n * c).zip(p.par_chunks(heads * n * m).zip(v.par_chunks(m * c))).for_each(
             |(o, (p, v))| {
                 for (h, p) in p.chunks_exact(n * m).enumerate() {
@@ -50,7 +51,7 @@ impl Sizes {
     fn mix_grad<T: Real>(&self, p: &[T], v: &[T], g: &[T]) -> Vec<T> {
         let &Sizes { heads, n, m, c } = self;
         let d = self.d();
-        let mut out = vec![T::ZERO; p.len() + v.len()];
+        let mut out = cpu::unwritten(p.len() + v.len());
         let (dp, dv) = out.split_at_mut(p.len());
         dp.par_chunks_mut(heads * n * m)
             .zip(dv.par_chunks_mut(m * c))
@@ -145,7 +146,7 @@ pub fn attention_mix(p: &Tensor, v: &Tensor, heads: usize) -> Result<Tensor> {
     };
     check_heads(op, heads, sizes.c)?;
     match cpu::road(op, &[("p", p), ("v", v)])? {
-        Road::Kernel => p.contiguous()?.apply_op2(&v.contiguous()?, Mix { sizes }),
+        Road::Kernel => tape::apply2(&p.contiguous()?, &v.contiguous()?, Mix { sizes }),
         Road::ThroughF32 => attention_mix(&cpu::wide(p)?, &cpu::wide(v)?, heads)?.to_dtype(p.dtype()),
         Road::Reference => reference_mix(p, v, heads),
     }

@@ -7,6 +7,7 @@ use super::{check_heads, heads_first};
 use crate::kernels::cpu::{self, real, simd, Real, Road};
 use crate::kernels::linear::{add_product, product, View};
 use crate::kernels::softmax::{self, softmax_rows, softmax_rows_grad};
+use crate::kernels::tape;
 use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -114,7 +115,7 @@ impl Sizes {
     fn probs<T: Real>(&self, q: &[T], k: &[T], bias: &[T], scale: T) -> Vec<T> {
         let &Sizes { heads, n, m, d, .. } = self;
         let (qs, ks) = (n * self.q_cols(), m * heads * d);
-        let mut p = vec![T::ZERO; self.batch * heads * n * m];
+        let mut p = cpu::unwritten(self.batch * heads * n * m);
         p.par_chunks_mut(n * m).enumerate().for_each(|(i, p)| {
             let (b, h) = (i / heads, i % heads);
             let (q, k) = (self.query(&q[b * qs..(b + 1) * qs], h), self.key(&k[b * ks..(b + 1) * ks], h));
@@ -137,7 +138,7 @@ impl Sizes {
         mut see: impl FnMut(usize, &[T]),
     ) {
         let &Sizes { heads, n, m, d, .. } = self;
-        let mut ds = vec![T::ZERO; n * m];
+        let mut ds = cpu::unwritten(n * m);
         // Without a bias the scale goes in before the products, which saves a pass over nothing.
         let (early, late) = if self.bias.is_some() { (T::ONE, scale) } else { (scale, T::ONE) };
         for (h, (p, g)) in p.chunks_exact(n * m).zip(g.chunks_exact(n * m)).enumerate() {
@@ -372,8 +373,8 @@ pub fn attention_probs(
         Road::Kernel => {
             let (q, k, probs) = (q.contiguous()?, k.contiguous()?, Probs { sizes, scale });
             match bias {
-                Some(bias) => q.apply_op3(&k, &bias.contiguous()?, probs),
-                None => q.apply_op2(&k, probs),
+                Some(bias) => tape::apply3(&q, &k, &bias.contiguous()?, probs),
+                None => tape::apply2(&q, &k, probs),
             }
         }
         Road::ThroughF32 => {

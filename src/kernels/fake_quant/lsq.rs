@@ -11,7 +11,8 @@ use super::site::{Site, SCALE_FLOOR};
 use super::statsq::run_statsq;
 use super::{rne, Emit, Levels};
 use crate::kernels::cpu::{self, real, Real, Road};
-use candle_core::{bail, CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor};
+use crate::kernels::tape::{self, Many};
+use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor};
 
 /// LSQ in plain candle ops; arguments as [`lsq`].
 pub fn reference_lsq(
@@ -21,7 +22,8 @@ pub fn reference_lsq(
     levels: Levels,
     axis: Option<usize>,
 ) -> Result<Tensor> {
-    let site = Site::new("lsq", x, s, shift_in, levels, axis)?;
+    let shifts: Vec<&Tensor> = shift_in.into_iter().collect();
+    let site = Site::new("lsq", x.dims(), 1, s, &shifts, levels, axis)?;
     let s = site.broadcast(s, x, axis)?;
     let x = match shift_in {
         Some(shift) => x.broadcast_add(shift)?,
@@ -39,14 +41,128 @@ pub fn reference_lsq(
     (y.detach() + along_x)? + along_s
 }
 
-/// (x, s, shift) to y, or to codes.
-#[derive(Clone, Copy)]
+/// (x, s and the shifts that there are) to y, or to codes.
+#[derive(Clone)]
 struct Lsq {
     site: Site,
+    levels: Levels,
+    axis: Option<usize>,
     codes: bool,
+    /// Whether there is a shift before it, and one behind it.
+    shifts: (bool, bool),
 }
 
-impl CustomOp3 for Lsq {
+impl Lsq {
+    /// The shift before it, zeros where there is none, and the one behind it.
+    fn shifts<T: Real>(&self, x: &[(&CpuStorage, &Layout)]) -> Result<(Vec<T>, Vec<T>)> {
+        let at = |i: usize| match x.get(i) {
+            Some((storage, layout)) => Ok(<T as Real>::slice(self.name(), storage, layout)?.to_vec()),
+            None => bail!("{}: expected {} operands, got {}", self.name(), i + 1, x.len()),
+        };
+        let before = if self.shifts.0 { at(2)? } else { vec![T::ZERO; self.site.width * self.site.parts] };
+        let behind = if self.shifts.1 { at(2 + usize::from(self.shifts.0))? } else { Vec::new() };
+        Ok((before, behind))
+    }
+}
+
+impl Many for Lsq {
+    fn name(&self) -> &'static str {
+        "lsq"
+    }
+
+    fn cpu_fwd(&self, operands: &[(&CpuStorage, &Layout)]) -> Result<(CpuStorage, Shape)> {
+        let [(x, xl), (s, sl), ..] = operands else { bail!("lsq: expected x and scales") };
+        real!(self.name(), x, T => {
+            let (before, behind) = self.shifts::<T>(operands)?;
+            let (x, s) = (<T as Real>::slice(self.name(), x, xl)?, <T as Real>::slice(self.name(), s, sl)?);
+            let y = self.site.forward(x, s, &before, &behind, self.codes);
+            Ok((<T as Real>::store(y), xl.shape().clone()))
+        })
+    }
+
+    fn bwd(&self, operands: &[Tensor], _y: &Tensor, grad: &Tensor) -> Result<Vec<Option<Tensor>>> {
+        let [x, s, shifts @ ..] = operands else { bail!("lsq: expected x and scales") };
+        let op = LsqGrad { of: self.clone(), s: s.clone(), grad: grad.contiguous()? };
+        let packed = match (self.shifts.0, shifts.first()) {
+            (true, Some(before)) => x.apply_op2_no_bwd(before, &op)?,
+            _ => {
+                let zeros = Tensor::zeros(self.site.width * self.site.parts, x.dtype(), x.device())?;
+                x.apply_op2_no_bwd(&zeros, &op)?
+            }
+        };
+        let (mut at, count) = (x.elem_count(), s.elem_count());
+        let mut found =
+            vec![Some(cpu::unpack(&packed, 0, x.shape())?), Some(cpu::unpack(&packed, at, s.shape())?)];
+        at += count;
+        if !self.shifts.0 {
+            at += self.site.width * self.site.parts;
+        }
+        for shift in shifts {
+            found.push(Some(cpu::unpack(&packed, at, shift.shape())?));
+            at += shift.elem_count();
+        }
+        Ok(found)
+    }
+
+    fn composed(&self, operands: &[Tensor]) -> Result<Tensor> {
+        let [x, s, shifts @ ..] = operands else { bail!("lsq: expected x and scales") };
+        let (before, behind) = match (self.shifts, shifts) {
+            ((true, true), [before, behind]) => (Some(before), Some(behind)),
+            ((true, false), [before]) => (Some(before), None),
+            ((false, true), [behind]) => (None, Some(behind)),
+            _ => (None, None),
+        };
+        let parts = self.site.parts;
+        let (seen, before) = match before {
+            // A shift lies along all parts.
+            Some(before) if parts > 1 => (crate::kernels::add_bias(x, before)?, None),
+            before => (x.clone(), before),
+        };
+        let seen = match parts {
+            1 => seen,
+            _ => {
+                let mut dims = seen.dims().to_vec();
+                if let [.., rows, last] = dims.as_mut_slice() {
+                    (*rows, *last) = (*rows * parts, *last / parts);
+                }
+                seen.reshape(dims)?
+            }
+        };
+        let y = match x.device().is_cpu() {
+            true => alone(&seen, s, before, self.levels, self.axis, self.codes)?,
+            false => reference_lsq(&seen, s, before, self.levels, self.axis)?,
+        };
+        let y = if parts == 1 { y } else { y.reshape(x.shape())? };
+        match behind {
+            Some(behind) => crate::kernels::add_bias(&y, behind),
+            None => Ok(y),
+        }
+    }
+}
+
+/// As candle walks it: (x, s, shift) to y, or to codes.
+struct Alone(Lsq);
+
+/// One part, no shift behind, in ops of candle's kind.
+fn alone(
+    x: &Tensor,
+    s: &Tensor,
+    before: Option<&Tensor>,
+    levels: Levels,
+    axis: Option<usize>,
+    codes: bool,
+) -> Result<Tensor> {
+    let shifts: Vec<&Tensor> = before.into_iter().collect();
+    let site = Site::new("lsq", x.dims(), 1, s, &shifts, levels, axis)?;
+    let before = match before {
+        Some(before) => before.contiguous()?,
+        None => Tensor::zeros(site.width, x.dtype(), x.device())?,
+    };
+    let op = Alone(Lsq { site, levels, axis, codes, shifts: (true, false) });
+    x.contiguous()?.apply_op3(&s.contiguous()?, &before, op)
+}
+
+impl CustomOp3 for Alone {
     fn name(&self) -> &'static str {
         "lsq"
     }
@@ -60,12 +176,7 @@ impl CustomOp3 for Lsq {
         b: &CpuStorage,
         bl: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let name = self.name();
-        real!(name, x, T => {
-            let (s, b) = (<T as Real>::slice(name, s, sl)?, <T as Real>::slice(name, b, bl)?);
-            let y = self.site.forward(<T as Real>::slice(name, x, xl)?, s, b, self.codes);
-            Ok((<T as Real>::store(y), xl.shape().clone()))
-        })
+        Many::cpu_fwd(&self.0, &[(x, xl), (s, sl), (b, bl)])
     }
 
     fn bwd(
@@ -73,29 +184,24 @@ impl CustomOp3 for Lsq {
         x: &Tensor,
         s: &Tensor,
         shift: &Tensor,
-        _y: &Tensor,
+        y: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let op = LsqGrad { site: self.site, grad: grad.contiguous()? };
-        let packed = x.apply_op3_no_bwd(s, shift, &op)?;
-        let count = x.elem_count();
-        let dx = cpu::unpack(&packed, 0, x.shape())?;
-        let ds = cpu::unpack(&packed, count, s.shape())?;
-        let dshift = shift
-            .track_op()
-            .then(|| cpu::unpack(&packed, count + s.elem_count(), shift.shape()))
-            .transpose()?;
-        Ok((Some(dx), Some(ds), dshift))
+        let mut found = Many::bwd(&self.0, &[x.clone(), s.clone(), shift.clone()], y, grad)?.into_iter();
+        let mut next = || found.next().flatten();
+        let (dx, ds, dshift) = (next(), next(), next());
+        Ok((dx, ds, dshift.filter(|_| shift.track_op())))
     }
 }
 
-/// (x, s, shift) to dx, ds and dshift in one flat result.
+/// (x, shift) to dx, ds, dshift and the gradient of the shift behind in one flat result.
 struct LsqGrad {
-    site: Site,
+    of: Lsq,
+    s: Tensor,
     grad: Tensor,
 }
 
-impl CustomOp3 for LsqGrad {
+impl CustomOp2 for LsqGrad {
     fn name(&self) -> &'static str {
         "lsq-grad"
     }
@@ -104,18 +210,17 @@ impl CustomOp3 for LsqGrad {
         &self,
         x: &CpuStorage,
         xl: &Layout,
-        s: &CpuStorage,
-        sl: &Layout,
         b: &CpuStorage,
         bl: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let name = self.name();
         let (grad, gl) = self.grad.storage_and_layout();
-        let grad = cpu::host(name, &grad)?;
+        let (s, sl) = self.s.storage_and_layout();
+        let (grad, s) = (cpu::host(name, &grad)?, cpu::host(name, &s)?);
         real!(name, x, T => {
             let (s, b) = (<T as Real>::slice(name, s, sl)?, <T as Real>::slice(name, b, bl)?);
-            let g = <T as Real>::slice(name, grad, gl)?;
-            let out = self.site.backward(<T as Real>::slice(name, x, xl)?, s, b, g);
+            let (x, g) = (<T as Real>::slice(name, x, xl)?, <T as Real>::slice(name, grad, gl)?);
+            let out = self.of.site.backward(x, s, b, g, self.of.shifts.1);
             let shape = Shape::from(out.len());
             Ok((<T as Real>::store(out), shape))
         })
@@ -132,7 +237,7 @@ pub fn lsq(
     levels: Levels,
     axis: Option<usize>,
 ) -> Result<Tensor> {
-    run_lsq("lsq", x, s, shift_in, levels, axis, false)
+    run_lsq("lsq", x, s, (shift_in, None), levels, (axis, 1), false)
 }
 
 /// The integer codes of [`lsq`] as f32, in the shape of x. No gradient.
@@ -144,32 +249,50 @@ pub fn lsq_codes(
     axis: Option<usize>,
 ) -> Result<Tensor> {
     let shift = shift_in.map(Tensor::detach);
-    run_lsq("lsq_codes", &x.detach(), &s.detach(), shift.as_ref(), levels, axis, true)?.to_dtype(DType::F32)
+    run_lsq("lsq_codes", &x.detach(), &s.detach(), (shift.as_ref(), None), levels, (axis, 1), true)?
+        .to_dtype(DType::F32)
+}
+
+/// As [`lsq`] of x `[.., N, parts C]` seen as `[.., N parts, C]`, of which `axis` is an axis, with a shift behind the
+/// quantizer too; both shifts lie along the whole last axis of x. The result has the shape of x.
+pub fn lsq_shifted(
+    x: &Tensor,
+    s: &Tensor,
+    (shift_in, shift_out): (Option<&Tensor>, Option<&Tensor>),
+    levels: Levels,
+    (axis, parts): (Option<usize>, usize),
+) -> Result<Tensor> {
+    run_lsq("lsq", x, s, (shift_in, shift_out), levels, (axis, parts), false)
 }
 
 fn run_lsq(
     op: &str,
     x: &Tensor,
     s: &Tensor,
-    shift_in: Option<&Tensor>,
+    (shift_in, shift_out): (Option<&Tensor>, Option<&Tensor>),
     levels: Levels,
-    axis: Option<usize>,
+    (axis, parts): (Option<usize>, usize),
     codes: bool,
 ) -> Result<Tensor> {
-    let site = Site::new(op, x, s, shift_in, levels, axis)?;
+    let shifts: Vec<&Tensor> = shift_in.into_iter().chain(shift_out).collect();
+    let site = Site::new(op, x.dims(), parts, s, &shifts, levels, axis)?;
     let mut named = vec![("x", x), ("s", s)];
     named.extend(shift_in.map(|t| ("shift_in", t)));
+    named.extend(shift_out.map(|t| ("shift_out", t)));
+    let lsq = Lsq { site, levels, axis, codes, shifts: (shift_in.is_some(), shift_out.is_some()) };
     match cpu::road(op, &named)? {
         Road::Kernel => {
-            let shift = match shift_in {
-                Some(shift) => shift.contiguous()?,
-                None => Tensor::zeros(site.width, x.dtype(), x.device())?,
-            };
-            x.contiguous()?.apply_op3(&s.contiguous()?, &shift, Lsq { site, codes })
+            let mut operands = vec![x.contiguous()?, s.contiguous()?];
+            for shift in shifts {
+                operands.push(shift.contiguous()?);
+            }
+            tape::apply(operands, lsq)
         }
         Road::ThroughF32 => {
-            let shift = shift_in.map(cpu::wide).transpose()?;
-            let y = run_lsq(op, &cpu::wide(x)?, &cpu::wide(s)?, shift.as_ref(), levels, axis, codes)?;
+            let wide = |t: Option<&Tensor>| t.map(cpu::wide).transpose();
+            let (before, behind) = (wide(shift_in)?, wide(shift_out)?);
+            let shifts = (before.as_ref(), behind.as_ref());
+            let y = run_lsq(op, &cpu::wide(x)?, &cpu::wide(s)?, shifts, levels, (axis, parts), codes)?;
             y.to_dtype(x.dtype())
         }
         Road::Reference if codes => {
@@ -180,7 +303,11 @@ fn run_lsq(
             };
             rne(&x.broadcast_div(&se)?.clamp(f64::from(levels.lo), f64::from(levels.hi))?)
         }
-        Road::Reference => reference_lsq(x, s, shift_in, levels, axis),
+        Road::Reference => {
+            let mut operands = vec![x.clone(), s.clone()];
+            operands.extend(shifts.into_iter().cloned());
+            lsq.composed(&operands)
+        }
     }
 }
 
@@ -195,7 +322,7 @@ pub fn lsq_init(x: &Tensor, levels: Levels, axis: Option<usize>, factor: f64) ->
     };
     let x = if x.dtype() == DType::F64 { x.detach() } else { cpu::wide(&x.detach())? };
     let dummy = Tensor::zeros(scales, x.dtype(), x.device())?;
-    Site::new(op, &x, &dummy, None, levels, axis)?;
+    Site::new(op, x.dims(), 1, &dummy, &[], levels, axis)?;
     // One row per scale; a calibration pass, so the copy does not matter.
     let rows = match axis {
         None | Some(0) => x.reshape((scales, ()))?,

@@ -17,7 +17,7 @@ use super::cpu::{self, real, simd, Real, Road};
 use candle_core::{bail, CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-pub use lsq::{lsq, lsq_codes, lsq_init, reference_lsq};
+pub use lsq::{lsq, lsq_codes, lsq_init, lsq_shifted, reference_lsq};
 pub use site::SCALE_FLOOR;
 pub use statsq::{
     reference_statsq, reference_statsq_free, statsq, statsq_annealed, statsq_codes, statsq_free, statsq_scale,
@@ -142,7 +142,7 @@ enum Emit {
 }
 
 fn on_grid<T: Real>(w: &[T], step: &[T], width: usize, levels: Levels, codes: bool) -> Vec<T> {
-    let mut y = vec![T::ZERO; w.len()];
+    let mut y = cpu::unwritten(w.len());
     let rows = cpu::chunk_rows(width);
     y.par_chunks_mut(rows * width)
         .zip(w.par_chunks(rows * width))
@@ -175,7 +175,7 @@ impl CustomOp2 for OnGrid {
             let y = if let Emit::Codes = self.emit {
                 on_grid(w, step, width, self.levels, true)
             } else {
-                let mut y = vec![T::ZERO; w.len()];
+                let mut y = cpu::unwritten(w.len());
                 let rows = cpu::chunk_rows(width);
                 let offset = self.levels.offset() as T;
                 y.par_chunks_mut(rows * width)

@@ -13,8 +13,10 @@ pub const SCALE_FLOOR: f64 = 1e-5;
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Site {
     levels: Levels,
-    /// Length of the last axis of x.
+    /// Length of a row.
     pub(super) width: usize,
+    /// Rows that the last axis of x as it is falls into.
+    pub(super) parts: usize,
     /// Elements between one change of scale and the next.
     run: usize,
     scales: usize,
@@ -25,23 +27,35 @@ pub(super) struct Site {
 }
 
 impl Site {
+    /// The site of a quantizer on x of shape `dims`, whose last axis falls into `parts` that are rows of their
+    /// own: `[.., N, g C]` is `[.., N g, C]`, and `axis` an axis of that.
     pub(super) fn new(
         op: &str,
-        x: &Tensor,
+        dims: &[usize],
+        parts: usize,
         s: &Tensor,
-        shift: Option<&Tensor>,
+        shifts: &[&Tensor],
         levels: Levels,
         axis: Option<usize>,
     ) -> Result<Self> {
         if levels.half || levels.hi < 1 || levels.lo > 0 {
             bail!("{op}: expected levels lo <= 0 < hi without half offset, got {levels:?}")
         }
-        let dims = x.dims();
-        let Some(&width) = dims.last() else { bail!("{op}: expected x with an axis, got a scalar") };
-        let count = x.elem_count();
+        let Some((&whole, lead)) = dims.split_last() else {
+            bail!("{op}: expected x with an axis, got a scalar")
+        };
+        if parts == 0 || !whole.is_multiple_of(parts) || (parts > 1 && lead.is_empty()) {
+            bail!("{op}: expected x {dims:?} with a last axis in {parts} equal parts")
+        }
+        let width = whole / parts;
+        let mut seen = dims.to_vec();
+        if let [.., rows, last] = seen.as_mut_slice() {
+            (*rows, *last) = (*rows * parts, width);
+        }
+        let count: usize = dims.iter().product();
         let (scales, run) = match axis {
             None => (1, count),
-            Some(a) if a < dims.len() => (dims[a], dims[a + 1..].iter().product()),
+            Some(a) if a < dims.len() => (seen[a], seen[a + 1..].iter().product()),
             Some(a) => bail!("{op}: expected a scale axis below {}, got {a}", dims.len()),
         };
         if count == 0 {
@@ -50,19 +64,22 @@ impl Site {
         if s.dims() != [scales] {
             match axis {
                 Some(a) => bail!(
-                    "{op}: expected one scale per entry of axis {a} of x {dims:?}, [{scales}], got {:?}",
+                    "{op}: expected one scale per entry of axis {a} of x {seen:?}, [{scales}], got {:?}",
                     s.dims()
                 ),
                 None => bail!("{op}: expected one scale, [1], got {:?}", s.dims()),
             }
         }
-        if let Some(shift) = shift {
-            if shift.dims() != [width] {
-                bail!("{op}: expected a shift per last-axis entry of x, [{width}], got {:?}", shift.dims())
+        for shift in shifts {
+            if shift.dims() != [whole] {
+                bail!("{op}: expected a shift per last-axis entry of x, [{whole}], got {:?}", shift.dims())
             }
         }
         let per_column = axis == Some(dims.len() - 1);
-        Ok(Site { levels, width, run, scales, shared: count / scales, per_column })
+        if per_column && parts > 1 {
+            bail!("{op}: expected one part of the last axis where each column has a scale, got {parts}")
+        }
+        Ok(Site { levels, width, parts, run, scales, shared: count / scales, per_column })
     }
 
     /// `1 / sqrt(hi * m)`, the factor on the scale's gradient.
@@ -97,32 +114,42 @@ impl Site {
         (T::from_f64(f64::from(self.levels.lo)), T::from_f64(f64::from(self.levels.hi)))
     }
 
-    pub(super) fn forward<T: Real>(&self, x: &[T], s: &[T], shift: &[T], codes: bool) -> Vec<T> {
+    /// Rows of a unit of work: whole entries of the last axis.
+    fn chunk(&self) -> usize {
+        cpu::chunk_rows(self.width).next_multiple_of(self.parts)
+    }
+
+    /// y, or codes; `out` is added to y along the last axis, where it is not empty.
+    pub(super) fn forward<T: Real>(&self, x: &[T], s: &[T], shift: &[T], out: &[T], codes: bool) -> Vec<T> {
         let width = self.width;
         let se = self.effective(s, x.len() / width);
         let (lo, hi) = self.bounds();
-        let mut y = vec![T::ZERO; x.len()];
-        let rows = cpu::chunk_rows(width);
+        let mut y = cpu::unwritten(x.len());
+        let rows = self.chunk();
         y.par_chunks_mut(rows * width).zip(x.par_chunks(rows * width)).enumerate().for_each(|(i, (y, x))| {
             if self.per_column {
-                lsq_columns(x, shift, &se, lo, hi, codes, y);
+                lsq_columns(x, shift, out, &se, lo, hi, codes, y);
             } else {
-                lsq_rows(x, shift, &se[i * rows..], lo, hi, codes, y);
+                lsq_rows(x, shift, out, width, &se[i * rows..], lo, hi, codes, y);
             }
         });
         y
     }
 
-    /// dx, then ds, then dshift.
-    pub(super) fn backward<T: Real>(&self, x: &[T], s: &[T], shift: &[T], g: &[T]) -> Vec<T> {
+    /// dx, then ds, then dshift, then the gradient of `out`, which is that of a shift behind the quantizer, where
+    /// `with_out`.
+    pub(super) fn backward<T: Real>(&self, x: &[T], s: &[T], shift: &[T], g: &[T], with_out: bool) -> Vec<T> {
         let width = self.width;
+        let whole = width * self.parts;
         let count = x.len();
         let se = self.effective(s, count / width);
         let (lo, hi) = self.bounds();
-        let rows = cpu::chunk_rows(width);
+        let rows = self.chunk();
         let chunks = count.div_ceil(rows * width);
-        let mut out = vec![T::ZERO; count + self.scales + width];
-        let mut dshift = vec![T::ZERO; chunks * width];
+        let behind = if with_out { whole } else { 0 };
+        let mut out = cpu::unwritten(count + self.scales + whole + behind);
+        let sums = whole + behind;
+        let mut dshift = vec![T::ZERO; chunks * sums];
         // Per row where a row has one scale, per chunk and column where a column has one.
         let per_chunk = if self.per_column { width } else { rows };
         let mut ds = vec![T::ZERO; chunks * per_chunk];
@@ -130,15 +157,19 @@ impl Site {
             .par_chunks_mut(rows * width)
             .zip(x.par_chunks(rows * width))
             .zip(g.par_chunks(rows * width))
-            .zip(dshift.par_chunks_mut(width))
+            .zip(dshift.par_chunks_mut(sums))
             .zip(ds.par_chunks_mut(per_chunk))
             .enumerate()
             .for_each(|(i, ((((dx, x), g), dshift), ds))| {
+                let (dshift, dout) = dshift.split_at_mut(whole);
                 if self.per_column {
                     lsq_columns_grad(x, shift, &se, lo, hi, g, dx, ds, dshift);
                 } else {
                     let mut slope = vec![T::ZERO; width];
-                    lsq_rows_grad(x, shift, &se[i * rows..], lo, hi, g, dx, ds, dshift, &mut slope);
+                    lsq_rows_grad(x, shift, width, &se[i * rows..], lo, hi, g, dx, ds, dshift, &mut slope);
+                }
+                if with_out {
+                    cpu::add_rows(g, dout);
                 }
             });
         let factor = self.grad_scale();
@@ -155,30 +186,45 @@ impl Site {
                 *o = T::from_f64(d * factor);
             }
         }
-        out[count + self.scales..].copy_from_slice(&cpu::fold(&dshift, width));
+        out[count + self.scales..].copy_from_slice(&cpu::fold(&dshift, sums));
         out
     }
 }
 
 simd! {
-    fn lsq_rows<T>(x: &[T], shift: &[T], se: &[T], lo: T, hi: T, codes: bool, y: &mut [T]) {
-        let width = shift.len();
-        for ((x, y), &se) in x.chunks_exact(width).zip(y.chunks_exact_mut(width)).zip(se) {
+    fn lsq_rows<T>(
+        x: &[T], shift: &[T], out: &[T], width: usize, se: &[T], lo: T, hi: T, codes: bool, y: &mut [T],
+    ) {
+        let rows = x.chunks_exact(width).zip(y.chunks_exact_mut(width)).zip(se);
+        let mut at = 0;
+        for ((x, y), &se) in rows {
             let unit = if codes { T::ONE } else { se };
-            for ((y, &x), &b) in y.iter_mut().zip(x).zip(shift) {
-                *y = code((x + b) / se, lo, hi) * unit;
+            let b = &shift[at..at + width];
+            if out.is_empty() {
+                for ((y, &x), &b) in y.iter_mut().zip(x).zip(b) {
+                    *y = code((x + b) / se, lo, hi) * unit;
+                }
+            } else {
+                let o = &out[at..at + width];
+                for (((y, &x), &b), &o) in y.iter_mut().zip(x).zip(b).zip(o) {
+                    *y = code((x + b) / se, lo, hi) * unit + o;
+                }
             }
+            at = if at + width == shift.len() { 0 } else { at + width };
         }
     }
 }
 
 simd! {
-    fn lsq_columns<T>(x: &[T], shift: &[T], se: &[T], lo: T, hi: T, codes: bool, y: &mut [T]) {
+    fn lsq_columns<T>(x: &[T], shift: &[T], out: &[T], se: &[T], lo: T, hi: T, codes: bool, y: &mut [T]) {
         let width = shift.len();
         for (x, y) in x.chunks_exact(width).zip(y.chunks_exact_mut(width)) {
             for (((y, &x), &b), &se) in y.iter_mut().zip(x).zip(shift).zip(se) {
                 let q = code((x + b) / se, lo, hi);
                 *y = if codes { q } else { q * se };
+            }
+            for (y, &o) in y.iter_mut().zip(out) {
+                *y += o;
             }
         }
     }
@@ -197,20 +243,22 @@ fn element_grad<T: Real>(x: T, shift: T, se: T, lo: T, hi: T, g: T) -> (T, T) {
 
 simd! {
     fn lsq_rows_grad<T>(
-        x: &[T], shift: &[T], se: &[T], lo: T, hi: T, g: &[T],
+        x: &[T], shift: &[T], width: usize, se: &[T], lo: T, hi: T, g: &[T],
         dx: &mut [T], ds: &mut [T], dshift: &mut [T], slope: &mut [T],
     ) {
-        let width = shift.len();
-        let (dshift, slope) = (&mut dshift[..width], &mut slope[..width]);
+        let slope = &mut slope[..width];
         let rows = x.chunks_exact(width).zip(g.chunks_exact(width)).zip(dx.chunks_exact_mut(width));
+        let mut at = 0;
         for ((((x, g), dx), &se), ds) in rows.zip(se).zip(ds) {
+            let (shift_of_row, dshift) = (&shift[at..at + width], &mut dshift[at..at + width]);
             for c in 0..width {
-                let (d, t) = element_grad(x[c], shift[c], se, lo, hi, g[c]);
+                let (d, t) = element_grad(x[c], shift_of_row[c], se, lo, hi, g[c]);
                 dx[c] = d;
                 dshift[c] += d;
                 slope[c] = t;
             }
             *ds = cpu::sum(slope);
+            at = if at + width == shift.len() { 0 } else { at + width };
         }
     }
 }

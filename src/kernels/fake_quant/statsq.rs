@@ -17,6 +17,7 @@
 
 use super::{check_rows, on_grid, reference_dequantize, reference_quantize, Emit, Levels};
 use crate::kernels::cpu::{self, real, simd, Real, Road};
+use crate::kernels::tape;
 use candle_core::{bail, CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor, D};
 use rayon::prelude::*;
 
@@ -113,7 +114,7 @@ simd! {
 fn free<T: Real>(w: &[T], width: usize, bits: u8, band: f64, g: &[T]) -> Vec<T> {
     let scale = scales(w, width);
     let (n, band) = (T::from_f64(f64::from(1u32 << (bits - 1))), T::from_f64(band));
-    let mut out = vec![T::ZERO; w.len()];
+    let mut out = cpu::unwritten(w.len());
     let rows = cpu::chunk_rows(width);
     out.par_chunks_mut(rows * width)
         .zip(w.par_chunks(rows * width))
@@ -216,7 +217,7 @@ pub(super) fn run_statsq(op: &str, w: &Tensor, bits: u8, emit: Emit) -> Result<T
 fn run_annealed(op: &str, w: &Tensor, bits: u8, emit: Emit, band: Option<f64>) -> Result<Tensor> {
     check_rows(op, w, bits)?;
     match cpu::road(op, &[("w", w)])? {
-        Road::Kernel => w.contiguous()?.apply_op1(StatsQ { bits, emit, band }),
+        Road::Kernel => tape::apply1(&w.contiguous()?, StatsQ { bits, emit, band }),
         Road::ThroughF32 => run_annealed(op, &cpu::wide(w)?, bits, emit, band)?.to_dtype(w.dtype()),
         Road::Reference => {
             let d = w.detach();

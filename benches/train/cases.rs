@@ -1,0 +1,260 @@
+//! The models that are trained: their sizes, random weights where speed does not depend on them, a batch.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+use qtune::adapter::{AdapterConfig, Modules, Training};
+use qtune::data::text::TextBatch;
+use qtune::data::Batch;
+use qtune::kernels::{self, Arithmetic};
+use qtune::language::{Predict, Rows};
+use qtune::models::{held, open_llama, Llama, LlamaConfig, VisionConfig, VitConfig};
+use qtune::optim::adamw::AdamWConfig;
+use qtune::optim::OptimizerConfig;
+use qtune::quantize;
+use qtune::random::Random;
+use qtune::recipe::{set, DistillKind, Recipe};
+use qtune::train::{step, Classify, Quiet, Task};
+use qtune::weights::{Param, Weights};
+
+use super::Failure;
+
+/// Every case. One that ends in `-bf16` multiplies in bfloat16.
+pub const ALL: [&str; 18] = [
+    "deit-tiny",
+    "deit-tiny-bf16",
+    "vit-fashion",
+    "llama-15m",
+    "llama-15m-bf16",
+    "smol-miss-64",
+    "smol-bone-64",
+    "smol-lora-16",
+    "stories-full-0",
+    "stories-lora-8",
+    "stories-miss-16",
+    "stories-bone-4",
+    "vit-fashion-w2a32",
+    "vit-fashion-w2a2",
+    "vit-fashion-w2a2-qkr",
+    "deit-tiny-w2a32",
+    "deit-tiny-w2a2",
+    "deit-tiny-w2a2-qkr",
+];
+
+/// A step on the same batch as the one before it.
+pub type Step = Box<dyn FnMut() -> Result<(), Failure>>;
+
+/// The plain case that a quantized one is measured against.
+pub fn plain(case: &str) -> Option<&str> {
+    case.split_once("-w2").map(|(plain, _)| plain)
+}
+
+/// Turns that count.
+pub fn turns(case: &str) -> usize {
+    match case.split('-').next() {
+        Some("stories") => 25,
+        Some("smol") => 5,
+        _ => 9,
+    }
+}
+
+/// The step of a case.
+pub fn step(case: &str, data: &str) -> Result<Step, Failure> {
+    let name = match case.strip_suffix("-bf16") {
+        Some(name) => {
+            kernels::set_arithmetic(Arithmetic::Bf16);
+            name
+        }
+        None => case,
+    };
+    let parts: Vec<&str> = name.split('-').collect();
+    match parts.as_slice() {
+        ["deit", "tiny", rest @ ..] => vision(deit_tiny(), 8, rest),
+        ["vit", "fashion", rest @ ..] => vision(vit_fashion(), 100, rest),
+        ["llama", "15m"] => {
+            let config = llama(32000, 288, 768, 6, (6, 6))?;
+            language(config, None, 4, 256, "full", 0)
+        }
+        ["smol", method, rank] => {
+            let config = llama(49152, 576, 1536, 30, (9, 3))?;
+            language(config, None, 1, 256, method, rank.parse()?)
+        }
+        ["stories", method, rank] => {
+            let opened = open_llama(&Path::new(data).join("models/stories260K-hf"), &Device::Cpu)?;
+            let weights = held(&opened.config, &opened.weights, DType::F32)?;
+            language((opened.config, opened.json), Some(weights), 8, 256, method, rank.parse()?)
+        }
+        _ => Err(format!("no case {case}").into()),
+    }
+}
+
+fn classes(count: usize) -> Vec<String> {
+    (0..count).map(|i| i.to_string()).collect()
+}
+
+fn deit_tiny() -> VitConfig {
+    VitConfig {
+        image_size: (224, 224),
+        patch_size: 16,
+        channels: 3,
+        hidden: 192,
+        layers: 12,
+        heads: 3,
+        mlp: 768,
+        eps: 1e-6,
+        qkv_bias: true,
+        distilled: false,
+        two_heads: false,
+        classes: classes(1000),
+    }
+}
+
+fn vit_fashion() -> VitConfig {
+    VitConfig {
+        image_size: (28, 28),
+        patch_size: 4,
+        channels: 1,
+        hidden: 96,
+        layers: 6,
+        heads: 4,
+        mlp: 192,
+        classes: classes(10),
+        ..deit_tiny()
+    }
+}
+
+/// Random tensors of these shapes: norms one, biases zero.
+fn fresh(shapes: &[(String, Vec<usize>)]) -> Result<Weights, Failure> {
+    let mut tensors = Vec::new();
+    for (name, shape) in shapes {
+        let mut random = Random::new(0, name, &[]);
+        let fixed = match (name.ends_with(".bias"), shape.len()) {
+            (true, _) => Some(0.0),
+            (false, 1) => Some(1.0),
+            _ => None,
+        };
+        let count = shape.iter().product();
+        let values =
+            (0..count).map(|_| fixed.unwrap_or_else(|| 0.02 * random.normal())).collect::<Vec<f32>>();
+        tensors.push((name.clone(), Tensor::from_vec(values, shape.as_slice(), &Device::Cpu)?));
+    }
+    Ok(Weights::from_tensors(tensors))
+}
+
+/// A step of `task` on `batch` under AdamW.
+fn stepping<T: Task + 'static>(task: T, batch: T::Batch, params: Vec<Param>) -> Step
+where
+    T::Batch: 'static,
+{
+    let config = OptimizerConfig::Adamw(AdamWConfig::default());
+    let mut optimizer = config.build();
+    let batches = [batch];
+    Box::new(move || {
+        let mut rule = step::Rule {
+            optimizer: optimizer.as_mut(),
+            config: &config,
+            lr: 1e-4,
+            factors: &[],
+            clip: 0.0,
+            free: &[],
+            first: false,
+        };
+        step::take(&task, &batches, &params, &mut rule, &Device::Cpu)?;
+        Ok(())
+    })
+}
+
+fn vision(config: VitConfig, batch: usize, quantized: &[&str]) -> Result<Step, Failure> {
+    let (count, channels, (height, width)) = (config.classes.len(), config.channels, config.image_size);
+    let config = VisionConfig::Vit(config);
+    let mut random = Random::new(0, "images", &[]);
+    let pixels: Vec<f32> = (0..batch * channels * height * width).map(|_| random.normal()).collect();
+    let images = Tensor::from_vec(pixels, (batch, channels, height, width), &Device::Cpu)?;
+    let mut weights = fresh(&config.shapes())?.trainable()?;
+    if let [bits, rest @ ..] = quantized {
+        let mut table = Recipe::table("vit-w2a32")?;
+        if *bits == "w2a2" {
+            set(&mut table, "activation.bits=2")?;
+        }
+        if rest == ["qkr"] {
+            set(&mut table, "qkr.bias=\"keep_q\"")?;
+        }
+        let recipe = Recipe::resolve(table)?;
+        let mut chosen = quantize::targets(&recipe, &weights)?;
+        quantize::qkr::reparameterize(&recipe, &config, false, &mut weights, &mut chosen)?;
+        for (name, target) in chosen {
+            let w = weights.get(&name)?.tensor()?.detach();
+            let rule = recipe.transform[target.transform].kind.training(target.bits, None, &w)?;
+            weights.wrap(&name, rule)?;
+        }
+        quantize::calibrate(&recipe, &config, &mut weights, &images, true, &Quiet)?;
+    }
+    let labels = (0..batch).map(|i| (i % count) as u32).collect();
+    let indices = (0..batch as u32).collect();
+    let batch = Batch { images, labels, targets: None, indices, epoch: 0 };
+    let model = config.build(&weights)?;
+    let task = Classify { model, teacher: None, distill: DistillKind::None, drop_path: None, heads: None };
+    Ok(stepping(task, batch, weights.params()))
+}
+
+fn llama(
+    vocab: usize,
+    hidden: usize,
+    mlp: usize,
+    layers: usize,
+    (heads, groups): (usize, usize),
+) -> Result<(LlamaConfig, serde_json::Value), Failure> {
+    let json = serde_json::json!({
+        "model_type": "llama", "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": groups, "vocab_size": vocab,
+        "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "tie_word_embeddings": true,
+    });
+    Ok((LlamaConfig::from_hf(Path::new("bench"), &json)?, json))
+}
+
+fn language(
+    (config, json): (LlamaConfig, serde_json::Value),
+    weights: Option<Weights>,
+    batch: usize,
+    len: usize,
+    method: &str,
+    rank: usize,
+) -> Result<Step, Failure> {
+    let mut weights = match weights {
+        Some(weights) => weights,
+        None => fresh(&config.shapes())?,
+    };
+    let training = Training::new(0);
+    if method == "full" {
+        weights = weights.trainable()?;
+    } else {
+        let (kind, init) = match method {
+            "lora" => ("LORA", "\"init_lora_weights\": true"),
+            "bone" => ("MISS", "\"init_weights\": \"bat\""),
+            _ => ("MISS", "\"init_weights\": true"),
+        };
+        let text = format!(
+            "{{\"peft_type\": \"{kind}\", \"task_type\": \"CAUSAL_LM\", \"r\": {rank}, {init}, \
+             \"target_modules\": \"all-linear\"}}"
+        );
+        let modules = Modules::of_shapes(&json, &config.shapes());
+        let adapter = AdapterConfig::parse(Path::new("bench"), &text, &mut Vec::new())?;
+        adapter.start(&mut weights, &modules, &training)?;
+    }
+    let count = batch * len;
+    let token = |i: usize| (i * 7919 % config.vocab) as u32;
+    let text = TextBatch {
+        tokens: (0..count).map(token).collect(),
+        batch,
+        len,
+        targets: (1..=count).map(token).collect(),
+        positions: (0..batch).flat_map(|_| 0..len as u32).collect(),
+        segments: vec![1; count],
+        samples: (0..batch as u32).collect(),
+        trained: count,
+    };
+    let model = Llama::new(&config, &weights, DType::F32)?;
+    let task = Predict { model, teacher: None, checkpointing: false, pass: Arc::clone(&training.pass) };
+    Ok(stepping(task, Rows { batch: text, number: 0 }, weights.params()))
+}

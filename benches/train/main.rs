@@ -1,0 +1,154 @@
+//! Training steps beside those of PyTorch and PEFT, in turn, and quantization-aware steps beside plain ones.
+//!
+//! `cargo bench --bench train -- deit-tiny llama-15m-bf16` for these cases (default: all of one thread count, 2 or
+//! `QTUNE_THREADS`). Ours and theirs are processes of their own that wait for their turn: A B A B. The medians, the
+//! median of the pairs' ratios and the peak memory go to standard output as a Markdown table. The peers run where
+//! `QTUNE_PYTHON` names a Python with torch, timm, transformers and peft; real models come from `QTUNE_DATA`.
+
+mod cases;
+
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::Instant;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+type Failure = Box<dyn std::error::Error>;
+
+const PEERS: &str = include_str!("peers.py");
+/// Turns that are not counted.
+const WARM: usize = 2;
+
+/// A process that takes a step when told to.
+struct Runner {
+    child: Child,
+    input: ChildStdin,
+    output: BufReader<ChildStdout>,
+    /// Memory before the first step, MiB.
+    base: f64,
+    /// Peak memory so far, MiB.
+    peak: f64,
+    ms: Vec<f64>,
+}
+
+impl Runner {
+    fn start(mut command: Command) -> Result<Self, Failure> {
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+        let input = child.stdin.take().ok_or("no standard input")?;
+        let output = BufReader::new(child.stdout.take().ok_or("no standard output")?);
+        let mut runner = Runner { child, input, output, base: 0.0, peak: 0.0, ms: Vec::new() };
+        let line = runner.line()?;
+        runner.base = line.strip_prefix("ready ").ok_or("not ready")?.trim().parse::<f64>()? / 1024.0;
+        Ok(runner)
+    }
+
+    fn line(&mut self) -> Result<String, Failure> {
+        let mut line = String::new();
+        match self.output.read_line(&mut line)? {
+            0 => Err(format!("the process ended: {}", self.child.wait()?).into()),
+            _ => Ok(line),
+        }
+    }
+
+    fn turn(&mut self, counted: bool) -> Result<(), Failure> {
+        writeln!(self.input, "go")?;
+        self.input.flush()?;
+        let line = self.line()?;
+        let mut parts = line.split_whitespace();
+        let mut number = || -> Result<f64, Failure> { Ok(parts.next().ok_or("an empty line")?.parse()?) };
+        let (ms, peak) = (number()?, number()?);
+        self.peak = peak / 1024.0;
+        if counted {
+            self.ms.push(ms);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Runner {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// Runs one case against its peer, where there is one, and prints its row.
+fn compare(case: &str, threads: usize, data: &str) -> Result<(), Failure> {
+    let ours = |case: &str| -> Result<Runner, Failure> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(["--ours", case, data]).env("RAYON_NUM_THREADS", threads.to_string());
+        command.env("CANDLE_NUM_THREADS", "1");
+        Runner::start(command)
+    };
+    let mut a = ours(case)?;
+    let (name, mut b) = match cases::plain(case) {
+        Some(plain) => (plain.to_string(), Some(ours(plain)?)),
+        None => match std::env::var("QTUNE_PYTHON") {
+            Ok(python) => {
+                let mut command = Command::new(python);
+                command.args(["-c", PEERS, case, &threads.to_string(), data]);
+                ("PyTorch".to_string(), Some(Runner::start(command)?))
+            }
+            Err(_) => ("-".to_string(), None),
+        },
+    };
+    for turn in 0..WARM + cases::turns(case) {
+        a.turn(turn >= WARM)?;
+        if let Some(b) = &mut b {
+            b.turn(turn >= WARM)?;
+        }
+    }
+    let own = format!("| {case} | {:.1} | {:.0} | {:.0}", median(&a.ms), a.peak, a.peak - a.base);
+    match b {
+        None => println!("{own} | - | | | | |"),
+        Some(b) => {
+            let ratios: Vec<f64> = a.ms.iter().zip(&b.ms).map(|(a, b)| a / b).collect();
+            let (ratio, above) = (median(&ratios), (a.peak - a.base) / (b.peak - b.base));
+            let theirs = format!("{name} | {:.1} | {:.0} | {:.0}", median(&b.ms), b.peak, b.peak - b.base);
+            println!("{own} | {theirs} | **{ratio:.3}** | {:.2} / {above:.2} |", a.peak / b.peak);
+        }
+    }
+    Ok(())
+}
+
+/// Takes steps of one case as they are asked for.
+fn steps(case: &str, data: &str) -> Result<(), Failure> {
+    let mut step = cases::step(case, data)?;
+    let peak = || qtune::train::peak_rss_bytes() / 1024;
+    println!("ready {}", peak());
+    for line in std::io::stdin().lines() {
+        line?;
+        let start = Instant::now();
+        step()?;
+        println!("{} {}", start.elapsed().as_secs_f64() * 1e3, peak());
+    }
+    Ok(())
+}
+
+fn main() -> Result<(), Failure> {
+    let args: Vec<String> = std::env::args().skip(1).filter(|arg| arg != "--bench").collect();
+    if let [flag, case, data] = args.as_slice() {
+        if flag == "--ours" {
+            qtune::memory::keep();
+            return steps(case, data);
+        }
+    }
+    let threads = std::env::var("QTUNE_THREADS").ok().and_then(|n| n.parse().ok()).unwrap_or(2);
+    let data = std::env::var("QTUNE_DATA").unwrap_or_else(|_| "../shared/data".into());
+    let all = cases::ALL.map(String::from).to_vec();
+    println!("| case, {threads} threads | ms | peak MiB | above start | beside | ms | peak MiB | above start | time | memory, peak / above start |");
+    println!("|---|---|---|---|---|---|---|---|---|---|");
+    for case in if args.is_empty() { &all } else { &args } {
+        if let Err(error) = compare(case, threads, &data) {
+            println!("| {case} | {error} | | | | | | | | |");
+        }
+    }
+    Ok(())
+}

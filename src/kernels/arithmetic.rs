@@ -1,0 +1,28 @@
+//! What floats are multiplied in.
+
+use std::sync::atomic::{AtomicU8, Ordering};
+
+/// The number format of the factors in products of f32 matrices. Sums are f32 in both.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Arithmetic {
+    /// As they are.
+    #[default]
+    F32,
+    /// Rounded to bfloat16, to the nearest, ties to even: 8 bits of significand, the exponents of f32.
+    Bf16,
+}
+
+static CHOSEN: AtomicU8 = AtomicU8::new(0);
+
+/// Chooses for the whole process, before there is work: one run has one arithmetic.
+pub fn set_arithmetic(arithmetic: Arithmetic) {
+    CHOSEN.store(u8::from(arithmetic == Arithmetic::Bf16), Ordering::Relaxed);
+}
+
+/// What was chosen.
+pub fn arithmetic() -> Arithmetic {
+    match CHOSEN.load(Ordering::Relaxed) {
+        0 => Arithmetic::F32,
+        _ => Arithmetic::Bf16,
+    }
+}

@@ -1,0 +1,451 @@
+//! Gradients of the differentiable ops, without the passes over memory that candle's own walk makes.
+//!
+//! candle adds every gradient onto a tensor of zeros and keeps all activations until the last one is done. While a
+//! [`Tape`] records, the ops of this room are written down here instead: the result of each is a leaf for candle, the
+//! walk backward hands a gradient on as it is (a second one is added in place) and lets go of each op as it passes.
+//!
+//! Between two of our ops a model may compute whatever candle can: such a stretch hangs on the leaves beneath it, and
+//! candle walks it when its gradient is complete. So a model is right whatever it mixes, and fast where it does not.
+//! One tape is of one thread; off the CPU, and without a tape, ops are candle's to walk.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+
+use candle_core::op::BackpropOp;
+use candle_core::{
+    CpuStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp2, Layout, Result, Shape, Storage, Tensor, TensorId,
+};
+use rayon::prelude::*;
+
+use super::cpu::{self, real, simd, Real};
+
+/// What was applied, and to what.
+enum Applied {
+    One(Box<dyn CustomOp1 + Send + Sync>, Tensor),
+    Two(Box<dyn CustomOp2 + Send + Sync>, [Tensor; 2]),
+    Three(Box<dyn CustomOp3 + Send + Sync>, [Tensor; 3]),
+    Many(Box<dyn Many>, Vec<Tensor>),
+}
+
+/// An op of any number of operands, which candle's own cannot be.
+pub(crate) trait Many: Send + Sync {
+    /// Its name, for errors.
+    fn name(&self) -> &'static str;
+    /// The result, on the CPU.
+    fn cpu_fwd(&self, x: &[(&CpuStorage, &Layout)]) -> Result<(CpuStorage, Shape)>;
+    /// The gradient of each operand that takes one.
+    fn bwd(&self, x: &[Tensor], y: &Tensor, grad: &Tensor) -> Result<Vec<Option<Tensor>>>;
+    /// The same of ops that candle can walk.
+    fn composed(&self, x: &[Tensor]) -> Result<Tensor>;
+}
+
+struct Node {
+    applied: Applied,
+    output: Tensor,
+}
+
+#[derive(Default)]
+struct Record {
+    nodes: Vec<Node>,
+    /// Operands that candle computed from leaves, by the first op that took them.
+    stretches: HashMap<TensorId, usize>,
+}
+
+thread_local! {
+    static RECORD: RefCell<Option<Record>> = const { RefCell::new(None) };
+}
+
+/// The ops of a forward pass, in order.
+#[must_use]
+#[derive(Default)]
+pub struct Tape(Record);
+
+/// Puts what was recorded before back in its place, also where the pass fails.
+struct Before(Option<Record>);
+
+impl Drop for Before {
+    fn drop(&mut self) {
+        RECORD.with(|record| *record.borrow_mut() = self.0.take());
+    }
+}
+
+/// Runs `pass` and writes down its differentiable ops.
+pub fn record<R, E>(pass: impl FnOnce() -> std::result::Result<R, E>) -> std::result::Result<(R, Tape), E> {
+    recorded(Record::default(), pass)
+}
+
+fn recorded<R, E>(
+    from: Record,
+    pass: impl FnOnce() -> std::result::Result<R, E>,
+) -> std::result::Result<(R, Tape), E> {
+    let before = Before(RECORD.with(|record| record.borrow_mut().replace(from)));
+    let result = pass()?;
+    let record = RECORD.with(|record| record.borrow_mut().take()).unwrap_or_default();
+    drop(before);
+    Ok((result, Tape(record)))
+}
+
+impl Tape {
+    /// Records further ops behind these.
+    pub fn then<R, E>(
+        self,
+        pass: impl FnOnce() -> std::result::Result<R, E>,
+    ) -> std::result::Result<(R, Tape), E> {
+        recorded(self.0, pass)
+    }
+}
+
+fn recording(x: &Tensor) -> bool {
+    x.device().is_cpu() && RECORD.with(|record| record.borrow().is_some())
+}
+
+/// A leaf over what an op computed, written down.
+fn write_down(storage: CpuStorage, shape: Shape, applied: Applied) -> Tensor {
+    let output = Tensor::from_storage(Storage::Cpu(storage), shape, BackpropOp::none(), true);
+    RECORD.with(|record| {
+        if let Some(record) = record.borrow_mut().as_mut() {
+            let at = record.nodes.len();
+            let inputs: &[Tensor] = match &applied {
+                Applied::One(_, x) => std::slice::from_ref(x),
+                Applied::Two(_, x) => x,
+                Applied::Three(_, x) => x,
+                Applied::Many(_, x) => x,
+            };
+            for x in inputs.iter().filter(|x| x.track_op() && !x.is_variable()) {
+                record.stretches.entry(x.id()).or_insert(at);
+            }
+            record.nodes.push(Node { applied, output: output.clone() });
+        }
+    });
+    output
+}
+
+/// `op` of `x`, differentiable.
+pub(crate) fn apply1<C: CustomOp1 + Send + Sync + 'static>(x: &Tensor, op: C) -> Result<Tensor> {
+    if !x.track_op() {
+        return x.apply_op1_no_bwd(&op);
+    }
+    if !recording(x) {
+        return x.apply_op1(op);
+    }
+    let (storage, shape) = {
+        let (storage, layout) = x.storage_and_layout();
+        op.cpu_fwd(cpu::host(op.name(), &storage)?, layout)?
+    };
+    Ok(write_down(storage, shape, Applied::One(Box::new(op), x.clone())))
+}
+
+/// `op` of `x` and `y`, differentiable.
+pub(crate) fn apply2<C: CustomOp2 + Send + Sync + 'static>(x: &Tensor, y: &Tensor, op: C) -> Result<Tensor> {
+    if !x.track_op() && !y.track_op() {
+        return x.apply_op2_no_bwd(y, &op);
+    }
+    if !recording(x) || !y.device().is_cpu() {
+        return x.apply_op2(y, op);
+    }
+    let (storage, shape) = {
+        let ((xs, xl), (ys, yl)) = (x.storage_and_layout(), y.storage_and_layout());
+        op.cpu_fwd(cpu::host(op.name(), &xs)?, xl, cpu::host(op.name(), &ys)?, yl)?
+    };
+    Ok(write_down(storage, shape, Applied::Two(Box::new(op), [x.clone(), y.clone()])))
+}
+
+/// `op` of three tensors, differentiable.
+pub(crate) fn apply3<C: CustomOp3 + Send + Sync + 'static>(
+    x: &Tensor,
+    y: &Tensor,
+    z: &Tensor,
+    op: C,
+) -> Result<Tensor> {
+    if !x.track_op() && !y.track_op() && !z.track_op() {
+        return x.apply_op3_no_bwd(y, z, &op);
+    }
+    if !recording(x) || !y.device().is_cpu() || !z.device().is_cpu() {
+        return x.apply_op3(y, z, op);
+    }
+    let (storage, shape) = {
+        let ((xs, xl), (ys, yl)) = (x.storage_and_layout(), y.storage_and_layout());
+        let (zs, zl) = z.storage_and_layout();
+        let (x, y) = (cpu::host(op.name(), &xs)?, cpu::host(op.name(), &ys)?);
+        op.cpu_fwd(x, xl, y, yl, cpu::host(op.name(), &zs)?, zl)?
+    };
+    Ok(write_down(storage, shape, Applied::Three(Box::new(op), [x.clone(), y.clone(), z.clone()])))
+}
+
+/// `op` of `x`, differentiable.
+pub(crate) fn apply<C: Many + 'static>(x: Vec<Tensor>, op: C) -> Result<Tensor> {
+    let tracked = x.iter().any(Tensor::track_op);
+    let on_cpu = x.iter().all(|x| x.device().is_cpu());
+    if !on_cpu || (tracked && !recording(&x[0])) {
+        return op.composed(&x);
+    }
+    let (storage, shape) = {
+        let held: Vec<_> = x.iter().map(Tensor::storage_and_layout).collect();
+        let mut operands = Vec::with_capacity(held.len());
+        for (storage, layout) in &held {
+            operands.push((cpu::host(op.name(), storage)?, *layout));
+        }
+        op.cpu_fwd(&operands)?
+    };
+    if !tracked {
+        return Ok(Tensor::from_storage(Storage::Cpu(storage), shape, BackpropOp::none(), false));
+    }
+    Ok(write_down(storage, shape, Applied::Many(Box::new(op), x)))
+}
+
+/// Gradients by tensor.
+#[derive(Default)]
+pub struct Gradients {
+    /// With each whether it is a sum of ours, which nothing else refers to.
+    held: HashMap<TensorId, (Tensor, bool)>,
+}
+
+impl Gradients {
+    /// Takes the gradient of `x` out, where one arrived.
+    pub fn remove(&mut self, x: &Tensor) -> Option<Tensor> {
+        self.held.remove(&x.id()).map(|(gradient, _)| gradient)
+    }
+
+    fn add(&mut self, id: TensorId, gradient: Tensor) -> Result<()> {
+        let sum = match self.held.remove(&id) {
+            None => (gradient, false),
+            Some((sum, true)) => {
+                sum.inplace_op2(&gradient.contiguous()?, &AddOnto)?;
+                (sum, true)
+            }
+            Some((first, false)) => {
+                (first.contiguous()?.apply_op2_no_bwd(&gradient.contiguous()?, &Add)?, true)
+            }
+        };
+        self.held.insert(id, sum);
+        Ok(())
+    }
+}
+
+impl Tape {
+    /// The gradients of `loss`, a scalar, in the leaves `wanted`: parameters, or whatever the pass began from.
+    pub fn backward(self, loss: &Tensor, wanted: &[&Tensor]) -> Result<Gradients> {
+        let ones = loss.ones_like()?.detach();
+        self.onward(loss, ones, wanted)
+    }
+
+    /// As [`Tape::backward`] from a `y` of any shape, whose own gradient is `gradient`.
+    pub fn onward(self, y: &Tensor, gradient: Tensor, wanted: &[&Tensor]) -> Result<Gradients> {
+        let Record { mut nodes, stretches } = self.0;
+        // The leaves whose gradients are of use.
+        let mut leaves: std::collections::HashSet<TensorId> = wanted.iter().map(|x| x.id()).collect();
+        leaves.extend(nodes.iter().map(|node| node.output.id()));
+        let mut ending: HashMap<usize, Vec<Tensor>> = HashMap::new();
+        let mut gradients = Gradients::default();
+        let walk = |x: &Tensor, gradient: &Tensor, gradients: &mut Gradients| -> Result<()> {
+            let found = (x * gradient)?.sum_all()?.backward()?;
+            for id in leaves.iter() {
+                if let Some(gradient) = found.get_id(*id) {
+                    gradients.add(*id, gradient.clone())?;
+                }
+            }
+            Ok(())
+        };
+        match y.is_variable() {
+            true => gradients.add(y.id(), gradient)?,
+            false => walk(y, &gradient, &mut gradients)?,
+        }
+        while let Some(Node { applied, output }) = nodes.pop() {
+            let at = nodes.len();
+            if let Some(gradient) = gradients.remove(&output) {
+                let reached: Vec<(Tensor, Option<Tensor>)> = match applied {
+                    Applied::One(op, x) => {
+                        let dx = op.bwd(&x, &output, &gradient)?;
+                        vec![(x, dx)]
+                    }
+                    Applied::Two(op, [x, y]) => {
+                        let (dx, dy) = op.bwd(&x, &y, &output, &gradient)?;
+                        vec![(x, dx), (y, dy)]
+                    }
+                    Applied::Three(op, [x, y, z]) => {
+                        let (dx, dy, dz) = op.bwd(&x, &y, &z, &output, &gradient)?;
+                        vec![(x, dx), (y, dy), (z, dz)]
+                    }
+                    Applied::Many(op, x) => {
+                        let dx = op.bwd(&x, &output, &gradient)?;
+                        x.into_iter().zip(dx).collect()
+                    }
+                };
+                for (x, dx) in reached {
+                    let Some(dx) = dx.filter(|_| x.track_op()) else { continue };
+                    if let (false, Some(first)) = (x.is_variable(), stretches.get(&x.id())) {
+                        let waiting = ending.entry(*first).or_default();
+                        if !waiting.iter().any(|w| w.id() == x.id()) {
+                            waiting.push(x.clone());
+                        }
+                    }
+                    gradients.add(x.id(), dx)?;
+                }
+            }
+            // No op before this one takes these operands: their gradients are complete.
+            for x in ending.remove(&at).unwrap_or_default() {
+                if let Some(gradient) = gradients.remove(&x) {
+                    walk(&x, &gradient, &mut gradients)?;
+                }
+            }
+        }
+        Ok(gradients)
+    }
+}
+
+simd! {
+    fn sum_into<T>(x: &[T], y: &[T], z: &mut [T]) {
+        for ((z, &x), &y) in z.iter_mut().zip(x).zip(y) {
+            *z = x + y;
+        }
+    }
+}
+
+simd! {
+    fn add_onto<T>(x: &mut [T], y: &[T]) {
+        for (x, &y) in x.iter_mut().zip(y) {
+            *x += y;
+        }
+    }
+}
+
+/// x + y of one shape.
+struct Add;
+
+impl CustomOp2 for Add {
+    fn name(&self) -> &'static str {
+        "add"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        xl: &Layout,
+        y: &CpuStorage,
+        yl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        real!(CustomOp2::name(self), x, T => {
+            let name = CustomOp2::name(self);
+            let (x, y) = (<T as Real>::slice(name, x, xl)?, <T as Real>::slice(name, y, yl)?);
+            let mut z = cpu::unwritten(x.len());
+            z.par_chunks_mut(cpu::GRAIN)
+                .zip(x.par_chunks(cpu::GRAIN).zip(y.par_chunks(cpu::GRAIN)))
+                .for_each(|(z, (x, y))| sum_into(x, y, z));
+            Ok((<T as Real>::store(z), xl.shape().clone()))
+        })
+    }
+
+    fn bwd(
+        &self,
+        _x: &Tensor,
+        _y: &Tensor,
+        _z: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        Ok((Some(grad.clone()), Some(grad.clone())))
+    }
+}
+
+/// x += y.
+struct AddOnto;
+
+impl InplaceOp2 for AddOnto {
+    fn name(&self) -> &'static str {
+        "add-onto"
+    }
+
+    fn cpu_fwd(&self, x: &mut CpuStorage, xl: &Layout, y: &CpuStorage, yl: &Layout) -> Result<()> {
+        let Some((from, to)) = xl.contiguous_offsets() else {
+            candle_core::bail!("add-onto: expected contiguous elements, got strides {:?}", xl.stride())
+        };
+        real!(self.name(), y, T => {
+            let y = <T as Real>::slice(self.name(), y, yl)?;
+            let Some(x) = T::elements_mut(x) else { candle_core::bail!("add-onto: expected one dtype") };
+            x[from..to]
+                .par_chunks_mut(cpu::GRAIN)
+                .zip(y.par_chunks(cpu::GRAIN))
+                .for_each(|(x, y)| add_onto(x, y));
+            Ok(())
+        })
+    }
+}
+
+/// `x + y` of one shape and dtype.
+pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    if x.dims() != y.dims() {
+        candle_core::bail!("add: expected one shape, got {:?} and {:?}", x.dims(), y.dims())
+    }
+    match cpu::road("add", &[("x", x), ("y", y)])? {
+        cpu::Road::Kernel => apply2(&x.contiguous()?, &y.contiguous()?, Add),
+        cpu::Road::ThroughF32 | cpu::Road::Reference => x + y,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::*;
+    use super::*;
+    use crate::kernels;
+    use candle_core::Var;
+
+    /// A pass that takes a leaf twice, mixes candle's ops in between ours and shares a stretch among two of them.
+    fn pass(x: &Tensor, w: &Tensor, b: &Tensor) -> Result<Tensor> {
+        let h = kernels::linear(x, w, Some(b))?;
+        let stretch = (h.sqr()? + x)?.affine(0.5, 0.1)?;
+        let y = add(&kernels::gelu(&stretch)?, &kernels::softmax(&stretch)?)?;
+        let y = add(&y, &h)?;
+        let z = kernels::layer_norm(&y, b, b, 1e-3)?;
+        (kernels::linear(&z, w, None)? * x)?.sum_all()
+    }
+
+    fn leaves() -> [Var; 3] {
+        [(vec![3, 5], 1), (vec![5, 5], 2), (vec![5], 3)]
+            .map(|(s, i)| Var::from_tensor(&values(&s, i)).unwrap())
+    }
+
+    #[test]
+    fn gradients_are_those_of_candle() {
+        let [x, w, b] = leaves();
+        let want = pass(&x, &w, &b).unwrap().backward().unwrap();
+        let (loss, tape) = record(|| pass(&x, &w, &b)).unwrap();
+        let leaves = [x.as_tensor(), w.as_tensor(), b.as_tensor()];
+        let mut got = tape.backward(&loss, &leaves).unwrap();
+        for leaf in leaves {
+            close("gradient", &got.remove(leaf).unwrap(), want.get(leaf).unwrap(), 1e-12);
+        }
+        assert!(got.held.is_empty(), "{} gradients are left", got.held.len());
+    }
+
+    #[test]
+    fn a_known_gradient_goes_onward() {
+        let [x, w, _] = leaves();
+        let (y, tape) = record(|| kernels::linear(&x, &w, None)).unwrap();
+        let g = values(&[3, 5], 7);
+        let mut got = tape.onward(&y, g.clone(), &[w.as_tensor()]).unwrap();
+        close("dw", &got.remove(&w).unwrap(), &g.t().unwrap().matmul(&x).unwrap(), 1e-12);
+    }
+
+    #[test]
+    fn what_is_frozen_is_not_written_down() {
+        let [x, w, b] = leaves();
+        let (x, w) = (x.as_detached_tensor(), w.as_detached_tensor());
+        let (y, tape) = record(|| kernels::linear(&x, &w, None)).unwrap();
+        assert!(tape.0.nodes.is_empty() && !y.track_op());
+        // A pass that fails leaves nothing recording behind.
+        assert!(record(|| kernels::linear(&x, &b, None)).is_err());
+        let y = kernels::linear(&x, &w, Some(&b)).unwrap();
+        assert!(y.track_op() && !y.is_variable());
+    }
+
+    #[test]
+    fn an_unused_result_has_no_gradient() {
+        let [x, w, b] = leaves();
+        let (loss, tape) = record(|| {
+            kernels::linear(&x, &w, Some(&b))?;
+            kernels::linear(&x, &w, None)?.sum_all()
+        })
+        .unwrap();
+        let mut got = tape.backward(&loss, &[x.as_tensor(), b.as_tensor()]).unwrap();
+        assert!(got.remove(&b).is_none() && got.remove(&x).is_some());
+    }
+}
