@@ -10,7 +10,7 @@
 //! `|θ| + ln(1 + exp(-2|θ|)) - ln 2`, and all of it is computed in f64: a divergence is what is left when
 //! numbers of the size of |θ| have cancelled. Li, Huang, Zou and Huang 2023 (arXiv 2212.02846).
 
-use crate::kernels::tape;
+use crate::kernels::tape::{self, Reads};
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Shape, Tensor, WithDType};
 use rayon::prelude::*;
 
@@ -109,7 +109,7 @@ pub fn kl(theta: &Tensor, prior: &Tensor) -> Result<Tensor> {
     let prior = prior.detach();
     match (theta.device().is_cpu(), theta.dtype()) {
         (true, DType::F32 | DType::F64) => {
-            Ok(tape::apply2(&theta.contiguous()?, &prior.contiguous()?, Divergence)?)
+            Ok(tape::apply2(&theta.contiguous()?, &prior.contiguous()?, Divergence, Reads::ALL)?)
         }
         (true, _) => {
             let wide = kl(&theta.to_dtype(DType::F32)?, &prior.to_dtype(DType::F32)?)?;

@@ -10,7 +10,7 @@
 //! of r, so that `W_pq B_p` over all q is one product `[I, r] [r, r]`, and so is the sum of dB_p. W' is made
 //! panel by panel in both passes (see `rows`), and G too.
 
-use crate::kernels::tape;
+use crate::kernels::tape::{self, Reads};
 use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -171,7 +171,12 @@ pub fn block_affine(x: &Tensor, rows: &FrozenRows, b: &Tensor) -> Result<Tensor>
     if !x.device().is_cpu() {
         return reference(x, rows, b);
     }
-    tape::apply2(&x.contiguous()?, &b.contiguous()?, BlockAffine { rows: rows.clone(), sizes })
+    tape::apply2(
+        &x.contiguous()?,
+        &b.contiguous()?,
+        BlockAffine { rows: rows.clone(), sizes },
+        Reads::OPERANDS,
+    )
 }
 
 #[cfg(test)]

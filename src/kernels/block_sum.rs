@@ -9,7 +9,7 @@
 //! through f32. The input side of MiSS (arXiv 2409.15371), where all slices share one block.
 
 use super::cpu::{self, real, simd, Real, Road};
-use crate::kernels::tape;
+use crate::kernels::tape::{self, Reads};
 use candle_core::{bail, CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, D};
 use rayon::prelude::*;
 
@@ -151,7 +151,7 @@ pub fn block_sum(x: &Tensor, r: usize) -> Result<Tensor> {
         bail!("{op}: expected slices of 1 to {width} for x {:?}, got {r}", x.dims())
     }
     match cpu::road(op, &[("x", x)])? {
-        Road::Kernel => tape::apply1(&x.contiguous()?, BlockSum { r, width }),
+        Road::Kernel => tape::apply1(&x.contiguous()?, BlockSum { r, width }, Reads::NOTHING),
         Road::ThroughF32 => block_sum(&x.to_dtype(DType::F32)?, r)?.to_dtype(x.dtype()),
         Road::Reference => reference(x, r),
     }

@@ -18,7 +18,7 @@
 use super::cpu::{self, real, simd, Real, Road};
 use super::linear::{add_product, product, View};
 use super::relu::{rectify, where_positive};
-use crate::kernels::tape;
+use crate::kernels::tape::{self, Reads};
 use candle_core::{bail, CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -396,7 +396,13 @@ pub fn conv2d(x: &Tensor, w: &Tensor, b: &Tensor, how: Convolution) -> Result<Te
         bail!("conv2d: expected b [{}], got {:?}", sizes.out, b.dims())
     }
     match cpu::road("conv2d", &[("x", x), ("w", w), ("b", b)])? {
-        Road::Kernel => tape::apply3(&x.contiguous()?, &w.contiguous()?, &b.contiguous()?, Forward(sizes)),
+        Road::Kernel => tape::apply3(
+            &x.contiguous()?,
+            &w.contiguous()?,
+            &b.contiguous()?,
+            Forward(sizes),
+            Reads::OPERANDS,
+        ),
         Road::ThroughF32 => conv2d(&cpu::wide(x)?, &cpu::wide(w)?, &cpu::wide(b)?, how)?.to_dtype(x.dtype()),
         Road::Reference => reference(x, w, b, how),
     }

@@ -9,7 +9,7 @@
 //! ofq.md 6.1 (the soft term of distillation is `soft_cross_entropy(student, softmax(teacher))`).
 
 use super::cpu::{self, real, simd, Real, Road};
-use crate::kernels::tape;
+use crate::kernels::tape::{self, Reads};
 use candle_core::{
     bail, CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, WithDType, D,
 };
@@ -271,7 +271,9 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
         bail!("{op}: expected labels on the device of the logits, got {:?}", labels.device().location())
     }
     match cpu::road(op, &[("logits", logits)])? {
-        Road::Kernel => tape::apply2(&logits.contiguous()?, &labels.contiguous()?, CrossEntropy),
+        Road::Kernel => {
+            tape::apply2(&logits.contiguous()?, &labels.contiguous()?, CrossEntropy, Reads::OPERANDS)
+        }
         Road::ThroughF32 => cross_entropy(&cpu::wide(logits)?, labels)?.to_dtype(logits.dtype()),
         Road::Reference => {
             for (row, label) in labels.to_vec1::<u32>()?.into_iter().enumerate() {
@@ -292,7 +294,9 @@ pub fn soft_cross_entropy(logits: &Tensor, probs: &Tensor) -> Result<Tensor> {
     }
     let probs = probs.detach();
     match cpu::road(op, &[("logits", logits), ("probs", &probs)])? {
-        Road::Kernel => tape::apply2(&logits.contiguous()?, &probs.contiguous()?, SoftCrossEntropy),
+        Road::Kernel => {
+            tape::apply2(&logits.contiguous()?, &probs.contiguous()?, SoftCrossEntropy, Reads::OPERANDS)
+        }
         Road::ThroughF32 => {
             soft_cross_entropy(&cpu::wide(logits)?, &cpu::wide(&probs)?)?.to_dtype(logits.dtype())
         }

@@ -9,7 +9,7 @@
 //! the number of threads. f32 and f64 here, f16 and bf16 through f32. Srivastava et al. 2014.
 
 use super::cpu::{self, real, Real};
-use crate::kernels::tape;
+use crate::kernels::tape::{self, Reads};
 use crate::random::Random;
 use candle_core::{bail, CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, WithDType};
 use rayon::prelude::*;
@@ -79,7 +79,7 @@ pub fn dropout(x: &Tensor, mask: DropoutMask) -> Result<Tensor> {
         return Ok(x.clone());
     }
     match cpu::road("dropout", &[("x", x)])? {
-        cpu::Road::Kernel => tape::apply1(&x.contiguous()?, mask),
+        cpu::Road::Kernel => tape::apply1(&x.contiguous()?, mask, Reads::NOTHING),
         cpu::Road::ThroughF32 => dropout(&x.to_dtype(DType::F32)?, mask)?.to_dtype(x.dtype()),
         cpu::Road::Reference => reference(x, &mask),
     }

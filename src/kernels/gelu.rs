@@ -7,7 +7,7 @@
 //! f32 and f64 here, f16 and bf16 through f32. Source: Hendrycks and Gimpel 2016, section 2.
 
 use super::cpu::{self, real, simd, Real, Road};
-use crate::kernels::tape;
+use crate::kernels::tape::{self, Reads};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -93,7 +93,7 @@ impl CustomOp2 for GeluGrad {
 /// GELU (erf form) of a tensor of any shape.
 pub fn gelu(x: &Tensor) -> Result<Tensor> {
     match cpu::road("gelu", &[("x", x)])? {
-        Road::Kernel => tape::apply1(&x.contiguous()?, Gelu),
+        Road::Kernel => tape::apply1(&x.contiguous()?, Gelu, Reads::OPERANDS),
         Road::ThroughF32 => gelu(&cpu::wide(x)?)?.to_dtype(x.dtype()),
         Road::Reference => reference(x),
     }

@@ -13,7 +13,7 @@
 //! order, depends on the shapes alone; each tile is a single-threaded product.
 
 use super::cpu::{self, real, simd, Real, Road};
-use crate::kernels::tape;
+use crate::kernels::tape::{self, Reads};
 use candle_core::{bail, CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, D};
 use rayon::prelude::*;
 
@@ -407,8 +407,8 @@ pub fn linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
         Road::Kernel => {
             let (x, w) = (x.contiguous()?, w.contiguous()?);
             match bias {
-                Some(b) => tape::apply3(&x, &w, &b.contiguous()?, Linear),
-                None => tape::apply2(&x, &w, Product::Forward),
+                Some(b) => tape::apply3(&x, &w, &b.contiguous()?, Linear, Reads::OPERANDS),
+                None => tape::apply2(&x, &w, Product::Forward, Reads::OPERANDS),
             }
         }
         Road::ThroughF32 => {
@@ -426,9 +426,11 @@ pub fn frozen_matmul(x: &Tensor, w: &Tensor) -> Result<Tensor> {
     check(op, x, w, None)?;
     let w = w.detach();
     match cpu::road(op, &[("x", x), ("w", &w)])? {
-        Road::Kernel => {
-            tape::apply1(&x.contiguous()?, Frozen { w: w.contiguous()?, product: Product::Forward })
-        }
+        Road::Kernel => tape::apply1(
+            &x.contiguous()?,
+            Frozen { w: w.contiguous()?, product: Product::Forward },
+            Reads::NOTHING,
+        ),
         Road::ThroughF32 => frozen_matmul(&cpu::wide(x)?, &cpu::wide(&w)?)?.to_dtype(x.dtype()),
         Road::Reference => reference(x, &w, None),
     }
@@ -493,7 +495,7 @@ pub fn add_bias(x: &Tensor, b: &Tensor) -> Result<Tensor> {
         bail!("{op}: expected a bias whose shape ends that of x {:?}, got {:?}", x.dims(), b.dims())
     }
     match cpu::road(op, &[("x", x), ("b", b)])? {
-        Road::Kernel => tape::apply2(&x.contiguous()?, &b.contiguous()?, AddBias),
+        Road::Kernel => tape::apply2(&x.contiguous()?, &b.contiguous()?, AddBias, Reads::NOTHING),
         Road::ThroughF32 => add_bias(&cpu::wide(x)?, &cpu::wide(b)?)?.to_dtype(x.dtype()),
         Road::Reference => reference_add_bias(x, b),
     }

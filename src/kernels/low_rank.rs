@@ -10,7 +10,9 @@
 //! W is frozen, dense or packed, and gets no gradient; neither it nor W' is ever whole in memory where it is
 //! large (see `change` and `rows`). Sources: Hu et al. 2021, equation 3; arXiv 2409.15371, the additive form.
 
-use crate::kernels::tape;
+use std::sync::{Arc, OnceLock};
+
+use crate::kernels::tape::{self, Reads};
 use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor};
 
 use super::block_sum::block_sum;
@@ -56,6 +58,8 @@ fn low_rank_change<'a>(rows: &FrozenRows, a: &'a [f32], b: &[f32], scale: f32) -
 #[derive(Clone)]
 struct SharedBlock {
     rows: FrozenRows,
+    /// The block sums of x: all of it that the gradients need, and a fraction of its size.
+    sums: Arc<OnceLock<Vec<f32>>>,
 }
 
 impl CustomOp2 for SharedBlock {
@@ -72,6 +76,7 @@ impl CustomOp2 for SharedBlock {
     ) -> Result<(CpuStorage, Shape)> {
         let (x, d) = (floats(self.name(), x, xl)?, floats(self.name(), d, dl)?);
         let change = shared_change(&self.rows, d);
+        self.sums.get_or_init(|| change.down(x));
         let y = self.rows.with(|source| Ok(change.forward(source, x)))?;
         Ok((CpuStorage::F32(y), with_last(xl, change.o)))
     }
@@ -84,7 +89,10 @@ impl CustomOp2 for SharedBlock {
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let grad = grad.contiguous()?;
-        let of = |which| x.apply_op3_no_bwd(d, &grad, &SharedBlockGrad { of: self.clone(), which });
+        let of = |which| {
+            let op = SharedBlockGrad { of: self.clone(), which, x: x.shape().clone() };
+            d.apply_op2_no_bwd(&grad, &op)
+        };
         let dx = x.track_op().then(|| of(Operand::Input)).transpose()?;
         let dd = d.track_op().then(|| of(Operand::Up)).transpose()?;
         Ok((dx, dd))
@@ -99,40 +107,40 @@ enum Operand {
     Up,
 }
 
-/// (x, block, dy) to dx or dU.
+/// (block, dy) to dx or dU.
 struct SharedBlockGrad {
     of: SharedBlock,
     which: Operand,
+    x: Shape,
 }
 
-impl CustomOp3 for SharedBlockGrad {
+impl CustomOp2 for SharedBlockGrad {
     fn name(&self) -> &'static str {
         "shared-block-grad"
     }
 
     fn cpu_fwd(
         &self,
-        x: &CpuStorage,
-        xl: &Layout,
         d: &CpuStorage,
         dl: &Layout,
         g: &CpuStorage,
         gl: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let name = self.name();
-        let (x, d, g) = (floats(name, x, xl)?, floats(name, d, dl)?, floats(name, g, gl)?);
+        let (d, g) = (floats(name, d, dl)?, floats(name, g, gl)?);
         let change = shared_change(&self.of.rows, d);
         let Change { o, i, r, .. } = change;
-        match self.which {
-            Operand::Input => {
+        match (self.which, self.of.sums.get()) {
+            (Operand::Input, _) => {
                 let dx = self.of.rows.with(|source| Ok(change.input_gradient(source, g)))?;
-                Ok((CpuStorage::F32(dx), xl.shape().clone()))
+                Ok((CpuStorage::F32(dx), self.x.clone()))
             }
-            Operand::Down | Operand::Up => {
-                let h = change.down(x);
-                let du = matmul((r, o, x.len() / i), View::rows(&h, r).t(), View::rows(g, o), None);
+            (Operand::Down | Operand::Up, Some(h)) => {
+                let tokens = self.x.elem_count() / i;
+                let du = matmul((r, o, tokens), View::rows(h, r).t(), View::rows(g, o), None);
                 Ok((CpuStorage::F32(du), dl.shape().clone()))
             }
+            _ => bail!("{name}: the backward pass came before the forward"),
         }
     }
 }
@@ -254,7 +262,8 @@ pub fn shared_block(x: &Tensor, rows: &FrozenRows, block: &Tensor) -> Result<Ten
     if !x.device().is_cpu() {
         return reference_shared_block(x, rows, block);
     }
-    tape::apply2(&x.contiguous()?, &block.contiguous()?, SharedBlock { rows: rows.clone() })
+    let op = SharedBlock { rows: rows.clone(), sums: Arc::default() };
+    tape::apply2(&x.contiguous()?, &block.contiguous()?, op, Reads::these(&[false, true]))
 }
 
 /// `x W'^T` with `W' = W + scale B A`, for `x: [.., I]`, the frozen `rows` of W `[O, I]`, `a: [r, I]` and
@@ -271,7 +280,7 @@ pub fn low_rank(x: &Tensor, rows: &FrozenRows, a: &Tensor, b: &Tensor, scale: f6
         return reference(x, rows, a, b, scale);
     }
     let op = LowRank { rows: rows.clone(), scale: scale as f32 };
-    tape::apply3(&x.contiguous()?, &a.contiguous()?, &b.contiguous()?, op)
+    tape::apply3(&x.contiguous()?, &a.contiguous()?, &b.contiguous()?, op, Reads::OPERANDS)
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@
 //! Liu et al. 2024, section 4.3: the length is taken as a constant in the backward pass. A row of zeros
 //! counts as one of length 1, so that its magnitude does no harm. f32, W read panel by panel.
 
-use crate::kernels::tape;
+use crate::kernels::tape::{self, Reads};
 use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, D};
 use rayon::prelude::*;
 
@@ -194,7 +194,7 @@ pub fn scale_columns(z: &Tensor, m: &Tensor, n: &Tensor) -> Result<Tensor> {
     if !z.device().is_cpu() {
         return reference_scale_columns(z, m, n);
     }
-    tape::apply2(&z.contiguous()?, &m.contiguous()?, ScaleColumns { n: n.detach().contiguous()? })
+    tape::apply2(&z.contiguous()?, &m.contiguous()?, ScaleColumns { n: n.detach().contiguous()? }, Reads::ALL)
 }
 
 #[cfg(test)]

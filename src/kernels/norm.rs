@@ -10,7 +10,7 @@
 //! Source: Ba, Kiros and Hinton 2016, section 3.
 
 use super::cpu::{self, real, simd, Real, Road};
-use crate::kernels::tape;
+use crate::kernels::tape::{self, Reads};
 use candle_core::{bail, CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, D};
 use rayon::prelude::*;
 
@@ -177,7 +177,13 @@ pub fn layer_norm(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor
         }
     }
     match cpu::road(op, &[("x", x), ("w", w), ("b", b)])? {
-        Road::Kernel => tape::apply3(&x.contiguous()?, &w.contiguous()?, &b.contiguous()?, LayerNorm { eps }),
+        Road::Kernel => tape::apply3(
+            &x.contiguous()?,
+            &w.contiguous()?,
+            &b.contiguous()?,
+            LayerNorm { eps },
+            Reads::OPERANDS,
+        ),
         Road::ThroughF32 => {
             layer_norm(&cpu::wide(x)?, &cpu::wide(w)?, &cpu::wide(b)?, eps)?.to_dtype(x.dtype())
         }

@@ -9,7 +9,7 @@
 //! too in the backward pass, which gives `dx = dy · W` and nothing for the frozen weight. Many tokens
 //! are shared out among the threads; of few, the weight is: its rows forward, its columns backward.
 
-use crate::kernels::tape;
+use crate::kernels::tape::{self, Reads};
 use candle_core::{bail, CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -222,7 +222,7 @@ pub fn reference(x: &Tensor, rows: &PackedRows) -> Result<Tensor> {
 pub fn packed_matmul(x: &Tensor, rows: &PackedRows) -> Result<Tensor> {
     let input = check("packed matmul", x, rows)?;
     let y = match input.device().is_cpu() {
-        true => tape::apply1(&input, PackedMatmul(rows.clone()))?,
+        true => tape::apply1(&input, PackedMatmul(rows.clone()), Reads::NOTHING)?,
         false => reference(&input, rows)?,
     };
     y.to_dtype(x.dtype())

@@ -11,7 +11,7 @@
 //! Source: Bassam, Zhu and Bian 2025, "PLD: a choice-theoretic list-wise knowledge distillation".
 
 use super::cpu::{self, real, Real, Road};
-use crate::kernels::tape;
+use crate::kernels::tape::{self, Reads};
 use candle_core::{bail, CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, WithDType, D};
 use rayon::prelude::*;
 
@@ -191,9 +191,13 @@ pub fn plackett_luce(logits: &Tensor, teacher_probs: &Tensor, labels: &Tensor) -
     }
     let probs = teacher_probs.detach();
     match cpu::road(op, &[("logits", logits), ("teacher_probs", &probs)])? {
-        Road::Kernel => {
-            tape::apply3(&logits.contiguous()?, &probs.contiguous()?, &labels.contiguous()?, PlackettLuce)
-        }
+        Road::Kernel => tape::apply3(
+            &logits.contiguous()?,
+            &probs.contiguous()?,
+            &labels.contiguous()?,
+            PlackettLuce,
+            Reads::ALL,
+        ),
         Road::ThroughF32 => {
             plackett_luce(&cpu::wide(logits)?, &cpu::wide(&probs)?, labels)?.to_dtype(logits.dtype())
         }

@@ -12,7 +12,7 @@
 //! f32 and f64 here, f16 and bf16 through f32.
 
 use super::cpu::{self, real, simd, Real, Road};
-use crate::kernels::tape;
+use crate::kernels::tape::{self, Reads};
 use candle_core::{bail, CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -162,7 +162,9 @@ pub fn max_pool2(x: &Tensor) -> Result<Tensor> {
         bail!("max_pool2: expected x [images, height, width, channels], got {:?}", x.dims())
     };
     match cpu::road("max_pool2", &[("x", x)])? {
-        Road::Kernel => tape::apply1(&x.contiguous()?, MaxPool(Sizes { height, width, channels })),
+        Road::Kernel => {
+            tape::apply1(&x.contiguous()?, MaxPool(Sizes { height, width, channels }), Reads::ALL)
+        }
         Road::ThroughF32 => max_pool2(&cpu::wide(x)?)?.to_dtype(x.dtype()),
         Road::Reference => reference(x),
     }

@@ -17,7 +17,7 @@
 //! mean and variance).
 
 use super::cpu::{self, real, simd, Real, Road};
-use crate::kernels::tape;
+use crate::kernels::tape::{self, Reads};
 use candle_core::cpu::erf::erfc_f64;
 use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
@@ -186,7 +186,7 @@ pub fn rectified_moments(mean: &Tensor, variance: &Tensor) -> Result<(Tensor, Te
     }
     match cpu::road(op, &[("mean", mean), ("variance", variance)])? {
         Road::Kernel => {
-            let packed = tape::apply2(&mean.contiguous()?, &variance.contiguous()?, Rectified)?;
+            let packed = tape::apply2(&mean.contiguous()?, &variance.contiguous()?, Rectified, Reads::ALL)?;
             let count = mean.elem_count();
             Ok((cpu::unpack(&packed, 0, mean.shape())?, cpu::unpack(&packed, count, mean.shape())?))
         }

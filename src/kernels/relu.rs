@@ -7,7 +7,7 @@
 //! candle's own turns NaN into 0 and so hides where it came from. f32 and f64 here, f16 and bf16 through f32.
 
 use super::cpu::{self, real, simd, Real, Road};
-use crate::kernels::tape;
+use crate::kernels::tape::{self, Reads};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -83,7 +83,7 @@ impl CustomOp2 for Backward {
 /// `max(x, 0)` of every element of `x` (any shape).
 pub fn relu(x: &Tensor) -> Result<Tensor> {
     match cpu::road("relu", &[("x", x)])? {
-        Road::Kernel => tape::apply1(&x.contiguous()?, Relu),
+        Road::Kernel => tape::apply1(&x.contiguous()?, Relu, Reads::ALL),
         Road::ThroughF32 => relu(&cpu::wide(x)?)?.to_dtype(x.dtype()),
         Road::Reference => reference(x),
     }

@@ -8,7 +8,7 @@
 //! f32 and f64 here, f16 and bf16 through f32. Source: Zhang and Sennrich 2019, eq. 4.
 
 use super::cpu::{self, real, simd, Real, Road};
-use crate::kernels::tape;
+use crate::kernels::tape::{self, Reads};
 use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, D};
 use rayon::prelude::*;
 
@@ -138,7 +138,7 @@ pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
         bail!("{op}: expected x [.., C] and w [C], got {:?} and {:?}", x.dims(), w.dims())
     }
     match cpu::road(op, &[("x", x), ("w", w)])? {
-        Road::Kernel => tape::apply2(&x.contiguous()?, &w.contiguous()?, RmsNorm { eps }),
+        Road::Kernel => tape::apply2(&x.contiguous()?, &w.contiguous()?, RmsNorm { eps }, Reads::OPERANDS),
         Road::ThroughF32 => rms_norm(&cpu::wide(x)?, &cpu::wide(w)?, eps)?.to_dtype(x.dtype()),
         Road::Reference => reference(x, w, eps),
     }

@@ -8,7 +8,7 @@
 //! x is `[B, T, H*d]`, head h its columns `h*d .. (h+1)*d`; token t of the flattened `[B*T]` stands at
 //! position `p = positions[t]`. f32 and f64 here, f16 and bf16 through f32. Source: Su et al. 2021, eq. 34.
 
-use crate::kernels::tape;
+use crate::kernels::tape::{self, Reads};
 use std::sync::Arc;
 
 use super::cpu::{self, real, simd, Real, Road};
@@ -127,7 +127,7 @@ pub fn rope(x: &Tensor, heads: usize, positions: &Arc<[u32]>, rotations: &Rotati
     match cpu::road(op, &[("x", x)])? {
         Road::Kernel => {
             let op = Rope { positions: positions.clone(), rotations: rotations.clone(), back: false };
-            tape::apply1(&x.contiguous()?, op)
+            tape::apply1(&x.contiguous()?, op, Reads::NOTHING)
         }
         Road::ThroughF32 => rope(&cpu::wide(x)?, heads, positions, rotations)?.to_dtype(x.dtype()),
         Road::Reference => reference(x, heads, positions, rotations),

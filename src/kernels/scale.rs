@@ -7,7 +7,7 @@
 //! `f` takes no gradient. f32 and f64 here, f16 and bf16 through f32.
 
 use super::cpu::{self, real, simd, Real, Road};
-use crate::kernels::tape;
+use crate::kernels::tape::{self, Reads};
 use candle_core::{bail, CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -64,7 +64,7 @@ pub fn scale_leading(x: &Tensor, f: &Tensor) -> Result<Tensor> {
     }
     let f = f.detach();
     match cpu::road("scale_leading", &[("x", x), ("the factors", &f)])? {
-        Road::Kernel => tape::apply1(&x.contiguous()?, Scale(f.contiguous()?)),
+        Road::Kernel => tape::apply1(&x.contiguous()?, Scale(f.contiguous()?), Reads::ALL),
         Road::ThroughF32 => scale_leading(&cpu::wide(x)?, &cpu::wide(&f)?)?.to_dtype(x.dtype()),
         Road::Reference => reference(x, &f),
     }

@@ -7,7 +7,7 @@
 //! f32 and f64 here, f16 and bf16 through f32. A row with a NaN, or of -inf alone, gives NaN.
 
 use super::cpu::{self, real, simd, Real, Road};
-use crate::kernels::tape;
+use crate::kernels::tape::{self, Reads};
 use candle_core::{bail, CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, D};
 use rayon::prelude::*;
 
@@ -111,7 +111,7 @@ pub fn softmax(x: &Tensor) -> Result<Tensor> {
         bail!("softmax: expected x [.., K], got {:?}", x.dims())
     }
     match cpu::road("softmax", &[("x", x)])? {
-        Road::Kernel => tape::apply1(&x.contiguous()?, Softmax),
+        Road::Kernel => tape::apply1(&x.contiguous()?, Softmax, Reads::RESULT),
         Road::ThroughF32 => softmax(&cpu::wide(x)?)?.to_dtype(x.dtype()),
         Road::Reference => reference(x),
     }

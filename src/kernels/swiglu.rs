@@ -8,7 +8,7 @@
 //! eq. 6 without the products.
 
 use super::cpu::{self, real, simd, Real, Road};
-use crate::kernels::tape;
+use crate::kernels::tape::{self, Reads};
 use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -130,7 +130,7 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
         bail!("{op}: expected up {:?} as gate is, got {:?}", gate.dims(), up.dims())
     }
     match cpu::road(op, &[("gate", gate), ("up", up)])? {
-        Road::Kernel => tape::apply2(&gate.contiguous()?, &up.contiguous()?, SwiGlu),
+        Road::Kernel => tape::apply2(&gate.contiguous()?, &up.contiguous()?, SwiGlu, Reads::OPERANDS),
         Road::ThroughF32 => swiglu(&cpu::wide(gate)?, &cpu::wide(up)?)?.to_dtype(gate.dtype()),
         Road::Reference => reference(gate, up),
     }

@@ -21,10 +21,48 @@ use super::cpu::{self, real, simd, Real};
 
 /// What was applied, and to what.
 enum Applied {
-    One(Box<dyn CustomOp1 + Send + Sync>, Tensor),
-    Two(Box<dyn CustomOp2 + Send + Sync>, [Tensor; 2]),
-    Three(Box<dyn CustomOp3 + Send + Sync>, [Tensor; 3]),
-    Many(Box<dyn Many>, Vec<Tensor>),
+    One(Box<dyn CustomOp1 + Send + Sync>),
+    Two(Box<dyn CustomOp2 + Send + Sync>),
+    Three(Box<dyn CustomOp3 + Send + Sync>),
+    Many(Box<dyn Many>),
+}
+
+/// Which tensors the backward of an op reads: the tape lets go of the others at once. A shape is not a reading.
+#[derive(Clone, Copy)]
+pub(crate) struct Reads {
+    /// An answer for each operand; beyond the last: yes.
+    pub operands: &'static [bool],
+    /// Whether the result.
+    pub result: bool,
+}
+
+impl Reads {
+    /// Everything.
+    pub const ALL: Reads = Reads { operands: &[], result: true };
+    /// The operands, not the result.
+    pub const OPERANDS: Reads = Reads { operands: &[], result: false };
+    /// The result alone.
+    pub const RESULT: Reads = Reads { operands: &[false; 3], result: true };
+    /// Nothing.
+    pub const NOTHING: Reads = Reads { operands: &[false; 3], result: false };
+
+    /// These operands, an answer for each, not the result.
+    pub const fn these(operands: &'static [bool]) -> Reads {
+        Reads { operands, result: false }
+    }
+
+    fn operand(self, i: usize) -> bool {
+        self.operands.get(i).copied().unwrap_or(true)
+    }
+}
+
+/// A tensor of the shape of `x` that holds one number and is tracked as `x` is.
+fn in_place_of(x: &Tensor) -> Result<Tensor> {
+    let one = Tensor::zeros((), x.dtype(), x.device())?;
+    match x.track_op() {
+        true => candle_core::Var::from_tensor(&one)?.as_tensor().broadcast_as(x.shape()),
+        false => one.broadcast_as(x.shape()),
+    }
 }
 
 /// An op of any number of operands, which candle's own cannot be.
@@ -35,12 +73,26 @@ pub(crate) trait Many: Send + Sync {
     fn cpu_fwd(&self, x: &[(&CpuStorage, &Layout)]) -> Result<(CpuStorage, Shape)>;
     /// The gradient of each operand that takes one.
     fn bwd(&self, x: &[Tensor], y: &Tensor, grad: &Tensor) -> Result<Vec<Option<Tensor>>>;
+    /// What [`Many::bwd`] reads.
+    fn reads(&self) -> Reads {
+        Reads::OPERANDS
+    }
     /// The same of ops that candle can walk.
     fn composed(&self, x: &[Tensor]) -> Result<Tensor>;
 }
 
+/// An operand, or what stands in its place.
+struct Operand {
+    id: TensorId,
+    /// Whether candle computed it from leaves.
+    stretch: bool,
+    tensor: Tensor,
+}
+
 struct Node {
     applied: Applied,
+    operands: Vec<Operand>,
+    result: TensorId,
     output: Tensor,
 }
 
@@ -100,54 +152,70 @@ fn recording(x: &Tensor) -> bool {
 }
 
 /// A leaf over what an op computed, written down.
-fn write_down(storage: CpuStorage, shape: Shape, applied: Applied) -> Tensor {
+fn write_down(
+    (storage, shape): (CpuStorage, Shape),
+    applied: Applied,
+    inputs: &[&Tensor],
+    reads: Reads,
+) -> Result<Tensor> {
     let output = Tensor::from_storage(Storage::Cpu(storage), shape, BackpropOp::none(), true);
+    let mut operands = Vec::with_capacity(inputs.len());
+    for (i, x) in inputs.iter().enumerate() {
+        let stretch = x.track_op() && !x.is_variable();
+        // candle walks a stretch from its end.
+        let tensor = if stretch || reads.operand(i) { (*x).clone() } else { in_place_of(x)? };
+        operands.push(Operand { id: x.id(), stretch, tensor });
+    }
+    let kept = if reads.result { output.clone() } else { in_place_of(&output)? };
     RECORD.with(|record| {
         if let Some(record) = record.borrow_mut().as_mut() {
             let at = record.nodes.len();
-            let inputs: &[Tensor] = match &applied {
-                Applied::One(_, x) => std::slice::from_ref(x),
-                Applied::Two(_, x) => x,
-                Applied::Three(_, x) => x,
-                Applied::Many(_, x) => x,
-            };
-            for x in inputs.iter().filter(|x| x.track_op() && !x.is_variable()) {
-                record.stretches.entry(x.id()).or_insert(at);
+            for x in operands.iter().filter(|x| x.stretch) {
+                record.stretches.entry(x.id).or_insert(at);
             }
-            record.nodes.push(Node { applied, output: output.clone() });
+            record.nodes.push(Node { applied, operands, result: output.id(), output: kept });
         }
     });
-    output
+    Ok(output)
 }
 
 /// `op` of `x`, differentiable.
-pub(crate) fn apply1<C: CustomOp1 + Send + Sync + 'static>(x: &Tensor, op: C) -> Result<Tensor> {
+pub(crate) fn apply1<C: CustomOp1 + Send + Sync + 'static>(
+    x: &Tensor,
+    op: C,
+    reads: Reads,
+) -> Result<Tensor> {
     if !x.track_op() {
         return x.apply_op1_no_bwd(&op);
     }
     if !recording(x) {
         return x.apply_op1(op);
     }
-    let (storage, shape) = {
+    let result = {
         let (storage, layout) = x.storage_and_layout();
         op.cpu_fwd(cpu::host(op.name(), &storage)?, layout)?
     };
-    Ok(write_down(storage, shape, Applied::One(Box::new(op), x.clone())))
+    write_down(result, Applied::One(Box::new(op)), &[x], reads)
 }
 
 /// `op` of `x` and `y`, differentiable.
-pub(crate) fn apply2<C: CustomOp2 + Send + Sync + 'static>(x: &Tensor, y: &Tensor, op: C) -> Result<Tensor> {
+pub(crate) fn apply2<C: CustomOp2 + Send + Sync + 'static>(
+    x: &Tensor,
+    y: &Tensor,
+    op: C,
+    reads: Reads,
+) -> Result<Tensor> {
     if !x.track_op() && !y.track_op() {
         return x.apply_op2_no_bwd(y, &op);
     }
     if !recording(x) || !y.device().is_cpu() {
         return x.apply_op2(y, op);
     }
-    let (storage, shape) = {
+    let result = {
         let ((xs, xl), (ys, yl)) = (x.storage_and_layout(), y.storage_and_layout());
         op.cpu_fwd(cpu::host(op.name(), &xs)?, xl, cpu::host(op.name(), &ys)?, yl)?
     };
-    Ok(write_down(storage, shape, Applied::Two(Box::new(op), [x.clone(), y.clone()])))
+    write_down(result, Applied::Two(Box::new(op)), &[x, y], reads)
 }
 
 /// `op` of three tensors, differentiable.
@@ -156,6 +224,7 @@ pub(crate) fn apply3<C: CustomOp3 + Send + Sync + 'static>(
     y: &Tensor,
     z: &Tensor,
     op: C,
+    reads: Reads,
 ) -> Result<Tensor> {
     if !x.track_op() && !y.track_op() && !z.track_op() {
         return x.apply_op3_no_bwd(y, z, &op);
@@ -163,13 +232,13 @@ pub(crate) fn apply3<C: CustomOp3 + Send + Sync + 'static>(
     if !recording(x) || !y.device().is_cpu() || !z.device().is_cpu() {
         return x.apply_op3(y, z, op);
     }
-    let (storage, shape) = {
+    let result = {
         let ((xs, xl), (ys, yl)) = (x.storage_and_layout(), y.storage_and_layout());
         let (zs, zl) = z.storage_and_layout();
         let (x, y) = (cpu::host(op.name(), &xs)?, cpu::host(op.name(), &ys)?);
         op.cpu_fwd(x, xl, y, yl, cpu::host(op.name(), &zs)?, zl)?
     };
-    Ok(write_down(storage, shape, Applied::Three(Box::new(op), [x.clone(), y.clone(), z.clone()])))
+    write_down(result, Applied::Three(Box::new(op)), &[x, y, z], reads)
 }
 
 /// `op` of `x`, differentiable.
@@ -190,7 +259,8 @@ pub(crate) fn apply<C: Many + 'static>(x: Vec<Tensor>, op: C) -> Result<Tensor> 
     if !tracked {
         return Ok(Tensor::from_storage(Storage::Cpu(storage), shape, BackpropOp::none(), false));
     }
-    Ok(write_down(storage, shape, Applied::Many(Box::new(op), x)))
+    let reads = op.reads();
+    write_down((storage, shape), Applied::Many(Box::new(op)), &x.iter().collect::<Vec<_>>(), reads)
 }
 
 /// Gradients by tensor.
@@ -234,7 +304,7 @@ impl Tape {
         let Record { mut nodes, stretches } = self.0;
         // The leaves whose gradients are of use.
         let mut leaves: std::collections::HashSet<TensorId> = wanted.iter().map(|x| x.id()).collect();
-        leaves.extend(nodes.iter().map(|node| node.output.id()));
+        leaves.extend(nodes.iter().map(|node| node.result));
         let mut ending: HashMap<usize, Vec<Tensor>> = HashMap::new();
         let mut gradients = Gradients::default();
         let walk = |x: &Tensor, gradient: &Tensor, gradients: &mut Gradients| -> Result<()> {
@@ -250,36 +320,35 @@ impl Tape {
             true => gradients.add(y.id(), gradient)?,
             false => walk(y, &gradient, &mut gradients)?,
         }
-        while let Some(Node { applied, output }) = nodes.pop() {
+        while let Some(Node { applied, operands, result, output }) = nodes.pop() {
             let at = nodes.len();
-            if let Some(gradient) = gradients.remove(&output) {
-                let reached: Vec<(Tensor, Option<Tensor>)> = match applied {
-                    Applied::One(op, x) => {
-                        let dx = op.bwd(&x, &output, &gradient)?;
-                        vec![(x, dx)]
+            if let Some((gradient, _)) = gradients.held.remove(&result) {
+                let reached: Vec<Option<Tensor>> = match (applied, operands.as_slice()) {
+                    (Applied::One(op), [x]) => vec![op.bwd(&x.tensor, &output, &gradient)?],
+                    (Applied::Two(op), [x, y]) => {
+                        let (dx, dy) = op.bwd(&x.tensor, &y.tensor, &output, &gradient)?;
+                        vec![dx, dy]
                     }
-                    Applied::Two(op, [x, y]) => {
-                        let (dx, dy) = op.bwd(&x, &y, &output, &gradient)?;
-                        vec![(x, dx), (y, dy)]
+                    (Applied::Three(op), [x, y, z]) => {
+                        let (dx, dy, dz) = op.bwd(&x.tensor, &y.tensor, &z.tensor, &output, &gradient)?;
+                        vec![dx, dy, dz]
                     }
-                    Applied::Three(op, [x, y, z]) => {
-                        let (dx, dy, dz) = op.bwd(&x, &y, &z, &output, &gradient)?;
-                        vec![(x, dx), (y, dy), (z, dz)]
+                    (Applied::Many(op), operands) => {
+                        let tensors: Vec<Tensor> = operands.iter().map(|x| x.tensor.clone()).collect();
+                        op.bwd(&tensors, &output, &gradient)?
                     }
-                    Applied::Many(op, x) => {
-                        let dx = op.bwd(&x, &output, &gradient)?;
-                        x.into_iter().zip(dx).collect()
-                    }
+                    _ => Vec::new(),
                 };
-                for (x, dx) in reached {
-                    let Some(dx) = dx.filter(|_| x.track_op()) else { continue };
-                    if let (false, Some(first)) = (x.is_variable(), stretches.get(&x.id())) {
+                drop(gradient);
+                for (x, dx) in operands.into_iter().zip(reached) {
+                    let Some(dx) = dx.filter(|_| x.tensor.track_op()) else { continue };
+                    gradients.add(x.id, dx)?;
+                    if let (true, Some(first)) = (x.stretch, stretches.get(&x.id)) {
                         let waiting = ending.entry(*first).or_default();
-                        if !waiting.iter().any(|w| w.id() == x.id()) {
-                            waiting.push(x.clone());
+                        if !waiting.iter().any(|w| w.id() == x.id) {
+                            waiting.push(x.tensor);
                         }
                     }
-                    gradients.add(x.id(), dx)?;
                 }
             }
             // No op before this one takes these operands: their gradients are complete.
@@ -376,7 +445,7 @@ pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
         candle_core::bail!("add: expected one shape, got {:?} and {:?}", x.dims(), y.dims())
     }
     match cpu::road("add", &[("x", x), ("y", y)])? {
-        cpu::Road::Kernel => apply2(&x.contiguous()?, &y.contiguous()?, Add),
+        cpu::Road::Kernel => apply2(&x.contiguous()?, &y.contiguous()?, Add, Reads::NOTHING),
         cpu::Road::ThroughF32 | cpu::Road::Reference => x + y,
     }
 }

@@ -36,6 +36,8 @@ pub struct Predict {
 
 /// Logits held at a time, in elements: more tokens than fit are taken in parts.
 const MOST_LOGITS: usize = 1 << 25;
+/// The same under a frozen output embedding: each part of a trained one costs a pass over its gradient.
+const FEW_LOGITS: usize = 1 << 22;
 
 /// The positions that have a target, and the targets.
 pub(super) fn targets(batch: &TextBatch) -> (Vec<u32>, Vec<u32>) {
@@ -142,7 +144,8 @@ impl Task for Predict {
         // What is computed again is not written down: the tape would hold it.
         let ((x, inputs), tape) =
             if self.checkpointing { (pass()?, Tape::default()) } else { tape::record(pass)? };
-        let part = (MOST_LOGITS / self.model.config().vocab.max(1)).max(1);
+        let most = if self.model.trains_head() { MOST_LOGITS } else { FEW_LOGITS };
+        let part = (most / self.model.config().vocab.max(1)).max(1);
         if !self.checkpointing && labels.len() <= part {
             let (loss, tape) = tape.then(|| {
                 let hidden = rows_of(&self.model.finish(&x)?, &at)?;

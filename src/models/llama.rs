@@ -265,6 +265,11 @@ impl Llama {
         self.norm.forward(x)
     }
 
+    /// Whether the output embedding is trained, as it is or through what is put on it.
+    pub fn trains_head(&self) -> bool {
+        self.head.trains()
+    }
+
     /// Logits in f32 of finished hidden states, `[.., hidden]` to `[.., vocab]`.
     pub fn head(&self, x: &Tensor) -> Result<Tensor> {
         Ok(self.head.forward_float(x)?.to_dtype(DType::F32)?)

@@ -32,6 +32,11 @@ impl Linear {
         Linear { name: name.to_string(), weight, bias: None, folded_bias: OnceLock::new() }
     }
 
+    /// Whether there is a trainable in its weight.
+    pub fn trains(&self) -> bool {
+        !self.weight.params().is_empty()
+    }
+
     /// Runs the layer. Codes on a packed weight are multiplied as integers, anything else as floats.
     pub fn forward(&self, x: &Activation) -> Result<Tensor> {
         if let Expr::Packed(packed) = self.weight.expr() {

@@ -4,7 +4,7 @@
 //! Hubara et al. 2016, "Binarized neural networks", equations 1 and 4. The forward pass is exact: every
 //! entry is 1 or -1 and nothing else, but that NaN stays NaN, so that what made it is found.
 
-use crate::kernels::tape;
+use crate::kernels::tape::{self, Reads};
 use std::sync::Arc;
 
 use candle_core::{bail, CpuStorage, CustomOp1, Layout, Shape, Tensor, WithDType};
@@ -33,7 +33,7 @@ impl Transform for Sign {
 /// `sign(θ)`, 1 or -1 in the shape and format of `theta`, with the straight-through gradient.
 pub fn sign(theta: &Tensor) -> Result<Tensor> {
     if theta.device().is_cpu() && matches!(theta.dtype(), candle_core::DType::F32 | candle_core::DType::F64) {
-        return Ok(tape::apply1(&theta.contiguous()?, SignOp)?);
+        return Ok(tape::apply1(&theta.contiguous()?, SignOp, Reads::ALL)?);
     }
     // The value is a constant, and what is added to it is zero to the bit.
     let at = theta.detach();

@@ -14,7 +14,7 @@
 //! f32 and f64 here, f16 and bf16 through f32. Source: Vaswani et al. 2017, eq. 1; grouped heads: Ainslie et
 //! al. 2023; recomputation: Dao et al. 2022.
 
-use crate::kernels::tape;
+use crate::kernels::tape::{self, Reads};
 use std::sync::Arc;
 
 use crate::kernels::cpu::{self, real, Real, Road};
@@ -335,7 +335,7 @@ pub fn causal_attention(
     match cpu::road(op, &[("q", q), ("k", k), ("v", v)])? {
         Road::Kernel => {
             let op = Causal { heads, groups, scale, starts: starts.clone() };
-            tape::apply3(&q.contiguous()?, &k.contiguous()?, &v.contiguous()?, op)
+            tape::apply3(&q.contiguous()?, &k.contiguous()?, &v.contiguous()?, op, Reads::OPERANDS)
         }
         Road::ThroughF32 => {
             let (k, v) = (cpu::wide(k)?, cpu::wide(v)?);

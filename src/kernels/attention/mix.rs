@@ -3,7 +3,7 @@
 use super::{check_heads, heads_first};
 use crate::kernels::cpu::{self, real, Real, Road};
 use crate::kernels::linear::{product, View};
-use crate::kernels::tape;
+use crate::kernels::tape::{self, Reads};
 use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -146,7 +146,7 @@ pub fn attention_mix(p: &Tensor, v: &Tensor, heads: usize) -> Result<Tensor> {
     };
     check_heads(op, heads, sizes.c)?;
     match cpu::road(op, &[("p", p), ("v", v)])? {
-        Road::Kernel => tape::apply2(&p.contiguous()?, &v.contiguous()?, Mix { sizes }),
+        Road::Kernel => tape::apply2(&p.contiguous()?, &v.contiguous()?, Mix { sizes }, Reads::OPERANDS),
         Road::ThroughF32 => attention_mix(&cpu::wide(p)?, &cpu::wide(v)?, heads)?.to_dtype(p.dtype()),
         Road::Reference => reference_mix(p, v, heads),
     }

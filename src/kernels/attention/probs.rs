@@ -7,7 +7,7 @@ use super::{check_heads, heads_first};
 use crate::kernels::cpu::{self, real, simd, Real, Road};
 use crate::kernels::linear::{add_product, product, View};
 use crate::kernels::softmax::{self, softmax_rows, softmax_rows_grad};
-use crate::kernels::tape;
+use crate::kernels::tape::{self, Reads};
 use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -47,6 +47,9 @@ struct Sizes {
     /// The bias's groups and rows, where there is one.
     bias: Option<(usize, usize)>,
 }
+
+/// Query and key, and the probabilities; of a bias the shape.
+const PROBS: Reads = Reads { operands: &[true, true, false], result: true };
 
 /// Parts of the batch over which a bias's gradient is summed. Part of the numerics.
 const PARTS: usize = 16;
@@ -373,8 +376,8 @@ pub fn attention_probs(
         Road::Kernel => {
             let (q, k, probs) = (q.contiguous()?, k.contiguous()?, Probs { sizes, scale });
             match bias {
-                Some(bias) => tape::apply3(&q, &k, &bias.contiguous()?, probs),
-                None => tape::apply2(&q, &k, probs),
+                Some(bias) => tape::apply3(&q, &k, &bias.contiguous()?, probs, PROBS),
+                None => tape::apply2(&q, &k, probs, PROBS),
             }
         }
         Road::ThroughF32 => {

@@ -17,7 +17,7 @@
 
 use super::{check_rows, on_grid, reference_dequantize, reference_quantize, Emit, Levels};
 use crate::kernels::cpu::{self, real, simd, Real, Road};
-use crate::kernels::tape;
+use crate::kernels::tape::{self, Reads};
 use candle_core::{bail, CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor, D};
 use rayon::prelude::*;
 
@@ -217,7 +217,7 @@ pub(super) fn run_statsq(op: &str, w: &Tensor, bits: u8, emit: Emit) -> Result<T
 fn run_annealed(op: &str, w: &Tensor, bits: u8, emit: Emit, band: Option<f64>) -> Result<Tensor> {
     check_rows(op, w, bits)?;
     match cpu::road(op, &[("w", w)])? {
-        Road::Kernel => tape::apply1(&w.contiguous()?, StatsQ { bits, emit, band }),
+        Road::Kernel => tape::apply1(&w.contiguous()?, StatsQ { bits, emit, band }, Reads::OPERANDS),
         Road::ThroughF32 => run_annealed(op, &cpu::wide(w)?, bits, emit, band)?.to_dtype(w.dtype()),
         Road::Reference => {
             let d = w.detach();
