@@ -18,7 +18,7 @@ pub fn reference(x: &Tensor) -> Result<Tensor> {
 }
 
 #[inline(always)]
-fn phi<T: Real>(x: T) -> T {
+pub(super) fn phi<T: Real>(x: T) -> T {
     let half = T::from_f64(0.5);
     half.fma((x * T::from_f64(std::f64::consts::FRAC_1_SQRT_2)).error_function(), half)
 }

@@ -66,7 +66,7 @@ impl AttentionPlace {
 
 /// How logits come about.
 #[derive(Debug)]
-enum Scores {
+pub(super) enum Scores {
     Separate { query: Box<Linear>, key: Box<Linear>, query_out: Tap, key_out: Tap },
     Product { qk: Box<Linear>, out: Tap, bias: Option<Weight> },
 }
@@ -75,15 +75,15 @@ enum Scores {
 #[derive(Debug)]
 pub struct Attention {
     name: String,
-    input: Tap,
-    scores: Scores,
-    value: Linear,
-    value_out: Tap,
-    softmax_out: Tap,
-    context: Tap,
-    output: Linear,
-    heads: usize,
-    scale: f64,
+    pub(super) input: Tap,
+    pub(super) scores: Scores,
+    pub(super) value: Linear,
+    pub(super) value_out: Tap,
+    pub(super) softmax_out: Tap,
+    pub(super) context: Tap,
+    pub(super) output: Linear,
+    pub(super) heads: usize,
+    pub(super) scale: f64,
 }
 
 impl Attention {

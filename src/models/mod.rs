@@ -7,6 +7,7 @@ pub mod convnet;
 pub mod convnet_config;
 pub mod drop_path;
 pub mod import;
+mod integer;
 mod keys;
 pub mod llama;
 pub mod llama_config;

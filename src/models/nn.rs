@@ -5,6 +5,7 @@ use std::sync::OnceLock;
 
 use candle_core::{DType, Tensor};
 
+use crate::kernels::packed::{CodeMatrix, Isa};
 use crate::weights::{Activation, Expr, Packed, Weight, Weights};
 use crate::{kernels, Error, On, Result};
 
@@ -91,7 +92,7 @@ impl Linear {
         let bias = match self.folded_bias.get() {
             Some(bias) => bias.clone(),
             None => {
-                let bias = self.fold_bias(x, packed)?;
+                let bias = self.fold_bias(x.shift_out(), packed)?;
                 self.folded_bias.get_or_init(|| bias).clone()
             }
         };
@@ -101,9 +102,33 @@ impl Linear {
         }
     }
 
-    fn fold_bias(&self, x: &Activation, packed: &Packed) -> Result<Option<Tensor>> {
+    /// The codes of a packed weight and the layer's bias, what a quantizer before it adds behind its codes
+    /// folded in; none where the weight is not packed, or not for integer products, or the bias is trained.
+    pub(super) fn on_integers(
+        &self,
+        shift_out: Option<&[f32]>,
+        isa: Isa,
+    ) -> Result<Option<(CodeMatrix, Vec<f32>)>> {
+        let Expr::Packed(packed) = self.weight.expr() else { return Ok(None) };
+        let matrix = CodeMatrix::packed(packed.rows(), isa);
+        let fits = |shift: &[f32]| shift.len() == packed.rows().cols;
+        let trained = self.bias.as_ref().is_some_and(|bias| !bias.params().is_empty());
+        let (Some(matrix), true, false) =
+            (matrix, packed.device().is_cpu() && shift_out.is_none_or(fits), trained)
+        else {
+            return Ok(None);
+        };
+        let shift = shift_out.map(|s| Tensor::from_slice(s, s.len(), packed.device())).transpose()?;
+        let bias = match self.fold_bias(shift, packed)? {
+            Some(bias) => bias.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?,
+            None => vec![0.0; matrix.rows()],
+        };
+        Ok(Some((matrix, bias)))
+    }
+
+    fn fold_bias(&self, shift_out: Option<Tensor>, packed: &Packed) -> Result<Option<Tensor>> {
         let bias = self.bias.as_ref().map(Weight::tensor).transpose()?;
-        let Some(shift) = x.shift_out() else { return Ok(bias) };
+        let Some(shift) = shift_out else { return Ok(bias) };
         let shifted = kernels::packed_matmul(&shift.detach().unsqueeze(0)?, packed.rows())?.squeeze(0)?;
         Ok(Some(match bias {
             Some(bias) => (shifted + bias)?,
@@ -127,6 +152,11 @@ impl LayerNorm {
         let weight = weights.get(&format!("{name}.weight"))?.clone();
         let bias = weights.get(&format!("{name}.bias"))?.clone();
         Ok(LayerNorm { name: name.to_string(), weight, bias, eps })
+    }
+
+    /// Weight, bias and what is added to the variance.
+    pub(super) fn parts(&self) -> (&Weight, &Weight, f64) {
+        (&self.weight, &self.bias, self.eps)
     }
 
     /// Runs the layer.

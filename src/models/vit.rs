@@ -4,14 +4,18 @@
 //! Tensor names are those of Hugging Face's `ViTForImageClassification` and `DeiTForImageClassification`.
 //! Taps stand where ofq.md 2.4 places activation quantizers.
 
-use candle_core::Tensor;
+use std::sync::OnceLock;
+
+use candle_core::{DType, Device, Storage, Tensor};
 
 use super::attention::{site, Attention, TOKEN};
 use super::drop_path::DropPath;
+use super::integer::IntegerBlock;
 use super::nn::{finite, LayerNorm, Linear};
 use super::patches::PatchEmbedding;
 use super::vision::VisionOutput;
 use super::vit_config::VitConfig;
+use crate::kernels::packed::Isa;
 use crate::weights::{Granularity, Shifts, Signedness, Site, Tap, Weight, Weights};
 use crate::{kernels, Result};
 
@@ -43,10 +47,10 @@ impl Head {
 /// The MLP of a block, without its norm and residual.
 #[derive(Debug)]
 pub struct Mlp {
-    up_in: Tap,
-    up: Linear,
-    down_in: Tap,
-    down: Linear,
+    pub(super) up_in: Tap,
+    pub(super) up: Linear,
+    pub(super) down_in: Tap,
+    pub(super) down: Linear,
 }
 
 impl Mlp {
@@ -69,11 +73,14 @@ impl Mlp {
 }
 
 #[derive(Debug)]
-struct Block {
-    norm_before: LayerNorm,
-    attention: Attention,
-    norm_after: LayerNorm,
-    mlp: Mlp,
+pub(super) struct Block {
+    pub(super) norm_before: LayerNorm,
+    pub(super) attention: Attention,
+    pub(super) norm_after: LayerNorm,
+    pub(super) mlp: Mlp,
+    width: usize,
+    /// The block on integers, where it is one; made when first asked for.
+    integer: OnceLock<Option<IntegerBlock>>,
 }
 
 impl Block {
@@ -83,11 +90,40 @@ impl Block {
             attention: Attention::new(weights, &config.attention(name))?,
             norm_after: LayerNorm::new(weights, &format!("{name}.layernorm_after"), config.eps)?,
             mlp: Mlp::new(weights, name)?,
+            width: config.hidden,
+            integer: OnceLock::new(),
         })
     }
 
+    /// The output for `h: [batch, tokens, channels]` on integers, where the whole block is: of a frozen, packed
+    /// model with quantized activations.
+    fn on_integers(&self, h: &Tensor) -> Result<Option<Tensor>> {
+        if h.dtype() != DType::F32 || !h.device().is_cpu() || h.track_op() {
+            return Ok(None);
+        }
+        let block = match self.integer.get() {
+            Some(block) => block,
+            None => {
+                let norms = [&self.norm_before, &self.norm_after];
+                let made = IntegerBlock::of(norms, &self.attention, &self.mlp, self.width, Isa::best())?;
+                self.integer.get_or_init(|| made)
+            }
+        };
+        let (_, tokens, width) = h.dims3()?;
+        let Some(block) = block.as_ref().filter(|block| block.takes(tokens) && width == self.width) else {
+            return Ok(None);
+        };
+        let h = h.contiguous()?;
+        let (storage, layout) = h.storage_and_layout();
+        let (Storage::Cpu(storage), Some((from, to))) = (&*storage, layout.contiguous_offsets()) else {
+            return Ok(None);
+        };
+        let y = block.forward(&storage.as_slice::<f32>()?[from..to], tokens, &|_, _, _| {});
+        Ok(Some(Tensor::from_vec(y, layout.shape(), &Device::Cpu)?))
+    }
+
     /// `h: [batch, tokens, channels]`; `drop` acts on what each branch adds.
-    fn forward(&self, h: &Tensor, drop: impl Fn(Tensor, u64) -> Result<Tensor>) -> Result<Tensor> {
+    pub(super) fn forward(&self, h: &Tensor, drop: impl Fn(Tensor, u64) -> Result<Tensor>) -> Result<Tensor> {
         let h = kernels::add(h, &drop(self.attention.forward(&self.norm_before.forward(h)?, None)?, 0)?)?;
         let branch = drop(self.mlp.forward(&self.norm_after.forward(&h)?)?, 1)?;
         Ok(kernels::add(&h, &branch)?)
@@ -102,7 +138,7 @@ pub struct Vit {
     class_token: Weight,
     distillation_token: Option<Weight>,
     positions: Weight,
-    blocks: Vec<Block>,
+    pub(super) blocks: Vec<Block>,
     norm: LayerNorm,
     head: Head,
     distillation_head: Option<Head>,
@@ -141,18 +177,18 @@ impl Vit {
     /// Runs the model on `images [batch, channels, height, width]`, normalised. Another image size than
     /// the model's is an error.
     pub fn forward(&self, images: &Tensor) -> Result<VisionOutput> {
-        self.walk(images, None, &mut |_, _| Ok(()))
+        self.walk(images, None, true, &mut |_, _| Ok(()))
     }
 
     /// As [`Vit::forward`], in training: residual branches are left out as `drop` draws it.
     pub fn train(&self, images: &Tensor, drop: Option<&DropPath>) -> Result<VisionOutput> {
-        self.walk(images, drop, &mut |_, _| Ok(()))
+        self.walk(images, drop, false, &mut |_, _| Ok(()))
     }
 
     /// The first stage of the model whose output on `images` is not finite.
     pub fn not_finite(&self, images: &Tensor) -> Result<Option<String>> {
         let mut found = None;
-        self.walk(images, None, &mut |stage, h| {
+        self.walk(images, None, false, &mut |stage, h| {
             if found.is_none() && !finite(h)? {
                 found = Some(stage.to_string());
             }
@@ -175,11 +211,13 @@ impl Vit {
         names
     }
 
-    /// The forward pass, each stage's output shown to `see` under the stage's name.
+    /// The forward pass, each stage's output shown to `see` under the stage's name; blocks that can be go on
+    /// integers where `integers` says so.
     fn walk(
         &self,
         images: &Tensor,
         drop: Option<&DropPath>,
+        integers: bool,
         see: &mut dyn FnMut(&str, &Tensor) -> Result<()>,
     ) -> Result<VisionOutput> {
         let patches = self.patches.forward(images)?;
@@ -198,10 +236,14 @@ impl Vit {
         let prefix = self.config.prefix();
         see(&format!("{prefix}.embeddings"), &h)?;
         for (i, block) in self.blocks.iter().enumerate() {
-            h = block.forward(&h, |x, branch| match drop {
-                None => Ok(x),
-                Some(drop) => drop.apply(&x, i, self.blocks.len(), branch),
-            })?;
+            let whole = if integers { block.on_integers(&h)? } else { None };
+            h = match whole {
+                Some(h) => h,
+                None => block.forward(&h, |x, branch| match drop {
+                    None => Ok(x),
+                    Some(drop) => drop.apply(&x, i, self.blocks.len(), branch),
+                })?,
+            };
             see(&format!("{prefix}.encoder.layer.{i}"), &h)?;
         }
         // The norm acts on each token alone, so only the tokens that are read go through it.

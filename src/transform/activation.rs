@@ -10,7 +10,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::lsq::{trainable, STEP_FLOOR};
-use crate::weights::{Centering, Granularity, Grid, Quantized, Role, Shifts, Signedness, Site, Transform};
+use crate::weights::{
+    Centering, Granularity, Grid, GridRule, Quantized, Role, Shifts, Signedness, Site, Transform,
+};
 use crate::{kernels, Error, Result};
 
 /// Steps tried by [`ActQuant::fit`], from the one that reaches the largest value down by factors.
@@ -327,6 +329,25 @@ impl Transform for ActQuant {
         let codes = kernels::lsq_codes(&x, &self.step, shift, self.grid.levels(), axis)?;
         let step = self.step.detach().maximum(STEP_FLOOR)?;
         Ok(Some(Quantized { codes, step, axis, group: None, grid: self.grid }))
+    }
+
+    fn grid_rule(&self) -> Result<Option<GridRule>> {
+        if !self.params().is_empty() {
+            return Ok(None);
+        }
+        let shift = |t: &Option<Tensor>| t.as_ref().map(|t| t.to_vec1::<f32>()).transpose();
+        Ok(Some(GridRule {
+            grid: self.grid,
+            granularity: match self.axis {
+                Some(-2) => Granularity::Token,
+                Some(_) => Granularity::Channel,
+                None => Granularity::Tensor,
+            },
+            groups: self.groups,
+            step: self.step.maximum(STEP_FLOOR)?.to_vec1::<f32>()?,
+            shift_in: shift(&self.shift_in)?,
+            shift_out: shift(&self.shift_out)?,
+        }))
     }
 
     fn shift_out(&self) -> Option<Tensor> {

@@ -20,7 +20,7 @@ use indexmap::IndexMap;
 pub use checkpoint::{Checkpoint, Pickle};
 pub use fit::Fit;
 pub use packed::{Centering, Grid, Packed, Quantized};
-pub use tap::{Activation, Calibration, Granularity, Shifts, Signedness, Site, Tap};
+pub use tap::{Activation, Calibration, Granularity, GridRule, Shifts, Signedness, Site, Tap};
 pub use weight::{Expr, Gate, Role, Transform, Weight};
 
 use crate::{Error, Result};

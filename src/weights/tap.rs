@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use candle_core::Tensor;
 use indexmap::IndexMap;
 
-use super::packed::Quantized;
+use super::packed::{Grid, Quantized};
 use super::weight::Transform;
 use crate::{Error, Result};
 
@@ -61,6 +61,25 @@ pub struct Site {
     pub groups: usize,
     /// The first or last layer of the model, which keeps 8 bits.
     pub edge: bool,
+}
+
+/// What an activation quantizer on a grid is made of: `x` becomes
+/// `step clamp(rne((x + shift_in) / step), lo, hi) + shift_out`.
+#[derive(Clone, Debug)]
+pub struct GridRule {
+    /// The grid of the codes.
+    pub grid: Grid,
+    /// Which elements share a step.
+    pub granularity: Granularity,
+    /// Into how many equal parts of the last axis a token falls, each with a step of its own.
+    pub groups: usize,
+    /// The steps as they act, above their floor: one, one for each channel, or one for each token and, within
+    /// it, part of the last axis.
+    pub step: Vec<f32>,
+    /// Added before, along the last axis.
+    pub shift_in: Option<Vec<f32>>,
+    /// Added after, along the last axis.
+    pub shift_out: Option<Vec<f32>>,
 }
 
 /// Makes the rule of a tap from the first activation seen there; `None` leaves the tap open.

@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Tensor, Var};
 
 use super::checkpoint::Checkpoint;
 use super::packed::{Grid, Packed, Quantized};
+use super::tap::GridRule;
 use crate::{kernels, Error, Result};
 
 /// What a trainable is for, where the trainer must know.
@@ -80,6 +81,12 @@ pub trait Transform: Send + Sync + Debug {
 
     /// Codes and steps where the result lies on a grid; `None` where it does not.
     fn quantize(&self, _inputs: &[Tensor]) -> Result<Option<Quantized>> {
+        Ok(None)
+    }
+
+    /// The parts of a frozen activation quantizer on a grid, for those who compute on its codes; none where
+    /// the rule is another, or has trainables.
+    fn grid_rule(&self) -> Result<Option<GridRule>> {
         Ok(None)
     }
 

@@ -6,7 +6,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::Levels;
+use crate::kernels::Levels;
 
 /// How the columns of a row fall into groups that share a step: so many each, the last what is left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -9,12 +9,24 @@
 //! too in the backward pass, which gives `dx = dy · W` and nothing for the frozen weight. Many tokens
 //! are shared out among the threads; of few, the weight is: its rows forward, its columns backward.
 
+mod codes;
+pub mod edges;
+mod isa;
+#[cfg(target_arch = "x86_64")]
+mod panels;
+mod product;
+mod rows;
+
 use crate::kernels::tape::{self, Reads};
 use candle_core::{bail, CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
+pub use codes::{code_stride, codes_len, Codes, CodesRef};
+pub use isa::Isa;
+pub use product::{CodeMatrix, Elements};
+pub use rows::{Groups, PackedRows};
+
 use super::linear::{add_product, product, View};
-use super::packed_rows::PackedRows;
 
 /// Rows of activations that one task takes through all the weight.
 const TOKENS: usize = 256;
@@ -268,9 +280,9 @@ pub fn packed_codes_matmul(q: &Tensor, bound: u32, x_step: &Tensor, rows: &Packe
 mod tests {
     use candle_core::{Device, Var};
 
-    use super::super::packed_rows::tests::{grids, random_rows};
-    use super::super::Levels;
+    use super::rows::tests::{grids, random_rows};
     use super::*;
+    use crate::kernels::Levels;
     use crate::random::Random;
 
     /// Shapes, with and without groups, some with a rest; the larger ones are split both ways.

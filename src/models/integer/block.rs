@@ -1,0 +1,155 @@
+//! A block on integers: what its tokens do on their own goes from codes to codes by blocks of tokens, and
+//! twice they wait for each other, where keys and values are complete.
+
+use rayon::prelude::*;
+
+use super::attention::{cut, product, Head, IntegerAttention, Scratch};
+use super::layer::{Layer, Norm, Quantizer};
+use super::See;
+use crate::kernels::packed::edges::{self, Affine};
+use crate::kernels::packed::Isa;
+use crate::models::attention::Attention;
+use crate::models::nn::LayerNorm;
+use crate::models::vit::Mlp;
+use crate::Result;
+
+/// Tokens that a task takes through a layer, of few and of many: whole tiles of the products, few enough that
+/// an image falls into a task for each of several cores.
+const TOKENS: [usize; 2] = [24, 48];
+/// What is many.
+pub(super) const MANY: usize = 1024;
+
+/// A block of a vision transformer whose products are all of integers.
+#[derive(Debug)]
+pub(in crate::models) struct IntegerBlock {
+    norm_before: Norm,
+    attention: IntegerAttention,
+    norm_after: Norm,
+    up_in: Quantizer,
+    up: Layer,
+    down_in: Quantizer,
+    down: Layer,
+    isa: Isa,
+}
+
+impl IntegerBlock {
+    /// Of a block's parts; none where one of them is not on integers.
+    pub fn of(
+        norms: [&LayerNorm; 2],
+        attention: &Attention,
+        mlp: &Mlp,
+        width: usize,
+        isa: Isa,
+    ) -> Result<Option<Self>> {
+        let (Some(norm_before), Some(norm_after)) = (Norm::of(norms[0], width)?, Norm::of(norms[1], width)?)
+        else {
+            return Ok(None);
+        };
+        let Some(attention) = IntegerAttention::of(attention, width, isa)? else { return Ok(None) };
+        let Some(up_in) = Quantizer::of(&mlp.up_in, width)? else { return Ok(None) };
+        let Some(up) = Layer::of(&mlp.up, &up_in, isa)? else { return Ok(None) };
+        let Some(down_in) = Quantizer::of(&mlp.down_in, up.matrix.rows())? else { return Ok(None) };
+        let Some(down) = Layer::of(&mlp.down, &down_in, isa)? else { return Ok(None) };
+        if !up_in.by_token(1) || !down_in.by_token(1) || down.matrix.rows() != width {
+            return Ok(None);
+        }
+        Ok(Some(IntegerBlock { norm_before, attention, norm_after, up_in, up, down_in, down, isa }))
+    }
+
+    /// Whether its quantizers were calibrated for so many tokens.
+    pub fn takes(&self, tokens: usize) -> bool {
+        let mlp = [&self.up_in, &self.down_in].into_iter().filter_map(Quantizer::tokens);
+        mlp.chain(self.attention.tokens()).all(|calibrated| calibrated == tokens)
+    }
+
+    /// The block's output for the residual stream `x [batch, tokens, width]`, with [`IntegerBlock::takes`]
+    /// tokens; `see` is shown the codes behind each tap.
+    pub fn forward(&self, x: &[f32], tokens: usize, see: See<'_>) -> Vec<f32> {
+        let width = self.norm_before.weight.len();
+        assert!(tokens > 0 && x.len().is_multiple_of(tokens * width), "integer block: rows of {width}");
+        let (rows, heads) = (x.len() / width, self.attention.heads());
+        let batch = rows / tokens;
+        let block = TOKENS[usize::from(rows > MANY)];
+        // (entry, first token, tokens) of each task.
+        let places: Vec<(usize, usize, usize)> = (0..batch)
+            .flat_map(|entry| (0..tokens).step_by(block).map(move |t| (entry, t, block.min(tokens - t))))
+            .collect();
+
+        let mut meeting = self.attention.meeting(batch, tokens);
+        let parts = self.attention.parts(&mut meeting, tokens, block);
+        places.par_iter().zip(parts).with_max_len(1).for_each_init(
+            Scratch::default,
+            |scratch, (place, part)| {
+                let &(entry, first, count) = place;
+                let row = entry * tokens + first;
+                let x = &x[row * width..(row + count) * width];
+                self.normalize(&self.norm_before, &self.attention.input, x, first, scratch);
+                see("input", row, scratch.codes.view());
+                let Scratch { sums, codes, .. } = scratch;
+                self.attention.project(codes.view(), sums, part, (first, row), see);
+            },
+        );
+        let met: Vec<Head> = (0..batch * heads)
+            .into_par_iter()
+            .with_max_len(1)
+            .map(|i| self.attention.head(&meeting, i / heads, i % heads, tokens))
+            .collect();
+        let mut y = vec![0f32; x.len()];
+        let out: Vec<&mut [f32]> = cut(&mut y, width, tokens, block).collect();
+        places.par_iter().zip(out).with_max_len(1).for_each_init(Scratch::default, |scratch, (place, y)| {
+            let &(entry, first, _) = place;
+            let row = entry * tokens + first;
+            y.copy_from_slice(&x[row * width..row * width + y.len()]);
+            self.attention.mix(&meeting, &met[entry * heads..(entry + 1) * heads], *place, scratch, see);
+            see("context", row, scratch.codes.view());
+            self.add(&self.attention.output, &self.attention.context, first, scratch, y);
+            self.normalize(&self.norm_after, &self.up_in, y, first, scratch);
+            see("up", row, scratch.codes.view());
+            self.widen(first, scratch);
+            see("down", row, scratch.codes.view());
+            self.add(&self.down, &self.down_in, first, scratch, y);
+        });
+        y
+    }
+
+    /// The codes of normalized rows, into the scratch.
+    fn normalize(&self, norm: &Norm, to: &Quantizer, x: &[f32], first: usize, scratch: &mut Scratch) {
+        let width = norm.weight.len();
+        let Scratch { codes, row, .. } = scratch;
+        codes.reset(x.len() / width, width, to.lo);
+        row.resize(width, 0.0);
+        for (t, x) in x.chunks_exact(width).enumerate() {
+            let (rounding, (out, sum)) = (to.rounding(first + t, 0, 0), codes.row_mut(t, 0..width));
+            *sum = edges::normalize(self.isa, x, &norm.weight, &norm.bias, norm.eps, &rounding, row, out);
+        }
+    }
+
+    /// The first layer of the MLP and its GELU, from the scratch's codes to codes.
+    fn widen(&self, first: usize, scratch: &mut Scratch) {
+        let Scratch { codes, sums, .. } = scratch;
+        let (count, width) = (codes.view().tokens, self.up.matrix.rows());
+        let up = product(&self.up, codes.view(), sums);
+        codes.reset(count, width, self.down_in.lo);
+        for (t, up) in up.chunks_exact(self.up.matrix.stride()).enumerate() {
+            let affine = affine(&self.up, &self.up_in, first + t);
+            let (out, sum) = codes.row_mut(t, 0..width);
+            *sum = edges::gelu(self.isa, up, &affine, &self.down_in.rounding(first + t, 0, 0), out);
+        }
+    }
+
+    /// Adds a layer behind the scratch's codes, which `from` made, onto `y`.
+    fn add(&self, layer: &Layer, from: &Quantizer, first: usize, scratch: &mut Scratch, y: &mut [f32]) {
+        let sums = product(layer, scratch.codes.view(), &mut scratch.sums);
+        let width = layer.matrix.rows();
+        for (t, (y, sums)) in
+            y.chunks_exact_mut(width).zip(sums.chunks_exact(layer.matrix.stride())).enumerate()
+        {
+            edges::accumulate(self.isa, sums, &affine(layer, from, first + t), y);
+        }
+    }
+}
+
+/// How a product of codes that `from` made becomes floats.
+fn affine<'a>(layer: &'a Layer, from: &Quantizer, token: usize) -> Affine<'a> {
+    Affine { step: from.step(token, 0), unit: layer.matrix.unit(), bias: &layer.bias }
+}

@@ -1,0 +1,157 @@
+//! What the integer road keeps of a tap, a layer and a norm: plain numbers.
+
+use candle_core::DType;
+
+use crate::kernels::packed::edges::Rounding;
+use crate::kernels::packed::{CodeMatrix, Isa};
+use crate::models::nn::{LayerNorm, Linear};
+use crate::weights::{Granularity, Tap, Weight};
+use crate::Result;
+
+/// The steps of a quantizer.
+#[derive(Debug)]
+enum Steps {
+    One(f32),
+    /// For each token, and within it each group of columns.
+    Tokens(Vec<f32>),
+    Columns(Vec<f32>),
+}
+
+/// A quantizer on a tap.
+#[derive(Debug)]
+pub(super) struct Quantizer {
+    pub lo: i32,
+    pub hi: i32,
+    steps: Steps,
+    /// Equal parts of a token's columns that have steps of their own.
+    groups: usize,
+    pub shift_in: Vec<f32>,
+    pub shift_out: Option<Vec<f32>>,
+}
+
+impl Quantizer {
+    /// The quantizer of a tap that `width` columns pass; none where the integer road can not take it.
+    pub fn of(tap: &Tap, width: usize) -> Result<Option<Self>> {
+        let Some(rule) = tap.rule().map(|rule| rule.grid_rule()).transpose()?.flatten() else {
+            return Ok(None);
+        };
+        let levels = rule.grid.levels();
+        let fits = |shift: &Option<Vec<f32>>| shift.as_ref().is_none_or(|s| s.len() == width);
+        let steps = match (rule.granularity, rule.step.as_slice()) {
+            (Granularity::Tensor, [step]) => Steps::One(*step),
+            (Granularity::Token, steps) if !steps.is_empty() && steps.len().is_multiple_of(rule.groups) => {
+                Steps::Tokens(rule.step)
+            }
+            (Granularity::Channel, steps) if steps.len() == width => Steps::Columns(rule.step),
+            _ => return Ok(None),
+        };
+        if levels.half
+            || !width.is_multiple_of(rule.groups)
+            || !fits(&rule.shift_in)
+            || !fits(&rule.shift_out)
+        {
+            return Ok(None);
+        }
+        Ok(Some(Quantizer {
+            lo: levels.lo,
+            hi: levels.hi,
+            steps,
+            groups: rule.groups,
+            shift_in: rule.shift_in.unwrap_or_else(|| vec![0.0; width]),
+            shift_out: rule.shift_out,
+        }))
+    }
+
+    /// The tokens that it was calibrated for, and the groups of each token; none: any number.
+    pub fn tokens(&self) -> Option<usize> {
+        match &self.steps {
+            Steps::Tokens(steps) => Some(steps.len() / self.groups),
+            Steps::One(_) | Steps::Columns(_) => None,
+        }
+    }
+
+    /// Whether a token's columns, or those of each of its `groups`, share one step.
+    pub fn by_token(&self, groups: usize) -> bool {
+        match self.steps {
+            Steps::One(_) => true,
+            Steps::Tokens(_) => self.groups == groups,
+            Steps::Columns(_) => false,
+        }
+    }
+
+    /// Whether the codes are signed bytes.
+    pub fn signed_bytes(&self) -> bool {
+        i8::try_from(self.lo).is_ok() && i8::try_from(self.hi).is_ok()
+    }
+
+    /// The step of a group of a token; only where [`Quantizer::by_token`] holds.
+    pub fn step(&self, token: usize, group: usize) -> f32 {
+        match &self.steps {
+            Steps::One(step) => *step,
+            Steps::Tokens(steps) => steps[token * self.groups + group],
+            Steps::Columns(steps) => steps[group],
+        }
+    }
+
+    /// The step of every column, where tokens share them.
+    pub fn columns(&self) -> Option<Vec<f32>> {
+        match &self.steps {
+            Steps::One(step) => Some(vec![*step; self.shift_in.len()]),
+            Steps::Columns(steps) => Some(steps.clone()),
+            Steps::Tokens(_) => None,
+        }
+    }
+
+    /// How the columns from `from` on of a token become codes, those of one group.
+    pub fn rounding(&self, token: usize, group: usize, from: usize) -> Rounding<'_> {
+        Rounding { shift: &self.shift_in[from..], step: self.step(token, group), lo: self.lo, hi: self.hi }
+    }
+}
+
+/// A packed weight with its bias, what the quantizer before it adds folded in.
+#[derive(Debug)]
+pub(super) struct Layer {
+    pub matrix: CodeMatrix,
+    pub bias: Vec<f32>,
+}
+
+impl Layer {
+    /// The layer behind codes of `input`; none where the integer road can not take it.
+    pub fn of(linear: &Linear, input: &Quantizer, isa: Isa) -> Result<Option<Self>> {
+        let Some((matrix, bias)) = linear.on_integers(input.shift_out.as_deref(), isa)? else {
+            return Ok(None);
+        };
+        let fits = matrix.cols() == input.shift_in.len() && bias.len() == matrix.rows();
+        Ok(fits.then_some(Layer { matrix, bias }))
+    }
+}
+
+/// A layer norm.
+#[derive(Debug)]
+pub(super) struct Norm {
+    pub weight: Vec<f32>,
+    pub bias: Vec<f32>,
+    pub eps: f32,
+}
+
+impl Norm {
+    /// Of a frozen norm in f32 over `width` columns; else none.
+    pub fn of(norm: &LayerNorm, width: usize) -> Result<Option<Self>> {
+        let (weight, bias, eps) = norm.parts();
+        let (Some(weight), Some(bias)) = (frozen(weight)?, frozen(bias)?) else { return Ok(None) };
+        let fits = weight.len() == width && bias.len() == width;
+        Ok(fits.then_some(Norm { weight, bias, eps: eps as f32 }))
+    }
+}
+
+/// The values of a weight without trainables, in f32 on the CPU.
+pub(super) fn frozen(weight: &Weight) -> Result<Option<Vec<f32>>> {
+    if !weight.params().is_empty() {
+        return Ok(None);
+    }
+    let tensor = weight.tensor()?;
+    if tensor.dtype() != DType::F32 || !tensor.device().is_cpu() {
+        return Ok(None);
+    }
+    Ok(Some(tensor.flatten_all()?.to_vec1::<f32>()?))
+}
