@@ -112,7 +112,8 @@ impl Continual {
         put_key("model.allow_pickle", self.common.allow_pickle.then_some(Value::Boolean(true)));
         self.optimizer(&mut table, method);
         self.kappa(&mut table, method)?;
-        for (key, value) in keys.into_iter().chain(self.training.overrides("data")?) {
+        let keys = keys.into_iter().chain(self.training.overrides("data")?).chain(self.common.products());
+        for (key, value) in keys {
             put(&mut table, &key, value).map_err(|what| Error::usage(format!("{key}: {what}")))?;
         }
         tasks::limit(&mut table, self.training.limit_train, self.training.limit_eval);

@@ -160,6 +160,7 @@ impl Finetune {
         };
         put("model.dtype", dtype.map(|d| Value::String(d.into())));
         keys.extend(self.training.overrides("text")?);
+        keys.extend(self.common.products());
         Ok(keys)
     }
 

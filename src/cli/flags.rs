@@ -70,14 +70,23 @@ pub enum Dtype {
 impl Common {
     /// Sets up threads and device for a vision transformer.
     pub fn device(&self) -> Result<Device> {
-        if self.dtype != Dtype::F32 {
-            return Err(Error::usage(format!("--dtype {:?}: vision transformers run in f32", self.dtype)));
+        if self.dtype == Dtype::F16 {
+            return Err(Error::usage("--dtype f16: expected f32 or bf16 for a vision transformer"));
         }
         self.device_for_text()
     }
 
+    /// What the format makes of a recipe's products.
+    pub fn products(&self) -> Option<(String, toml::Value)> {
+        let bf16 = self.dtype == Dtype::Bf16;
+        bf16.then(|| ("train.products".to_string(), toml::Value::String("bf16".into())))
+    }
+
     /// Sets up threads and device for a model that runs in any number format.
     pub fn device_for_text(&self) -> Result<Device> {
+        if self.dtype == Dtype::Bf16 {
+            qtune::kernels::set_arithmetic(qtune::kernels::Arithmetic::Bf16);
+        }
         if let Some(threads) = self.threads {
             if !(1..=1024).contains(&threads) {
                 return Err(Error::usage(format!("--threads {threads}: expected 1 to 1024")));

@@ -146,6 +146,7 @@ impl Quantize {
         put(&format!("{table}.eval_path"), self.eval_data.as_deref().map(path));
         put(&format!("{table}.seq_len"), self.seq_len.map(count));
         keys.extend(self.training.overrides(table)?);
+        keys.extend(self.common.products());
         let mut put = |key: &str, value: Option<Value>| keys.extend(value.map(|v| (key.to_string(), v)));
         put("distill.kind", self.kd.map(|k| Value::String(name_of(&k))));
         put("distill.teacher", self.teacher.as_deref().map(path));

@@ -21,7 +21,7 @@ use crate::train::{
     phase_steps, resume, signal, Average, Classify, Metrics, Phase, Progress, State, Supply, Tracker, Trainer,
 };
 use crate::weights::{Param, Weights};
-use crate::{report, Error, Result};
+use crate::{kernels, report, Error, Result};
 
 /// A run in the middle of its work.
 struct Run<'a> {
@@ -56,6 +56,7 @@ fn phase(recipe: &Recipe, tasks: &Tasks, at: usize) -> PhaseConfig {
 /// Runs a recipe in the folder `dir`, which exists and holds the resolved recipe; from its latest
 /// checkpoint where it has one. Returns what summary.json holds.
 pub fn run(recipe: &Recipe, dir: &Path, device: &Device, progress: &dyn Progress) -> Result<Value> {
+    kernels::set_arithmetic(recipe.train.products);
     let started = Instant::now();
     let continual = config(recipe)?;
     let saved = resume::latest(dir)?;

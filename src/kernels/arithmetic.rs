@@ -1,9 +1,11 @@
 //! What floats are multiplied in.
 
-use std::sync::atomic::{AtomicU8, Ordering};
+use serde::{Deserialize, Serialize};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 /// The number format of the factors in products of f32 matrices. Sums are f32 in both.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Arithmetic {
     /// As they are.
     #[default]
@@ -25,4 +27,17 @@ pub fn arithmetic() -> Arithmetic {
         0 => Arithmetic::F32,
         _ => Arithmetic::Bf16,
     }
+}
+
+static ROUNDED: AtomicBool = AtomicBool::new(false);
+
+/// Chooses for the whole process whether decoding rounds the activations of packed weights to 8 bits
+/// ([`super::packed_matmul_int8`]).
+pub fn round_activations(yes: bool) {
+    ROUNDED.store(yes, Ordering::Relaxed);
+}
+
+/// What was chosen.
+pub fn rounds_activations() -> bool {
+    ROUNDED.load(Ordering::Relaxed)
 }

@@ -9,12 +9,13 @@
 //! nor W' is ever whole in memory, and a row is made once for each product, however many tokens there are.
 //! Panels and tiles follow from shapes alone.
 
-use candle_core::{bail, CpuStorage, DType, Device, Layout, Result, Shape, Tensor};
+use candle_core::{bail, CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::cpu::{self, Real};
 use super::linear::{add_product, matmul, product, View};
+use super::tape::{self, Reads};
 use super::PackedRows;
 
 /// Floats of a panel, where a single block of rows is not already larger.
@@ -242,6 +243,45 @@ fn tokens_a_task(panel: usize) -> usize {
     (WORK / panel.max(1)).clamp(128, 4096)
 }
 
+/// (x) to x W^T with frozen rows.
+struct FrozenProduct {
+    rows: FrozenRows,
+    /// Whether it is the product of the backward pass, `dy W`.
+    back: bool,
+}
+
+impl CustomOp1 for FrozenProduct {
+    fn name(&self) -> &'static str {
+        "frozen-rows-matmul"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout) -> Result<(CpuStorage, Shape)> {
+        let x = floats(self.name(), x, xl)?;
+        let (n, k) = (self.rows.rows(), self.rows.cols());
+        let y = self.rows.with(|source| {
+            let panels = Panels::plain(source, (n, k));
+            Ok(if self.back { panels.product_back(x) } else { panels.product(x) })
+        })?;
+        Ok((CpuStorage::F32(y), with_last(xl, if self.back { k } else { n })))
+    }
+
+    fn bwd(&self, _x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let op = FrozenProduct { rows: self.rows.clone(), back: true };
+        Ok(Some(grad.contiguous()?.apply_op1_no_bwd(&op)?))
+    }
+}
+
+/// `x w^T` for `x: [.., in]` in f32 and a frozen `w: [out, in]` in any float format, which is read by panels and never
+/// whole in another format; the gradient is that of x alone.
+pub fn frozen_rows_matmul(x: &Tensor, w: &Tensor) -> Result<Tensor> {
+    if !x.device().is_cpu() {
+        return super::linear::frozen_matmul(x, &w.to_dtype(DType::F32)?);
+    }
+    let rows = FrozenRows::dense(w)?;
+    check("frozen_rows_matmul", x, &rows)?;
+    tape::apply1(&x.contiguous()?, FrozenProduct { rows, back: false }, Reads::NOTHING)
+}
+
 /// The f32 elements of a contiguous operand.
 pub(super) fn floats<'a>(op: &str, storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     <f32 as Real>::slice(op, storage, layout)
@@ -312,6 +352,21 @@ mod tests {
                 let dx = Tensor::from_vec(dx, (3, k), &Device::Cpu).unwrap();
                 close("dx", &(double(&dx) / scale).unwrap(), &(want / scale).unwrap(), F32);
             }
+        }
+    }
+
+    #[test]
+    fn products_with_half_precision_differentiate_in_x() {
+        for dtype in [DType::BF16, DType::F16, DType::F32] {
+            let w = values(&[7, 5], 2).to_dtype(dtype).unwrap();
+            let wide = w.to_dtype(DType::F32).unwrap();
+            let x =
+                candle_core::Var::from_tensor(&values(&[2, 3, 5], 1).to_dtype(DType::F32).unwrap()).unwrap();
+            let y = frozen_rows_matmul(&x, &w).unwrap();
+            close("y", &y, &super::super::linear::reference(&x, &wide, None).unwrap(), F32);
+            let g = values(&[2, 3, 7], 3).to_dtype(DType::F32).unwrap();
+            let dx = (y * &g).unwrap().sum_all().unwrap().backward().unwrap().remove(&x).unwrap();
+            close("dx", &dx, &g.broadcast_matmul(&wide).unwrap(), F32);
         }
     }
 

@@ -21,7 +21,7 @@ use serde_json::{json, Map, Value};
 use crate::quantize::device_name;
 use crate::recipe::Recipe;
 use crate::train::{peak_rss_bytes, Progress};
-use crate::{files, report, Error, Result};
+use crate::{files, kernels, report, Error, Result};
 
 pub use adapt::pack_base;
 pub use start::{attach, open, open_at, open_text, source, start, tiny, Start};
@@ -32,6 +32,7 @@ pub use write::write_language_model;
 /// Runs a recipe for a language model in the folder `dir`, which exists and holds the resolved recipe; from
 /// its latest checkpoint where it has one. Returns what summary.json holds.
 pub fn run(recipe: &Recipe, dir: &Path, device: &Device, progress: &dyn Progress) -> Result<Value> {
+    kernels::set_arithmetic(recipe.train.products);
     let started = Instant::now();
     match recipe.adapts() {
         true => adapt::run(recipe, dir, device, progress, started),

@@ -26,7 +26,7 @@ use crate::train::{
 use crate::transform::{ActQuant, WeightQuant};
 use crate::weights::format::{stored_tensors, QuantizationConfig};
 use crate::weights::{checkpoint, Calibration, Expr, Weights};
-use crate::{files, report, Error, Result};
+use crate::{files, kernels, report, Error, Result};
 
 use phases::{teacher, train_phases, Trained};
 
@@ -199,6 +199,7 @@ fn untrained_quantization(recipe: &Recipe, start: &Start, samples: usize) -> boo
 /// Runs a recipe in the folder `dir`, which exists and holds the resolved recipe; from its latest
 /// checkpoint where it has one. Returns what summary.json holds.
 pub fn run(recipe: &Recipe, dir: &Path, device: &Device, progress: &dyn Progress) -> Result<Value> {
+    kernels::set_arithmetic(recipe.train.products);
     let started = Instant::now();
     let saved = resume::latest(dir)?;
     let state = saved.as_ref().map(|s| s.state.clone()).unwrap_or_default();

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::text::TextConfig;
 use crate::data::{Augment, DataConfig};
+use crate::kernels::Arithmetic;
 use crate::models::Reading;
 use crate::optim::OptimizerConfig;
 use crate::select::kappa::KappaConfig;
@@ -226,6 +227,8 @@ pub struct TrainConfig {
     pub on_nan: OnNan,
     /// Whether only the inputs of blocks are kept for the backward pass and the rest is computed again.
     pub checkpointing: bool,
+    /// What the factors of matrix products are rounded to; sums, activations and what is trained stay in f32.
+    pub products: Arithmetic,
     /// The folder of an earlier run, or of the optimizer's state that it left: what classp remembers of the
     /// tasks before. None: nothing.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -254,6 +257,7 @@ impl Default for TrainConfig {
             restore_best: false,
             on_nan: OnNan::Stop,
             checkpointing: false,
+            products: Arithmetic::F32,
             optimizer_state: None,
             allow_partial: false,
         }

@@ -121,7 +121,7 @@ fn pack(w: &Tensor, grid: Grid, group: Option<usize>, rule: Rule) -> Result<(Pac
         least_squares: sums.least_squares as f64 / (rows * steps) as f64,
     };
     let (bits, group) = (grid.bits, groups.width());
-    let rows = PackedRows { levels, bits, cols, group, codes: codes.into(), step: step.into() };
+    let rows = PackedRows::new(levels, bits, cols, group, codes.into(), step.into());
     Ok((Packed::of(grid, &shape, rows, w.device()), fit))
 }
 

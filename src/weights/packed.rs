@@ -189,7 +189,7 @@ impl Packed {
             }
         }
         let (levels, bits, group) = (grid.levels(), grid.bits, groups.width());
-        let rows = PackedRows { levels, bits, cols, group, codes: packed, step: values.into() };
+        let rows = PackedRows::new(levels, bits, cols, group, packed, values.into());
         Ok(Packed { grid, shape: shape.to_vec(), rows, device: codes.device().clone() })
     }
 

@@ -190,6 +190,9 @@ impl Weight {
             Expr::Dense(w) => frozen(x, w),
             Expr::Stored { .. } => frozen(x, &self.tensor()?),
             Expr::Latent(w) => Ok(kernels::linear(x, w.as_tensor(), None)?),
+            Expr::Packed(packed) if kernels::rounds_activations() && !x.track_op() => {
+                Ok(kernels::packed_matmul_int8(x, packed.rows())?)
+            }
             Expr::Packed(packed) => Ok(kernels::packed_matmul(x, packed.rows())?),
             Expr::Node { transform, inputs } => transform.matmul(x, inputs),
         }
@@ -328,7 +331,7 @@ fn frozen(x: &Tensor, w: &Tensor) -> Result<Tensor> {
     if x.dtype() == w.dtype() {
         return Ok(kernels::frozen_matmul(x, w)?);
     }
-    let y = kernels::frozen_matmul(&x.to_dtype(DType::F32)?, &w.to_dtype(DType::F32)?)?;
+    let y = kernels::frozen_rows_matmul(&x.to_dtype(DType::F32)?, w)?;
     Ok(y.to_dtype(x.dtype())?)
 }
 

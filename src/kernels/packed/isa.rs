@@ -46,6 +46,11 @@ impl Isa {
         self.min(*MOST.get_or_init(|| Isa::available().into_iter().max().unwrap_or(Isa::Scalar)))
     }
 
+    /// Whether the processor has it.
+    pub fn is_available(self) -> bool {
+        self.usable() == self
+    }
+
     /// The set to use, resolved once.
     pub fn best() -> Isa {
         static BEST: OnceLock<Isa> = OnceLock::new();

@@ -11,13 +11,18 @@
 
 mod codes;
 pub mod edges;
+pub mod gemv;
 mod isa;
 #[cfg(target_arch = "x86_64")]
 mod panels;
 mod product;
 mod rows;
+pub mod table;
 
 use crate::kernels::tape::{self, Reads};
+use std::cell::RefCell;
+use std::ops::Range;
+
 use candle_core::{bail, CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -27,6 +32,7 @@ pub use product::{CodeMatrix, Elements};
 pub use rows::{Groups, PackedRows};
 
 use super::linear::{add_product, product, View};
+use gemv::{FloatRow, GemvWeights, Int8Row, TILE_ROWS};
 
 /// Rows of activations that one task takes through all the weight.
 const TOKENS: usize = 256;
@@ -155,13 +161,96 @@ fn with_last(layout: &Layout, last: usize) -> Shape {
     Shape::from(dims)
 }
 
+/// Rows of activations up to which products are those of decoding: as many passes over weights in cache.
+const DECODED: usize = 8;
+/// Bytes of the weight that one task takes of a product with few rows. Whom a row falls to does not show in it.
+const SHARE: usize = 1 << 17;
+
+thread_local! {
+    static FLOATS: RefCell<Vec<FloatRow>> = const { RefCell::new(Vec::new()) };
+    static CODES: RefCell<Vec<Int8Row>> = const { RefCell::new(Vec::new()) };
+}
+
+/// `y [tokens, out]` of few tokens: `times` gives the products of a range of rows, `[tokens, rows of the range]`.
+fn share_out(
+    weight: &GemvWeights,
+    tokens: usize,
+    times: impl Fn(&mut [f32], Range<usize>) + Sync,
+) -> Vec<f32> {
+    let n = weight.rows();
+    let each = (SHARE * n / weight.bytes().max(1)).next_multiple_of(TILE_ROWS).max(TILE_ROWS);
+    let mut y = vec![0f32; tokens * n];
+    if each >= n {
+        times(&mut y, 0..n);
+        return y;
+    }
+    y.par_chunks_mut(each * tokens).enumerate().for_each(|(i, y)| {
+        times(y, i * each..i * each + y.len() / tokens);
+    });
+    gather(y, tokens, n, each)
+}
+
+/// The product of a few rows of activations, as floats.
+fn decode(x: &[f32], rows: &PackedRows) -> Vec<f32> {
+    let weight = rows.repacked();
+    let tokens = x.len() / rows.cols;
+    // Taken out, not borrowed: a task that this thread steals meanwhile may come here too.
+    let mut held = FLOATS.with(RefCell::take);
+    if held.len() < tokens {
+        held.resize_with(tokens, FloatRow::default);
+    }
+    for (x, row) in x.chunks_exact(rows.cols).zip(&mut held) {
+        weight.prepare(x, row);
+    }
+    let row = &held[..tokens];
+    let y = share_out(weight, tokens, |y, range| weight.times(row, y, range));
+    FLOATS.with(|place| place.replace(held));
+    y
+}
+
+/// The same of activations rounded to 8 bits, with a scale for each block of 64 columns.
+fn decode_int8(x: &[f32], rows: &PackedRows) -> Vec<f32> {
+    let weight = rows.repacked();
+    let tokens = x.len() / rows.cols;
+    // Taken out, not borrowed: a task that this thread steals meanwhile may come here too.
+    let mut held = CODES.with(RefCell::take);
+    if held.len() < tokens {
+        held.resize_with(tokens, Int8Row::default);
+    }
+    for (x, row) in x.chunks_exact(rows.cols).zip(&mut held) {
+        weight.prepare_int8(x, row);
+    }
+    let row = &held[..tokens];
+    let y = share_out(weight, tokens, |y, range| weight.times_int8(row, y, range));
+    CODES.with(|place| place.replace(held));
+    y
+}
+
+/// x, of few rows, to y by way of 8 bits.
+struct RoundedMatmul(PackedRows);
+
+impl CustomOp1 for RoundedMatmul {
+    fn name(&self) -> &'static str {
+        "packed-matmul-int8"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let y = decode_int8(slice(x, layout)?, &self.0);
+        Ok((CpuStorage::F32(y), with_last(layout, self.0.rows())))
+    }
+}
+
 impl CustomOp1 for PackedMatmul {
     fn name(&self) -> &'static str {
         "packed-matmul"
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let y = forward(slice(x, layout)?, &self.0, |row, out| self.0.values(row, out));
+        let x = slice(x, layout)?;
+        let y = match x.len() / self.0.cols <= DECODED {
+            true => decode(x, &self.0),
+            false => forward(x, &self.0, |row, out| self.0.values(row, out)),
+        };
         Ok((CpuStorage::F32(y), with_last(layout, self.0.rows())))
     }
 
@@ -238,6 +327,17 @@ pub fn packed_matmul(x: &Tensor, rows: &PackedRows) -> Result<Tensor> {
         false => reference(&input, rows)?,
     };
     y.to_dtype(x.dtype())
+}
+
+/// As [`packed_matmul`] of up to 8 rows of activations that are rounded to 8 bits first, symmetrically, with a scale
+/// for each block of up to 64 columns (absmax / 127): sums within a block are exact. More rows, and rows on another
+/// device, are multiplied as floats. Not differentiable.
+pub fn packed_matmul_int8(x: &Tensor, rows: &PackedRows) -> Result<Tensor> {
+    let input = check("packed matmul", x, rows)?.detach();
+    if !input.device().is_cpu() || input.elem_count() / rows.cols > DECODED {
+        return packed_matmul(&x.detach(), rows);
+    }
+    input.apply_op1_no_bwd(&RoundedMatmul(rows.clone()))?.to_dtype(x.dtype())
 }
 
 /// The product of quantized activations with a packed weight, summed in integers.

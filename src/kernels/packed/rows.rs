@@ -4,7 +4,10 @@
 //! holds what is left of its columns. A row with one step is a row of one group.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
+
+use super::gemv::GemvWeights;
+use super::isa::Isa;
 
 use crate::kernels::Levels;
 
@@ -68,12 +71,41 @@ pub struct PackedRows {
     pub codes: Arc<[u8]>,
     /// The steps, `[rows, groups]`, row-major.
     pub step: Arc<[f32]>,
+    /// The layout that products with few rows read, made when the first one comes.
+    repacked: Arc<OnceLock<GemvWeights>>,
 }
 
 impl PackedRows {
     /// Bytes of a row of `cols` codes of `bits` bits.
     pub fn row_bytes(cols: usize, bits: u8) -> usize {
         (cols * usize::from(bits)).div_ceil(8)
+    }
+
+    /// Rows of codes that are packed already; see the fields.
+    pub fn new(
+        levels: Levels,
+        bits: u8,
+        cols: usize,
+        group: usize,
+        codes: Arc<[u8]>,
+        step: Arc<[f32]>,
+    ) -> Self {
+        PackedRows { levels, bits, cols, group, codes, step, repacked: Arc::default() }
+    }
+
+    /// The rows as products with few rows of activations read them.
+    pub(super) fn repacked(&self) -> &GemvWeights {
+        self.repacked.get_or_init(|| {
+            let Levels { lo, half, .. } = self.levels;
+            GemvWeights::new(
+                (self.bits, lo, half),
+                self.cols,
+                self.group,
+                &self.codes,
+                &self.step,
+                Isa::best(),
+            )
+        })
     }
 
     /// Packs whole numbers within the levels, `cols` a row, with one step for each row.
@@ -88,7 +120,7 @@ impl PackedRows {
         for (row, codes) in packed.chunks_exact_mut(bytes.max(1)).zip(codes.chunks_exact(cols.max(1))) {
             Self::pack_row(levels, bits, codes, row);
         }
-        PackedRows { levels, bits, cols, group: groups.width(), codes: packed.into(), step: step.into() }
+        PackedRows::new(levels, bits, cols, groups.width(), packed.into(), step.into())
     }
 
     /// Packs the codes of one row into its bytes, as many as [`PackedRows::row_bytes`] says.
