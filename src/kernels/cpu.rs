@@ -1,6 +1,9 @@
 //! What the CPU bodies share: the element types, the choice between kernel and reference, fixed
 //! chunking, and loops compiled once per instruction set.
 
+use super::arithmetic::arithmetic;
+use super::linear::{self, View};
+use super::product;
 use candle_core::{bail, CpuStorage, DType, Layout, Result, Storage, Tensor, WithDType};
 use rayon::prelude::*;
 
@@ -24,6 +27,9 @@ pub(super) fn unwritten<T: Real>(count: usize) -> Vec<T> {
     elements
 }
 
+/// Rows of a product below which packing the other operand costs more than it gives.
+const FEW: usize = 8;
+
 /// Independent accumulators of a sum over a row. Part of the numerics, like [`GRAIN`].
 const LANES: usize = 16;
 
@@ -43,6 +49,28 @@ pub(super) trait Real: WithDType {
     fn exp_nonpos(self) -> Self;
     /// The error function; NaN stays NaN.
     fn error_function(self) -> Self;
+    /// `dst [m, n] = scale a b`, or added onto it, on one thread, its rows `stride` apart.
+    #[allow(clippy::too_many_arguments)]
+    fn product(
+        sizes: (usize, usize, usize),
+        dst: &mut [Self],
+        stride: usize,
+        a: View<Self>,
+        b: View<Self>,
+        scale: Self,
+        add: bool,
+    ) {
+        linear::general_product(sizes, dst, stride, a, b, scale, add);
+    }
+    /// `a b (+ bias)`, row-major, on all threads.
+    fn matmul(
+        sizes: (usize, usize, usize),
+        a: View<Self>,
+        b: View<Self>,
+        bias: Option<&[Self]>,
+    ) -> Vec<Self> {
+        linear::general_matmul(sizes, a, b, bias)
+    }
     /// A storage of these elements.
     fn store(elements: Vec<Self>) -> CpuStorage {
         Self::to_cpu_storage_owned(elements)
@@ -90,6 +118,26 @@ impl Real for f32 {
     #[inline(always)]
     fn rne(self) -> f32 {
         self.round_ties_even()
+    }
+    fn product(
+        sizes: (usize, usize, usize),
+        dst: &mut [f32],
+        stride: usize,
+        a: View<f32>,
+        b: View<f32>,
+        scale: f32,
+        add: bool,
+    ) {
+        match sizes.0 < FEW {
+            true => linear::general_product(sizes, dst, stride, a, b, scale, add),
+            false => product::product(arithmetic(), sizes, dst, stride, a, b, scale, add),
+        }
+    }
+    fn matmul(sizes: (usize, usize, usize), a: View<f32>, b: View<f32>, bias: Option<&[f32]>) -> Vec<f32> {
+        match sizes.0 < FEW {
+            true => linear::general_matmul(sizes, a, b, bias),
+            false => product::matmul(arithmetic(), sizes, a, b, bias),
+        }
     }
     /// Cody and Waite reduction, then the Cephes polynomial; below -87 the result is 0.
     #[inline(always)]

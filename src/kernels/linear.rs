@@ -8,9 +8,9 @@
 //! ```
 //!
 //! f32 and f64 here, f16 and bf16 through f32. A gradient is computed only for an operand that a
-//! variable stands behind. Products go to the `gemm` crate by strides, so nothing is transposed in
-//! memory. The split into tiles, and of a long reduction into at most 16 parts that are added in
-//! order, depends on the shapes alone; each tile is a single-threaded product.
+//! variable stands behind. Products of f32 are those of `product`; of f64, and of a few rows, those of the `gemm` crate, by
+//! strides, so nothing is transposed in memory. The split into tiles, and of a long reduction into at most 16 parts that
+//! are added in order, depends on the shapes alone; each tile is a single-threaded product.
 
 use super::cpu::{self, real, simd, Real, Road};
 use crate::kernels::tape::{self, Reads};
@@ -31,29 +31,7 @@ pub fn reference_add_bias(x: &Tensor, b: &Tensor) -> Result<Tensor> {
     x.broadcast_add(b)
 }
 
-/// A matrix in a slice: element (i, j) lies at `data[i * rs + j * cs]`.
-#[derive(Clone, Copy)]
-pub(super) struct View<'a, T> {
-    pub data: &'a [T],
-    pub rs: usize,
-    pub cs: usize,
-}
-
-impl<'a, T> View<'a, T> {
-    /// A row-major matrix of `cols` columns.
-    pub fn rows(data: &'a [T], cols: usize) -> Self {
-        View { data, rs: cols, cs: 1 }
-    }
-
-    /// The transpose.
-    pub fn t(self) -> Self {
-        View { data: self.data, rs: self.cs, cs: self.rs }
-    }
-
-    fn fits(&self, rows: usize, cols: usize) -> bool {
-        rows == 0 || cols == 0 || (rows - 1) * self.rs + (cols - 1) * self.cs < self.data.len()
-    }
-}
+pub(super) use super::product::View;
 
 /// One place in a result that several tiles write, each its own elements.
 #[derive(Clone, Copy)]
@@ -125,7 +103,7 @@ pub(super) fn product<T: Real>(
     b: View<T>,
     scale: T,
 ) {
-    into(sizes, dst, stride, a, b, scale, false);
+    T::product(sizes, dst, stride, a, b, scale, false);
 }
 
 /// As [`product`], added onto what `dst` holds, without a scale.
@@ -136,10 +114,22 @@ pub(super) fn add_product<T: Real>(
     a: View<T>,
     b: View<T>,
 ) {
-    into(sizes, dst, stride, a, b, T::ONE, true);
+    T::product(sizes, dst, stride, a, b, T::ONE, true);
 }
 
-fn into<T: Real>(
+/// `a [m, k] b [k, n] (+ bias [n])`, row-major, on all threads.
+pub(super) fn matmul<T: Real>(
+    sizes: (usize, usize, usize),
+    a: View<T>,
+    b: View<T>,
+    bias: Option<&[T]>,
+) -> Vec<T> {
+    T::matmul(sizes, a, b, bias)
+}
+
+/// A product by the `gemm` crate, for the types and shapes that have none of ours.
+#[allow(clippy::too_many_arguments)]
+pub(super) fn general_product<T: Real>(
     (m, n, k): (usize, usize, usize),
     dst: &mut [T],
     stride: usize,
@@ -162,8 +152,8 @@ const TILE_WORK: usize = 1 << 21;
 const LONG: usize = 1024;
 const PARTS: usize = 16;
 
-/// `a [m, k] b [k, n] (+ bias [n])`, row-major, on all threads.
-pub(super) fn matmul<T: Real>(
+/// [`matmul`] by the `gemm` crate.
+pub(super) fn general_matmul<T: Real>(
     (m, n, k): (usize, usize, usize),
     a: View<T>,
     b: View<T>,
@@ -217,7 +207,7 @@ fn long_product<T: Real>((m, n, k): (usize, usize, usize), a: View<T>, b: View<T
         let from = p * part;
         let a = View { data: &a.data[from * a.cs..], ..a };
         let b = View { data: &b.data[from * b.rs..], ..b };
-        product((m, n, part.min(k - from)), dst, n, a, b, T::ONE);
+        general_product((m, n, part.min(k - from)), dst, n, a, b, T::ONE, false);
     });
     let (out, rest) = partial.split_at_mut(size);
     out.par_chunks_mut(cpu::GRAIN).enumerate().for_each(|(i, out)| {

@@ -33,6 +33,7 @@ pub mod packed;
 mod patchify;
 mod plackett_luce;
 mod pool;
+mod product;
 mod rectified;
 mod relu;
 mod rms_norm;
