@@ -8,11 +8,14 @@ mod harness;
 mod ours;
 mod shapes;
 
-use harness::{head, micros, race, row, Failure, Options};
+use harness::{head, micros, of_threads, race, row, Failure, Options};
 use ours::{candle, codes, dense, packed, Setting};
 
 fn bench(options: &Options, threads: usize) -> Result<(), Failure> {
-    head(&format!("Many rows, {threads} threads"), &["rows: in->out", "kernel", "µs", "GOP/s", "over f32"]);
+    head(
+        &format!("Many rows, {}", of_threads(threads)),
+        &["rows: in->out", "kernel", "µs", "GOP/s", "over f32"],
+    );
     for shape in shapes::GEMM.iter().filter(|s| options.wants(&[s.of, &s.text()])) {
         let setting = Setting { shape: *shape, copies: &|_| 1 };
         let mut contestants = vec![dense(&setting)?];

@@ -7,14 +7,14 @@ mod harness;
 mod ours;
 mod shapes;
 
-use harness::{copies, head, micros, race, row, Failure, Options};
+use harness::{copies, head, micros, of_threads, race, row, Failure, Options};
 use ours::{candle, codes, dense, packed, Setting};
 
 fn bench(options: &Options, threads: usize) -> Result<(), Failure> {
     for cold in [false, true] {
         let state = if cold { "cold" } else { "hot" };
         head(
-            &format!("One row, {state}, {threads} threads"),
+            &format!("One row, {state}, {}", of_threads(threads)),
             &["weight [in->out]", "kernel", "µs", "GB/s of weights", "bits a weight", "over f32"],
         );
         for shape in shapes::GEMV.iter().filter(|s| options.wants(&[s.of, &s.text()])) {

@@ -9,7 +9,7 @@ use std::hint::black_box;
 use std::sync::Barrier;
 use std::time::Instant;
 
-use harness::{head, median, row, Failure, Options};
+use harness::{head, median, of_threads, row, Failure, Options};
 
 /// What one thread does: so many units of work, each call.
 type Work<'a> = Box<dyn FnMut() -> f64 + Send + 'a>;
@@ -275,11 +275,7 @@ mod x86 {
 }
 
 fn bench(options: &Options, threads: usize) -> Result<(), Failure> {
-    let of = match threads {
-        1 => "1 thread".to_string(),
-        n => format!("{n} threads"),
-    };
-    head(&format!("Limits, {of}"), &["what", "figure", "unit"]);
+    head(&format!("Limits, {}", of_threads(threads)), &["what", "figure", "unit"]);
     let put = |what: &str, figure: Option<f64>, unit: &str| {
         let figure = figure.map_or("n/a".into(), |f| format!("{f:.0}"));
         row(&[what.into(), figure, unit.into()]);

@@ -8,7 +8,7 @@ mod harness;
 mod shapes;
 
 use candle_core::{DType, Device, Tensor};
-use harness::{head, micros, race, row, Contestant, Failure, Options};
+use harness::{head, micros, of_threads, race, row, Contestant, Failure, Options};
 use qtune::kernels::{
     adamw_step, block_affine_merged, classp_step, reference, AdamWParams, ClasspParams, GradSum, Moments,
 };
@@ -91,7 +91,7 @@ fn merge_bone(count: usize, rank: usize) -> Result<Contestant<'static>, Failure>
 
 fn bench(options: &Options, threads: usize) -> Result<(), Failure> {
     head(
-        &format!("Optimizers and merges, {threads} threads"),
+        &format!("Optimizers and merges, {}", of_threads(threads)),
         &["tensor", "what", "µs", "GB/s", "of the plain pass"],
     );
     for (of, count) in shapes::TENSORS.iter().filter(|(of, _)| options.wants(&[of])) {

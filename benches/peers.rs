@@ -13,7 +13,7 @@ mod shapes;
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
-use harness::{copies, head, micros, race, row, Contestant, Failure, Options, COLD_BYTES};
+use harness::{copies, head, micros, of_threads, race, row, Contestant, Failure, Options, COLD_BYTES};
 use ours::{codes, dense, packed, Setting};
 use shapes::Shape;
 
@@ -203,7 +203,11 @@ fn bench(options: &Options, threads: usize) -> Result<(), Failure> {
     let products = [("hot", shapes::GEMM, 0), ("hot", shapes::GEMV, 0), ("cold", shapes::GEMV, COLD_BYTES)];
     for (state, list, rotate) in products {
         head(
-            &format!("{} rows, {state}, {threads} threads", if list[0].rows == 1 { "One" } else { "Many" }),
+            &format!(
+                "{}, {state}, {}",
+                if list[0].rows == 1 { "One row" } else { "Many rows" },
+                of_threads(threads)
+            ),
             &["product", "kernel", "µs", "GOP/s", "GB/s of weights", "over torch-f32"],
         );
         for shape in list.iter().filter(|s| options.wants(&[s.of, &s.text()])) {

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// The program's own allocator, which keeps what it freed as the program has it: results of megabytes would otherwise
 /// cost a fault for each page. (`PURGE_DELAY` is set for the processes that measure.)
@@ -119,6 +119,9 @@ pub fn copies(bytes: usize, cold: bool) -> usize {
     }
 }
 
+/// Between turns: threads of candle, PyTorch and onnxruntime spin for a while after their work, on the cores of the next.
+const PAUSE: Duration = Duration::from_millis(20);
+
 /// Median seconds of one execution of each contestant, whose turns alternate. The first executions of each are not
 /// counted: what is laid out anew or compiled once belongs to loading.
 pub fn race(options: &Options, contestants: &mut [Contestant<'_>]) -> Result<Vec<f64>, Failure> {
@@ -133,7 +136,10 @@ pub fn race(options: &Options, contestants: &mut [Contestant<'_>]) -> Result<Vec
     let mut turns: Vec<Vec<f64>> = vec![Vec::new(); contestants.len()];
     for turn in 0..options.turns {
         for (c, contestant) in contestants.iter_mut().enumerate() {
-            let seconds = (contestant.run)(turn * each[c], each[c])?;
+            std::thread::sleep(PAUSE);
+            // One that does not count wakes the threads that slept meanwhile.
+            (contestant.run)(turn * each[c], 1)?;
+            let seconds = (contestant.run)(turn * each[c] + 1, each[c])?;
             turns[c].push(seconds / each[c] as f64);
         }
     }
@@ -194,6 +200,14 @@ pub fn each_number_of_threads(
         println!("\nwritten: {}", path.display());
     }
     Ok(())
+}
+
+/// `1 thread`, `2 threads`.
+pub fn of_threads(threads: usize) -> String {
+    match threads {
+        1 => "1 thread".into(),
+        n => format!("{n} threads"),
+    }
 }
 
 /// Prints the head of a Markdown table.
