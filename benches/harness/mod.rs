@@ -170,6 +170,7 @@ pub fn each_number_of_threads(
     println!("{text}");
     for threads in &options.threads {
         let number = threads.to_string();
+        let (begun, before) = (Instant::now(), others());
         let mut child = Command::new(std::env::current_exe()?)
             .args(std::env::args_os().skip(1))
             .env(THREADS, &number)
@@ -191,6 +192,14 @@ pub fn each_number_of_threads(
         if !status.success() {
             return Err(format!("{what}, {threads} threads: {status}").into());
         }
+        if let (Some(before), Some(after)) = (before, others()) {
+            let cores = (after - before) / begun.elapsed().as_secs_f64();
+            let said = if cores > 0.1 { ", so these figures are disturbed" } else { "" };
+            let line = format!("\nMeanwhile other processes took {:.2} of a core{said}.", cores.max(0.0));
+            println!("{line}");
+            text += &line;
+            text.push('\n');
+        }
     }
     if let Some(name) = &options.save {
         let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("benches/results");
@@ -200,6 +209,21 @@ pub fn each_number_of_threads(
         println!("\nwritten: {}", path.display());
     }
     Ok(())
+}
+
+/// Seconds that all cores together have spent since the system started on other processes than this one and those that
+/// it has waited for; none where the system does not tell.
+fn others() -> Option<f64> {
+    let numbers =
+        |text: &str| text.split_whitespace().map(|n| n.parse().unwrap_or(0.0)).collect::<Vec<f64>>();
+    let stat = std::fs::read_to_string("/proc/stat").ok()?;
+    // user, nice, system, idle, iowait, irq, softirq, steal
+    let all = numbers(stat.lines().next()?.strip_prefix("cpu")?);
+    let busy = all.get(..8)?.iter().sum::<f64>() - all[3] - all[4];
+    let own = std::fs::read_to_string("/proc/self/stat").ok()?;
+    // Behind the name in brackets; utime, stime and those of children are fields 14 to 17 of proc(5), the state is 3.
+    let own = numbers(own.rsplit_once(')')?.1);
+    Some((busy - own.get(11..15)?.iter().sum::<f64>()) / 100.0)
 }
 
 /// `1 thread`, `2 threads`.

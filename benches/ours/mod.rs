@@ -121,7 +121,7 @@ pub fn candle(setting: &Setting<'_>) -> Result<Vec<Contestant<'static>>, Failure
         ("candle q4_0", GgmlDType::Q4_0),
         ("candle q8_0", GgmlDType::Q8_0),
     ] {
-        if shape.input % dtype.block_size() != 0 {
+        if !shape.input.is_multiple_of(dtype.block_size()) {
             continue;
         }
         // A few rows are quantized and repeated: what the codes are changes no time.

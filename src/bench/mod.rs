@@ -73,7 +73,7 @@ pub struct Side {
 
 #[derive(Debug)]
 enum Model {
-    Vision(VisionConfig, VisionModel),
+    Vision(Box<(VisionConfig, VisionModel)>),
     Language(Box<Llama>),
 }
 
@@ -137,7 +137,7 @@ impl Side {
                     false => opened.weights,
                 };
                 let (model, params) = (opened.config.build(&weights)?, opened.config.params());
-                (Model::Vision(opened.config, model), weights, params, opened.notes)
+                (Model::Vision(Box::new((opened.config, model))), weights, params, opened.notes)
             }
         };
         let (weights_bytes, bits) = sizes(&weights)?;
@@ -148,7 +148,7 @@ impl Side {
     /// Tokens that a prompt and its answer have room for; none for a vision model.
     pub fn room(&self) -> Option<usize> {
         match &self.model {
-            Model::Vision(..) => None,
+            Model::Vision(_) => None,
             Model::Language(model) => Some(model.config().max_positions),
         }
     }
@@ -156,7 +156,8 @@ impl Side {
     /// One pass of made-up input, the same every time. Making it is not part of the time.
     pub fn pass(&self, work: &Work) -> Result<Pass> {
         match &self.model {
-            Model::Vision(config, model) => {
+            Model::Vision(vision) => {
+                let (config, model) = vision.as_ref();
                 let (height, width) = config.image_size();
                 let shape = (work.batch, config.channels(), height, width);
                 let mut random = Random::new(0, "bench", &[]);
