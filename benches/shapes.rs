@@ -52,7 +52,7 @@ pub const GEMV: &[Shape] = &[
 
 /// Many rows: images and prompts, bound by arithmetic.
 pub const GEMM: &[Shape] = &[
-    shape("vit-fashion, mlp, 8 images", 8 * 50, 64, 128),
+    shape("vit-fashion, mlp, 8 images", 8 * 50, 96, 192),
     shape("DeiT-T, qkv", 197, 192, 576),
     shape("DeiT-T, mlp up", 197, 192, 768),
     shape("DeiT-T, mlp down", 197, 768, 192),
