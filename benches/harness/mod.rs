@@ -120,7 +120,7 @@ pub fn copies(bytes: usize, cold: bool) -> usize {
 }
 
 /// Between turns: threads of candle, PyTorch and onnxruntime spin for a while after their work, on the cores of the next.
-const PAUSE: Duration = Duration::from_millis(20);
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// Median seconds of one execution of each contestant, whose turns alternate. The first executions of each are not
 /// counted: what is laid out anew or compiled once belongs to loading.
