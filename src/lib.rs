@@ -26,6 +26,7 @@
 
 pub mod ablation;
 pub mod adapter;
+pub mod bench;
 pub mod continual;
 pub mod data;
 pub mod error;

@@ -1,6 +1,8 @@
 //! The command line: flags to recipes, progress to stderr, results to stdout.
 
 mod ablate;
+mod bench;
+mod bench_side;
 mod continual;
 mod data;
 mod eval;
@@ -60,6 +62,8 @@ enum Command {
     Export(export::Export),
     /// Rank a model's matrices by condition number, and select those to train
     Kappa(Box<kappa::Kappa>),
+    /// Measure speed, time to the first answer and memory: full precision beside packed
+    Bench(bench::Bench),
     /// List what a model, checkpoint, adapter or run holds
     Inspect(inspect::Inspect),
     /// Print shell completions
@@ -99,6 +103,7 @@ pub fn run() -> Result<()> {
         Command::Merge(command) => command.run(),
         Command::Export(command) => command.run(),
         Command::Kappa(command) => command.run(),
+        Command::Bench(command) => command.run(),
         Command::Inspect(command) => command.run(),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Args::command(), "qtune", &mut std::io::stdout());

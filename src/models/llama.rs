@@ -53,10 +53,10 @@ impl Places {
         Places::new(batch, len, &positions, &vec![1; batch * len])
     }
 
-    /// One row of `len` tokens behind `past` others.
-    pub fn behind(past: usize, len: usize) -> Self {
-        let positions: Arc<[u32]> = (past as u32..(past + len) as u32).collect();
-        Places { positions, starts: vec![0; len].into(), batch: 1, len, past }
+    /// `batch` rows of `len` tokens each, behind `past` others.
+    pub fn behind(batch: usize, past: usize, len: usize) -> Self {
+        let positions: Arc<[u32]> = (0..batch).flat_map(|_| past as u32..(past + len) as u32).collect();
+        Places { positions, starts: vec![0; batch * len].into(), batch, len, past }
     }
 
     /// The first keys seen, where a window of so many tokens slides along.
@@ -75,7 +75,7 @@ impl Places {
     }
 }
 
-/// Keys and values of the tokens that one row has seen.
+/// Keys and values of the tokens that rows of equal length have seen.
 #[derive(Debug)]
 pub struct Cache {
     blocks: Vec<Option<(Tensor, Tensor)>>,
@@ -99,9 +99,9 @@ impl Cache {
         self.len == 0
     }
 
-    /// Appends the keys and values of a block, `[1, T, C]`, and gives all of them.
+    /// Appends the keys and values of a block, `[batch, T, C]`, and gives all of them.
     fn append(&mut self, block: usize, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
-        let (_, t, c) = k.dims3()?;
+        let (b, t, c) = k.dims3()?;
         if self.len + t > self.room {
             return Err(Error::Run(format!(
                 "the cache holds {} tokens and was asked for {}",
@@ -111,13 +111,19 @@ impl Cache {
         }
         let slot = &mut self.blocks[block];
         if slot.is_none() {
-            let empty = Tensor::zeros((1, self.room, c), k.dtype(), k.device())?;
+            let empty = Tensor::zeros((b, self.room, c), k.dtype(), k.device())?;
             *slot = Some((empty.clone(), empty.copy()?));
         }
         let Some((keys, values)) = slot else { return Ok((k.clone(), v.clone())) };
+        if keys.dim(0)? != b {
+            let found = keys.dim(0)?;
+            return Err(Error::Run(format!("the cache holds {found} rows and was asked for {b}")));
+        }
         keys.slice_set(&k.contiguous()?, 1, self.len)?;
         values.slice_set(&v.contiguous()?, 1, self.len)?;
-        Ok((keys.narrow(1, 0, self.len + t)?, values.narrow(1, 0, self.len + t)?))
+        // Of one row a view, of several a copy: attention reads keys without gaps between rows.
+        let seen = |x: &Tensor| x.narrow(1, 0, self.len + t)?.contiguous();
+        Ok((seen(keys)?, seen(values)?))
     }
 }
 
@@ -294,14 +300,31 @@ impl Llama {
 
     /// Takes `tokens` behind those of the cache and gives the logits of the last one, `[vocab]`.
     pub fn step(&self, tokens: &[u32], cache: &mut Cache, device: &Device) -> Result<Tensor> {
-        let places = Places::behind(cache.len, tokens.len());
+        Ok(self.step_rows(tokens, 1, cache, device)?.flatten_all()?)
+    }
+
+    /// As [`Llama::step`] for `batch` rows at once, of as many tokens each, one row after another; `[batch,
+    /// vocab]`.
+    pub fn step_rows(
+        &self,
+        tokens: &[u32],
+        batch: usize,
+        cache: &mut Cache,
+        device: &Device,
+    ) -> Result<Tensor> {
+        let len = tokens.len() / batch.max(1);
+        if len == 0 || len * batch != tokens.len() {
+            let found = tokens.len();
+            return Err(Error::Run(format!("{batch} rows of as many tokens each: found {found} tokens")));
+        }
+        let places = Places::behind(batch, cache.len, len);
         let mut x = self.embed(tokens, &places, device)?;
         for i in 0..self.blocks.len() {
             x = self.block(i, &x, &places, Some(cache))?;
         }
-        cache.len += tokens.len();
-        let last = self.finish(&x.narrow(1, tokens.len() - 1, 1)?)?;
-        Ok(self.head(&last)?.flatten_all()?)
+        cache.len += len;
+        let last = self.finish(&x.narrow(1, len - 1, 1)?.contiguous()?)?;
+        Ok(self.head(&last)?.flatten_to(1)?)
     }
 
     /// The first layer whose output is not finite on `tokens`, where there is one.

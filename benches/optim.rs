@@ -1,0 +1,124 @@
+//! One step of an optimizer, and merging an adapter: what they are bound by is memory, so figures are GB/s beside a
+//! plain pass over memory in the same race.
+//!
+//! `cargo bench --bench optim -- [--threads 1,2] [--only 7B] [--save optim]`. Bytes are those that must move: each state read
+//! and written once, each operand read once.
+
+mod harness;
+mod shapes;
+
+use candle_core::{DType, Device, Tensor};
+use harness::{head, micros, of_threads, race, row, Contestant, Failure, Options};
+use qtune::kernels::{
+    adamw_step, block_affine_merged, classp_step, reference, AdamWParams, ClasspParams, GradSum, Moments,
+};
+use rayon::prelude::*;
+
+/// Elements of a task of the plain pass.
+const GRAIN: usize = 1 << 14;
+
+fn vector(count: usize, value: f32) -> Result<Tensor, Failure> {
+    Ok(Tensor::from_vec(vec![value; count], count, &Device::Cpu)?)
+}
+
+/// `a = s a + b`: read, read, written.
+fn plain(count: usize) -> Contestant<'static> {
+    let (mut a, b) = (vec![1f32; count], vec![1e-3f32; count]);
+    Contestant::new("plain pass, a = s a + b", 1, 12 * count, move |_| {
+        a.par_chunks_mut(GRAIN).zip(b.par_chunks(GRAIN)).for_each(|(a, b)| {
+            a.iter_mut().zip(b).for_each(|(a, b)| *a = 0.999 * *a + b);
+        });
+        Ok(())
+    })
+}
+
+fn adamw(count: usize) -> Result<Contestant<'static>, Failure> {
+    let (p, g) = (vector(count, 1.0)?, vector(count, 1e-3)?);
+    let mut moments = Moments::zeros(count, &Device::Cpu)?;
+    let mut step = 0;
+    Ok(Contestant::new("qtune AdamW", 1, 28 * count, move |_| {
+        step += 1;
+        adamw_step(&p, &g, &mut moments, step, &AdamWParams { lr: 1e-5, ..AdamWParams::default() })?;
+        Ok(())
+    }))
+}
+
+/// The same in candle's elementwise ops.
+fn adamw_of_candle(count: usize) -> Result<Contestant<'static>, Failure> {
+    let (mut p, g) = (vector(count, 1.0)?, vector(count, 1e-3)?);
+    let (mut m, mut v) = (p.zeros_like()?, p.zeros_like()?);
+    let mut step = 0;
+    Ok(Contestant::new("AdamW in candle ops", 1, 28 * count, move |_| {
+        step += 1;
+        let params = AdamWParams { lr: 1e-5, ..AdamWParams::default() };
+        (p, m, v) = reference::adamw_step(&p, &g, (&m, &v), step, &params)?;
+        Ok(())
+    }))
+}
+
+fn classp(count: usize, power: f64) -> Result<Contestant<'static>, Failure> {
+    let (w, g) = (vector(count, 1.0)?, vector(count, 1e-3)?);
+    let mut sum = GradSum::zeros(count, DType::F32, &Device::Cpu)?;
+    let params = ClasspParams { lr: 1e-6, power, ..ClasspParams::default() };
+    Ok(Contestant::new(format!("qtune CLASSP, power {power}"), 1, 20 * count, move |_| {
+        classp_step(&w, &g, &mut sum, &params)?;
+        Ok(())
+    }))
+}
+
+/// A low-rank change added onto a square weight as near to `count` elements as one is: the weight read and written.
+fn merge_lora(count: usize, rank: usize) -> Result<Contestant<'static>, Failure> {
+    let n = (count as f64).sqrt() as usize;
+    let (w, a, b) = (vector(n * n, 1.0)?.reshape((n, n))?, vector(rank * n, 0.1)?, vector(n * rank, 0.1)?);
+    let (a, b) = (a.reshape((rank, n))?, b.reshape((n, rank))?);
+    Ok(Contestant::new(format!("merge of LoRA, rank {rank}"), 1, 8 * n * n, move |_| {
+        // As an adapter's weight is read dense: its base, and the product of its factors.
+        let change = qtune::kernels::linear(&b, &a.t()?.contiguous()?, None)?;
+        (&w + change)?;
+        Ok(())
+    }))
+}
+
+fn merge_bone(count: usize, rank: usize) -> Result<Contestant<'static>, Failure> {
+    let n = ((count as f64).sqrt() as usize / rank * rank).max(rank);
+    let (w, b) = (vector(n * n, 1.0)?.reshape((n, n))?, vector(n * rank, 0.1)?);
+    let b = b.reshape((n / rank, rank, rank))?;
+    Ok(Contestant::new(format!("merge of Bone, rank {rank}"), 1, 8 * n * n, move |_| {
+        block_affine_merged(&w, &b)?;
+        Ok(())
+    }))
+}
+
+fn bench(options: &Options, threads: usize) -> Result<(), Failure> {
+    head(
+        &format!("Optimizers and merges, {}", of_threads(threads)),
+        &["tensor", "what", "µs", "GB/s", "of the plain pass"],
+    );
+    for (of, count) in shapes::TENSORS.iter().filter(|(of, _)| options.wants(&[of])) {
+        let mut contestants = vec![
+            plain(*count),
+            adamw(*count)?,
+            adamw_of_candle(*count)?,
+            classp(*count, 1.0)?,
+            classp(*count, 2.0)?,
+            merge_lora(*count, 16)?,
+            merge_bone(*count, 64)?,
+        ];
+        let seconds = race(options, &mut contestants)?;
+        let rate = |i: usize| contestants[i].bytes / seconds[i] / 1e9;
+        for (i, contestant) in contestants.iter().enumerate() {
+            row(&[
+                format!("{of}, {count}"),
+                contestant.name.clone(),
+                micros(seconds[i]),
+                format!("{:.1}", rate(i)),
+                format!("{:.0} %", 100.0 * rate(i) / rate(0)),
+            ]);
+        }
+    }
+    Ok(())
+}
+
+fn main() -> Result<(), Failure> {
+    harness::each_number_of_threads("Optimizers and merges", &Options::read()?, bench)
+}
