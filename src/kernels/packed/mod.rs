@@ -11,6 +11,7 @@
 
 mod codes;
 pub mod edges;
+pub mod gemm8;
 pub mod gemv;
 mod isa;
 #[cfg(target_arch = "x86_64")]
@@ -32,7 +33,9 @@ pub use product::{CodeMatrix, Elements};
 pub use rows::{Groups, PackedRows};
 
 use super::linear::{add_product, product, View};
+use gemm8::Tokens;
 use gemv::{FloatRow, GemvWeights, Int8Row, TILE_ROWS};
+use table::Scales;
 
 /// Rows of activations that one task takes through all the weight.
 const TOKENS: usize = 256;
@@ -134,6 +137,37 @@ fn whole_sums(q: &[f32], rows: &PackedRows) -> Vec<f32> {
     y
 }
 
+/// `step[t mod len] step[o] Σ_k q[t, k] (code[o, k] + offset)` of activation codes of magnitude at most `bound`, on
+/// integers; none where the weight is not for it.
+fn codes_product(q: &[f32], bound: u32, step: &[f32], rows: &PackedRows) -> Option<Vec<f32>> {
+    let tokens = q.len() / rows.cols;
+    let signed = q.iter().any(|&v| v < 0.0);
+    if bound > if signed { 128 } else { 255 } {
+        return None;
+    }
+    let steps: Vec<f32> = (0..tokens).map(|t| step[t % step.len()]).collect();
+    let mut y = vec![0f32; tokens * rows.rows()];
+    if let Some(table) = rows.for_two_bits(signed).filter(|_| bound <= if signed { 2 } else { 3 }) {
+        let codes: Vec<i8> = q.iter().map(|&v| v as i8).collect();
+        let unit: Vec<f32> = rows.step.iter().map(|step| step * rows.unit()).collect();
+        table.product(table::Activations::Codes(&codes), Scales { x: &steps, w: &unit, bias: None }, &mut y);
+        return Some(y);
+    }
+    let weight = rows.for_codes()?;
+    let codes = match signed {
+        true => {
+            let codes: Vec<i8> = q.iter().map(|&v| v as i8).collect();
+            Tokens::of_signed(&codes, tokens, rows.cols, &steps)
+        }
+        false => {
+            let codes: Vec<u8> = q.iter().map(|&v| v as u8).collect();
+            Tokens::of_unsigned(&codes, tokens, rows.cols, &steps)
+        }
+    };
+    weight.product(&codes, &rows.step, &[], &mut y);
+    Some(y)
+}
+
 struct PackedMatmul(PackedRows);
 struct PackedMatmulBwd(PackedRows);
 struct PackedSums {
@@ -142,6 +176,8 @@ struct PackedSums {
     bare: bool,
     /// Whether f32 holds every sum of whole numbers.
     exact: bool,
+    /// The largest magnitude of the codes.
+    bound: u32,
     /// Steps of the activation, token `t` taking entry `t mod len`; empty: the bare sums.
     step: Vec<f32>,
 }
@@ -277,6 +313,11 @@ impl CustomOp1 for PackedSums {
 
     fn cpu_fwd(&self, q: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (q, rows) = (slice(q, layout)?, &self.rows);
+        if self.bare && !self.step.is_empty() {
+            if let Some(y) = codes_product(q, self.bound, &self.step, rows) {
+                return Ok((CpuStorage::F32(y), with_last(layout, rows.rows())));
+            }
+        }
         let mut y = match self.exact {
             _ if !self.bare => forward(q, rows, |row, out| rows.values(row, out)),
             true => forward(q, rows, |row, out| rows.whole(row, out)),
@@ -357,7 +398,7 @@ pub fn packed_codes_matmul(q: &Tensor, bound: u32, x_step: &Tensor, rows: &Packe
     let bare = rows.groups().group().is_none();
     let exact = i64::from(bound) * rows.largest_whole() * (rows.cols as i64) < EXACT;
     if q.device().is_cpu() {
-        return q.apply_op1_no_bwd(&PackedSums { rows: rows.clone(), bare, exact, step });
+        return q.apply_op1_no_bwd(&PackedSums { rows: rows.clone(), bare, exact, bound, step });
     }
     let (w, unit) = match bare {
         true => {
@@ -408,7 +449,7 @@ mod tests {
                 let mut random = Random::new(9, "q", &[]);
                 let q: Vec<i64> = (0..3 * cols).map(|_| i64::from(random.below(256))).collect();
                 let input = Tensor::from_vec(q.iter().map(|&v| v as f32).collect(), (3, cols), &Device::Cpu);
-                let op = PackedSums { rows: packed.clone(), bare: true, exact, step: Vec::new() };
+                let op = PackedSums { rows: packed.clone(), bare: true, exact, bound: 255, step: Vec::new() };
                 let y = input.unwrap().apply_op1_no_bwd(&op).unwrap().to_vec2::<f32>().unwrap();
                 for (t, y) in y.iter().enumerate() {
                     for (o, &y) in y.iter().enumerate() {

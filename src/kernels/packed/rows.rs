@@ -6,8 +6,10 @@
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
+use super::gemm8::Gemm8Weights;
 use super::gemv::GemvWeights;
 use super::isa::Isa;
+use super::table::{TableWeights, WeightGrid};
 
 use crate::kernels::Levels;
 
@@ -56,6 +58,9 @@ impl Groups {
     }
 }
 
+/// Columns from which on tables are ahead of integer products (`benches/results`).
+const LONG: usize = 384;
+
 /// Packed rows of codes with a step for each group of columns.
 #[derive(Clone, Debug)]
 pub struct PackedRows {
@@ -72,7 +77,16 @@ pub struct PackedRows {
     /// The steps, `[rows, groups]`, row-major.
     pub step: Arc<[f32]>,
     /// The layout that products with few rows read, made when the first one comes.
-    repacked: Arc<OnceLock<GemvWeights>>,
+    repacked: Arc<Repacked>,
+}
+
+/// The kernels' own layouts, each made when a product asks for it.
+#[derive(Debug, Default)]
+struct Repacked {
+    few: OnceLock<GemvWeights>,
+    many: OnceLock<Option<Gemm8Weights>>,
+    /// For signed 2-bit activations, and for unsigned ones.
+    tables: [OnceLock<TableWeights>; 2],
 }
 
 impl PackedRows {
@@ -95,7 +109,7 @@ impl PackedRows {
 
     /// The rows as products with few rows of activations read them.
     pub(super) fn repacked(&self) -> &GemvWeights {
-        self.repacked.get_or_init(|| {
+        self.repacked.few.get_or_init(|| {
             let Levels { lo, half, .. } = self.levels;
             GemvWeights::new(
                 (self.bits, lo, half),
@@ -106,6 +120,29 @@ impl PackedRows {
                 Isa::best(),
             )
         })
+    }
+
+    /// As products with codes of many tokens read them; none where a row has several steps, or 32 bits might not hold a
+    /// sum.
+    pub(super) fn for_codes(&self) -> Option<&Gemm8Weights> {
+        let Levels { lo, half, .. } = self.levels;
+        if self.groups().group().is_some() || self.cols == 0 {
+            return None;
+        }
+        let make = || Gemm8Weights::new(self.bits, lo, half, self.cols, &self.codes, Isa::best());
+        self.repacked.many.get_or_init(make).as_ref()
+    }
+
+    /// As products of 2-bit weights with 2-bit codes read them, where tables are ahead of integer products: the longer
+    /// the sum the further.
+    pub(super) fn for_two_bits(&self, signed: bool) -> Option<&TableWeights> {
+        let Levels { lo, half, .. } = self.levels;
+        if self.bits != 2 || self.groups().group().is_some() || self.cols < LONG {
+            return None;
+        }
+        let (grid, x_lo) = (WeightGrid { lo, half }, if signed { -2 } else { 0 });
+        let make = || TableWeights::new(grid, x_lo, self.rows(), self.cols, &self.codes, Isa::best());
+        Some(self.repacked.tables[usize::from(!signed)].get_or_init(make))
     }
 
     /// Packs whole numbers within the levels, `cols` a row, with one step for each row.

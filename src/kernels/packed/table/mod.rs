@@ -114,6 +114,15 @@ impl Task<'_> {
     }
 }
 
+impl std::fmt::Debug for TableWeights {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TableWeights")
+            .field("rows", &self.rows())
+            .field("cols", &self.cols())
+            .finish_non_exhaustive()
+    }
+}
+
 impl TableWeights {
     /// Lays out weights from the canonical packing: the fields `code - lo`, least significant bits first, every row
     /// from a byte on. `x_lo` is the lowest code of the activations: -2 if they are signed, 0 if not.
