@@ -207,6 +207,9 @@ impl Bench {
         if self.common.allow_pickle {
             args.push("--allow-pickle".into());
         }
+        if self.common.act_int8 {
+            args.push("--act-int8".into());
+        }
         args
     }
 

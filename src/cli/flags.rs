@@ -46,6 +46,9 @@ pub struct Common {
     /// Number format to compute in
     #[arg(long, value_enum, default_value = "f32", global = true)]
     pub dtype: Dtype,
+    /// Round the activations of packed weights to 8 bits while a language model decodes: faster, not exact
+    #[arg(long, global = true)]
+    pub act_int8: bool,
     /// Read models that PyTorch pickled (.pth, .pt, .bin): as data, nothing in them is run
     #[arg(long, global = true)]
     pub allow_pickle: bool,
@@ -84,6 +87,7 @@ impl Common {
 
     /// Sets up threads and device for a model that runs in any number format.
     pub fn device_for_text(&self) -> Result<Device> {
+        qtune::kernels::round_activations(self.act_int8);
         if self.dtype == Dtype::Bf16 {
             qtune::kernels::set_arithmetic(qtune::kernels::Arithmetic::Bf16);
         }
