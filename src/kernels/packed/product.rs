@@ -90,7 +90,7 @@ impl CodeMatrix {
             "codes: a matrix of {rows} x {cols} does not fit"
         );
         let isa = isa.usable();
-        let (layout, sums) = lay_out(isa, isa, rows, cols, of);
+        let (layout, sums) = lay_out(isa, rows, cols, of);
         CodeMatrix { rows, cols, layout, sums, unit: Vec::new(), half: false, isa }
     }
 
@@ -203,24 +203,22 @@ per_isa! {
     }
 }
 
-per_isa! {
-    fn lay_out(isa: Isa, rows: usize, cols: usize, of: Elements<'_>) -> (Layout, Vec<i32>) {
-        #[cfg(target_arch = "x86_64")]
-        if isa == Isa::Avx512 {
-            let (panels, sums) = Panels::new(rows, cols, of);
-            return (Layout::Panels(panels), sums);
-        }
-        let _ = isa;
-        let (lo, mut codes) = (of.lo as u8, vec![0i8; rows * cols]);
-        let mut sums = vec![0i32; rows.next_multiple_of(ROWS)];
-        for ((r, codes), sum) in codes.chunks_exact_mut(cols.max(1)).enumerate().zip(&mut sums) {
-            for (c, code) in codes.iter_mut().enumerate() {
-                *code = of.fields[r * of.rs + c * of.cs].wrapping_add(lo) as i8;
-                *sum += i32::from(*code);
-            }
-        }
-        (Layout::Rows(codes), sums)
+fn lay_out(isa: Isa, rows: usize, cols: usize, of: Elements<'_>) -> (Layout, Vec<i32>) {
+    #[cfg(target_arch = "x86_64")]
+    if isa.usable() == Isa::Avx512 {
+        // SAFETY: `usable` gives Avx512 only where all that is enabled there was detected.
+        let (panels, sums) = unsafe { Panels::new(rows, cols, of) };
+        return (Layout::Panels(panels), sums);
     }
+    let (lo, mut codes) = (of.lo as u8, vec![0i8; rows * cols]);
+    let mut sums = vec![0i32; rows.next_multiple_of(ROWS)];
+    for ((r, codes), sum) in codes.chunks_exact_mut(cols.max(1)).enumerate().zip(&mut sums) {
+        for (c, code) in codes.iter_mut().enumerate() {
+            *code = of.fields[r * of.rs + c * of.cs].wrapping_add(lo) as i8;
+            *sum += i32::from(*code);
+        }
+    }
+    (Layout::Rows(codes), sums)
 }
 
 per_isa! {
