@@ -77,6 +77,9 @@ fn main() {
         let x = images(batch);
         let mut row = BTreeMap::new();
         for (name, integers) in [("integer", true), ("tensors", false)] {
+            if !integers && args.iter().any(|a| a == "only") {
+                continue;
+            }
             let run = || match integers {
                 true => vit.forward(&x).unwrap(),
                 false => vit.train(&x, None).unwrap(),

@@ -87,27 +87,27 @@ fn code(v: f32, lo: f32, hi: f32) -> i32 {
     (v + MAGIC).to_bits().wrapping_sub(MAGIC.to_bits()) as i32
 }
 
-impl Rounding<'_> {
-    /// Writes the fields of `value(c)` for every column; the sum of the codes.
-    #[inline(always)]
-    fn write(&self, out: &mut [u8], value: impl Fn(usize) -> f32) -> i32 {
-        let shift = &self.shift[..out.len()];
-        let (lo, hi) = (self.lo as f32, self.hi as f32);
-        let mut sum = 0i32;
-        for c in 0..out.len() {
-            let k = code((value(c) + shift[c]) / self.step, lo, hi);
+/// Writes the fields of `value`, an expression in the column, for every column of `out`; the sum of the codes.
+/// No closure: one that is not inlined would be compiled without the instruction set.
+macro_rules! fields {
+    ($rounding:expr, $out:expr, $c:ident => $value:expr) => {{
+        let Rounding { shift, step, lo, hi } = *$rounding;
+        let (len, mut sum) = ($out.len(), 0i32);
+        let shift = &shift[..len];
+        for $c in 0..len {
+            let k = code(($value + shift[$c]) / step, lo as f32, hi as f32);
             sum += k;
-            out[c] = (k - self.lo) as u8;
+            $out[$c] = (k - lo) as u8;
         }
         sum
-    }
+    }};
 }
 
 per_isa! {
     /// The codes of a row of floats; their sum.
     pub fn round(x: &[f32], rounding: &Rounding<'_>, out: &mut [u8]) -> i32 {
         let x = &x[..out.len()];
-        rounding.write(out, |c| x[c])
+        fields!(rounding, out, c => x[c])
     }
 }
 
@@ -124,7 +124,7 @@ per_isa! {
         }
         let variance = cpu::dot(row, row) / len as f32;
         let r = 1.0 / f32::sqrt(variance + eps);
-        rounding.write(out, |c| Real::fma(row[c] * r, w[c], b[c]))
+        fields!(rounding, out, c => Real::fma(row[c] * r, w[c], b[c]))
     }
 }
 
@@ -132,7 +132,7 @@ per_isa! {
     /// The codes of a product; their sum.
     pub fn requantize(sums: &[i32], affine: &Affine<'_>, rounding: &Rounding<'_>, out: &mut [u8]) -> i32 {
         let (sums, affine) = (&sums[..out.len()], affine.over(out.len()));
-        rounding.write(out, |c| affine.at(c, sums[c]))
+        fields!(rounding, out, c => affine.at(c, sums[c]))
     }
 }
 
@@ -151,13 +151,19 @@ per_isa! {
 }
 
 per_isa! {
-    /// The codes of the GELU of a product; their sum.
-    pub fn gelu(sums: &[i32], affine: &Affine<'_>, rounding: &Rounding<'_>, out: &mut [u8]) -> i32 {
-        let (sums, affine) = (&sums[..out.len()], affine.over(out.len()));
-        rounding.write(out, |c| {
-            let x = affine.at(c, sums[c]);
-            x * phi(x)
-        })
+    /// The codes of the GELU of a product; their sum. `row` has the length of all.
+    pub fn gelu(
+        sums: &[i32], affine: &Affine<'_>, rounding: &Rounding<'_>, row: &mut [f32], out: &mut [u8],
+    ) -> i32 {
+        let len = out.len();
+        let (sums, affine, row) = (&sums[..len], affine.over(len), &mut row[..len]);
+        for c in 0..len {
+            row[c] = affine.at(c, sums[c]);
+        }
+        for x in row.iter_mut() {
+            *x *= phi(*x);
+        }
+        fields!(rounding, out, c => row[c])
     }
 }
 
@@ -208,7 +214,7 @@ per_isa! {
     ) -> i32 {
         let len = out.len();
         let (sums, unit, shift, total) = (&sums[..len], &unit[..len], &shift[..len], total as f32);
-        rounding.write(out, |c| step * (sums[c] as f32 * unit[c] + total * shift[c]))
+        fields!(rounding, out, c => step * (sums[c] as f32 * unit[c] + total * shift[c]))
     }
 }
 
@@ -229,5 +235,133 @@ per_isa! {
             lanes[i] = Real::fma((i32::from(ut[i]) + lo) as f32, wt[i], lanes[i]);
         }
         cpu::sum(&lanes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Tensor};
+
+    use super::super::Isa;
+    use super::*;
+    use crate::kernels::{self, Levels};
+    use crate::random::Random;
+
+    const WIDTHS: [usize; 6] = [1, 3, 16, 65, 130, 197];
+    const GRIDS: [Levels; 5] = [
+        Levels { lo: -2, hi: 1, half: false },
+        Levels { lo: 0, hi: 3, half: false },
+        Levels { lo: -8, hi: 7, half: false },
+        Levels { lo: -128, hi: 127, half: false },
+        Levels { lo: 0, hi: 255, half: false },
+    ];
+
+    fn floats(name: &str, n: usize, spread: f32) -> Vec<f32> {
+        let mut random = Random::new(8, name, &[n as u64]);
+        // Multiples of 1/16 make many ties.
+        (0..n).map(|_| (random.normal() * spread * 16.0).round() / 16.0).collect()
+    }
+
+    fn row(x: &[f32]) -> Tensor {
+        Tensor::from_slice(x, (1, x.len()), &Device::Cpu).unwrap()
+    }
+
+    fn vector(x: &[f32]) -> Tensor {
+        Tensor::from_slice(x, x.len(), &Device::Cpu).unwrap()
+    }
+
+    /// The fields that the trained quantizer gives for `x`, and their sum of codes.
+    fn fields(x: &Tensor, step: f32, shift: Option<&[f32]>, levels: Levels) -> (Vec<u8>, i32) {
+        let shift = shift.map(vector);
+        let codes = kernels::lsq_codes(x, &vector(&[step]), shift.as_ref(), levels, None).unwrap();
+        let codes: Vec<i32> =
+            codes.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().map(|&k| k as i32).collect();
+        (codes.iter().map(|k| (k - levels.lo) as u8).collect(), codes.iter().sum())
+    }
+
+    /// Runs `body` for each instruction set, width and grid, with a step and shifts.
+    fn everywhere(body: impl Fn(Isa, usize, Levels, &Rounding<'_>)) {
+        for isa in Isa::available() {
+            for n in WIDTHS {
+                for levels in GRIDS {
+                    let shift = floats("shift", n, 0.3);
+                    let step = if levels.hi > 100 { 0.03125 } else { 0.625 };
+                    body(isa, n, levels, &Rounding { shift: &shift, step, lo: levels.lo, hi: levels.hi });
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn codes_are_those_of_the_trained_quantizer() {
+        everywhere(|isa, n, levels, rounding| {
+            let (x, mut out) = (floats("x", n, 1.0), vec![0u8; n]);
+            let sum = round(isa, &x, rounding, &mut out);
+            assert_eq!(
+                (out, sum),
+                fields(&row(&x), rounding.step, Some(rounding.shift), levels),
+                "{isa:?} {n}"
+            );
+        });
+        let mut out = [9u8; 3];
+        let rounding = Rounding { shift: &[0.0; 3], step: 1.0, lo: -2, hi: 1 };
+        assert_eq!(round(Isa::best(), &[f32::NAN, f32::INFINITY, -1e30], &rounding, &mut out), -3);
+        assert_eq!(out, [0, 3, 0]);
+    }
+
+    #[test]
+    fn norms_and_products_go_to_the_codes_of_the_ops() {
+        everywhere(|isa, n, levels, rounding| {
+            let (x, w, b) = (floats("x", n, 1.0), floats("w", n, 1.0), floats("b", n, 0.2));
+            let shift = Some(rounding.shift);
+            let (mut scratch, mut out) = (vec![0f32; n], vec![0u8; n]);
+            let sum = normalize(isa, &x, &w, &b, 1e-3, rounding, &mut scratch, &mut out);
+            let y = kernels::layer_norm(&row(&x), &vector(&w), &vector(&b), 1e-3).unwrap();
+            assert_eq!((out.clone(), sum), fields(&y, rounding.step, shift, levels), "norm {isa:?} {n}");
+
+            let sums: Vec<i32> = floats("sums", n, 40.0).iter().map(|&v| v as i32).collect();
+            let affine = Affine { step: 0.25, unit: &w, bias: &b };
+            let y: Vec<f32> = (0..n).map(|c| sums[c] as f32 * (0.25 * w[c]) + b[c]).collect();
+            let sum = requantize(isa, &sums, &affine, rounding, &mut out);
+            assert_eq!((out.clone(), sum), fields(&row(&y), rounding.step, shift, levels), "{isa:?} {n}");
+            let steps = vec![rounding.step; n];
+            let before = out.clone();
+            requantize_columns(isa, &sums, &affine, rounding.shift, &steps, levels.lo, levels.hi, &mut out);
+            assert_eq!(out, before, "columns {isa:?} {n}");
+            let sum = super::gelu(isa, &sums, &affine, rounding, &mut scratch, &mut out);
+            let gelu = kernels::gelu(&row(&y)).unwrap();
+            assert_eq!((out.clone(), sum), fields(&gelu, rounding.step, shift, levels), "gelu {isa:?} {n}");
+            let mut z = x.clone();
+            accumulate(isa, &sums, &affine, &mut z);
+            assert!(z.iter().zip(&x).zip(&y).all(|((z, x), y)| *z == x + y), "accumulate {isa:?} {n}");
+        });
+    }
+
+    #[test]
+    fn probabilities_and_mixes() {
+        everywhere(|isa, n, levels, rounding| {
+            let sums: Vec<i32> = floats("sums", n, 9.0).iter().map(|&v| v as i32).collect();
+            let (unit, bias) = (floats("unit", n, 0.3), floats("bias", n, 1.0));
+            let (mut scratch, mut out) = (vec![0f32; n], vec![0u8; n]);
+            if levels.lo == 0 {
+                let step = 1.0 / (levels.hi as f32 + 3.0);
+                let logits: Vec<f32> = (0..n).map(|m| sums[m] as f32 * (0.25 * unit[m]) + bias[m]).collect();
+                let sum = softmax(isa, &sums, 0.25, &unit, &bias, step, levels.hi, &mut scratch, &mut out);
+                let p = kernels::softmax(&row(&logits)).unwrap();
+                assert_eq!((out.clone(), sum), fields(&p, step, None, levels), "softmax {isa:?} {n}");
+            }
+            let sum = mix(isa, &sums, 0.25, 3, &unit, &bias, rounding, &mut out);
+            let y: Vec<f32> = (0..n).map(|c| 0.25 * (sums[c] as f32 * unit[c] + 3.0 * bias[c])).collect();
+            let want = fields(&row(&y), rounding.step, Some(rounding.shift), levels);
+            assert_eq!((out.clone(), sum), want, "mix {isa:?} {n}");
+            let exact: f64 = out
+                .iter()
+                .zip(&unit)
+                .map(|(&u, &w)| f64::from(i32::from(u) + levels.lo) * f64::from(w))
+                .sum();
+            let got = weigh(isa, &out, levels.lo, &unit);
+            assert!((f64::from(got) - exact).abs() <= 1e-5 * (1.0 + exact.abs()) * n as f64, "{isa:?} {n}");
+            assert_eq!(got.to_bits(), weigh(Isa::Scalar, &out, levels.lo, &unit).to_bits(), "{isa:?} {n}");
+        });
     }
 }

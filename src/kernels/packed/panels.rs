@@ -37,23 +37,30 @@ fn panels(groups: usize) -> impl Iterator<Item = Range<usize>> {
 }
 
 impl Panels {
-    /// The fields of a matrix plus their lowest code, and the sum of each row's codes, rows filled up.
+    /// The fields of a matrix plus their lowest code, and the sum of each row's codes, rows filled up. The matrix
+    /// lies within the elements.
+    ///
+    /// # Safety
+    ///
+    /// The processor has AVX512 F, BW and VNNI.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     pub fn new(rows: usize, cols: usize, of: Elements<'_>) -> (Panels, Vec<i32>) {
         let (groups, quads) = (rows.div_ceil(ROWS), cols.div_ceil(QUAD));
-        let mut lines = vec![Line([0; 64]); groups * quads];
+        let lo = of.lo as u8;
+        // What is not written is zero once the lowest code is added.
+        let mut lines = vec![Line([lo.wrapping_neg(); 64]); groups * quads];
         let mut sums = vec![0i32; groups * ROWS];
-        let lo = u32::from(of.lo as u8) * 0x0101_0101;
         let mut start = 0;
         for panel in panels(groups) {
             let lines = &mut lines[start * quads..][..panel.len() * quads];
             start += panel.len();
             for (g, group) in panel.clone().enumerate() {
                 let count = (rows - group * ROWS).min(ROWS);
+                let mut sum = _mm512_setzero_si512();
                 for quad in 0..quads {
                     let line = &mut lines[quad * panel.len() + g].0;
                     let at = group * ROWS * of.rs + quad * QUAD * of.cs;
                     let width = (cols - quad * QUAD).min(QUAD);
-                    let sums = &mut sums[group * ROWS..][..ROWS];
                     match (of.rs, of.cs, count, width) {
                         (_, 1, _, QUAD) => {
                             for (r, four) in line.chunks_exact_mut(QUAD).enumerate().take(count) {
@@ -69,18 +76,17 @@ impl Panels {
                             }
                         }
                     }
-                    if count == ROWS && width == QUAD {
-                        shift(line, lo, sums);
-                    } else {
-                        for r in 0..count {
-                            for c in 0..width {
-                                let code = line[r * QUAD + c].wrapping_add(lo as u8);
-                                line[r * QUAD + c] = code;
-                                sums[r] += i32::from(code as i8);
-                            }
-                        }
+                    // SAFETY: a line has 64 bytes.
+                    unsafe {
+                        let codes = _mm512_loadu_si512(line.as_ptr().cast());
+                        let codes = _mm512_add_epi8(codes, _mm512_set1_epi8(lo as i8));
+                        sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), codes);
+                        _mm512_storeu_si512(line.as_mut_ptr().cast(), codes);
                     }
                 }
+                let sums = &mut sums[group * ROWS..][..ROWS];
+                // SAFETY: the slice has 16 sums.
+                unsafe { _mm512_storeu_si512(sums.as_mut_ptr().cast(), sum) };
             }
         }
         (Panels { groups, quads, lines }, sums)
@@ -130,28 +136,21 @@ impl Panels {
 }
 
 /// 16 fields of four columns, row by row.
-#[inline(always)]
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn interleave(fields: &[u8], stride: usize, line: &mut [u8; 64]) {
-    let column = |c: usize| -> &[u8] { &fields[c * stride..][..ROWS] };
-    let (a, b, c, d) = (column(0), column(1), column(2), column(3));
-    for r in 0..ROWS {
-        line[r * QUAD] = a[r];
-        line[r * QUAD + 1] = b[r];
-        line[r * QUAD + 2] = c[r];
-        line[r * QUAD + 3] = d[r];
-    }
-}
-
-/// Adds `lo`, in each of its bytes, to the fields, and each row's codes to its sum.
-#[inline(always)]
-fn shift(line: &mut [u8; 64], lo: u32, sums: &mut [i32]) {
-    for (four, sum) in line.chunks_exact_mut(QUAD).zip(sums) {
-        let mut total = 0;
-        for code in four {
-            *code = code.wrapping_add(lo as u8);
-            total += i32::from(*code as i8);
-        }
-        *sum += total;
+    let column = |c: usize| -> *const __m128i { fields[c * stride..][..ROWS].as_ptr().cast() };
+    // SAFETY: each slice above has 16 bytes, a line four times as many.
+    unsafe {
+        let (a, b) = (_mm_loadu_si128(column(0)), _mm_loadu_si128(column(1)));
+        let (c, d) = (_mm_loadu_si128(column(2)), _mm_loadu_si128(column(3)));
+        let (ab, cd) = (_mm_unpacklo_epi8(a, b), _mm_unpacklo_epi8(c, d));
+        let (ab_high, cd_high) = (_mm_unpackhi_epi8(a, b), _mm_unpackhi_epi8(c, d));
+        let out = line.as_mut_ptr().cast::<__m128i>();
+        _mm_storeu_si128(out, _mm_unpacklo_epi16(ab, cd));
+        _mm_storeu_si128(out.add(1), _mm_unpackhi_epi16(ab, cd));
+        _mm_storeu_si128(out.add(2), _mm_unpacklo_epi16(ab_high, cd_high));
+        _mm_storeu_si128(out.add(3), _mm_unpackhi_epi16(ab_high, cd_high));
     }
 }
 

@@ -300,9 +300,14 @@ impl IntegerAttention {
         let fields = &meeting.value[entry * tokens * wide + head * channels..];
         let value = Elements { fields, rs: 1, cs: wide, lo: self.value_out.lo };
         let bias = &meeting.bias[entry * tokens * self.heads..(entry + 1) * tokens * self.heads];
+        // Together, since a small batch has fewer heads than there are threads.
+        let (key, value) = rayon::join(
+            || CodeMatrix::of_codes(tokens, depth, key, self.isa),
+            || CodeMatrix::of_codes(channels, tokens, value, self.isa),
+        );
         Head {
-            key: CodeMatrix::of_codes(tokens, depth, key, self.isa),
-            value: CodeMatrix::of_codes(channels, tokens, value, self.isa),
+            key,
+            value,
             unit: (0..tokens).map(|m| self.scale * self.key_out.step(m, self.group(head))).collect(),
             bias: bias.iter().skip(head).step_by(self.heads).copied().collect(),
         }
@@ -329,23 +334,23 @@ impl IntegerAttention {
             };
             let fields = &meeting.left[(entry * tokens + first) * wide + at..];
             let left = CodesRef::new(fields, wide, count, self.depth(), query.lo);
-            sums.resize(count * head.key.stride(), 0);
-            head.key.sums(left, sums);
+            let logits = room(sums, count * head.key.stride());
+            head.key.sums(left, logits);
             probabilities.reset(count, tokens, 0);
-            row.resize(tokens, 0.0);
-            for (t, sums) in sums.chunks_exact(head.key.stride()).enumerate() {
+            let row = room(row, tokens);
+            for (t, logits) in logits.chunks_exact(head.key.stride()).enumerate() {
                 let (n, (out, total)) = (first + t, probabilities.row_mut(t, 0..tokens));
                 let (step, hi) = (self.softmax.step(n, 0), self.softmax.hi);
                 *total =
-                    edges::softmax(isa, sums, query.step(n, 0), &head.unit, &head.bias, step, hi, row, out);
+                    edges::softmax(isa, logits, query.step(n, 0), &head.unit, &head.bias, step, hi, row, out);
             }
             see("softmax", (entry * self.heads + h) * tokens + first, probabilities.view());
-            sums.resize(count * head.value.stride(), 0);
-            head.value.sums(probabilities.view(), sums);
+            let mixed = room(sums, count * head.value.stride());
+            head.value.sums(probabilities.view(), mixed);
             let columns = h * channels..(h + 1) * channels;
             let (unit, shift) = (&self.value_step[columns.clone()], &self.value_shift[columns.clone()]);
             for (t, (sums, &total)) in
-                sums.chunks_exact(head.value.stride()).zip(probabilities.view().sums).enumerate()
+                mixed.chunks_exact(head.value.stride()).zip(probabilities.view().sums).enumerate()
             {
                 let rounding = self.context.rounding(first + t, 0, columns.start);
                 let (out, sum) = codes.row_mut(t, columns.clone());
@@ -380,9 +385,17 @@ pub(super) struct Scratch {
 
 /// The whole sums of a layer behind codes.
 pub(super) fn product<'a>(layer: &Layer, x: CodesRef<'_>, sums: &'a mut Vec<i32>) -> &'a [i32] {
-    sums.resize(x.tokens * layer.matrix.stride(), 0);
+    let sums = room(sums, x.tokens * layer.matrix.stride());
     layer.matrix.sums(x, sums);
     sums
+}
+
+/// So many elements of a buffer, which is only ever made longer.
+pub(super) fn room<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
+    if buffer.len() < len {
+        buffer.resize(len, T::default());
+    }
+    &mut buffer[..len]
 }
 
 /// Rows `size` long, by entries of `tokens` rows and `block` of these.

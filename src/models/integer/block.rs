@@ -1,9 +1,11 @@
 //! A block on integers: what its tokens do on their own goes from codes to codes by blocks of tokens, and
 //! twice they wait for each other, where keys and values are complete.
 
+use std::cell::RefCell;
+
 use rayon::prelude::*;
 
-use super::attention::{cut, product, Head, IntegerAttention, Scratch};
+use super::attention::{cut, product, room, Head, IntegerAttention, Scratch};
 use super::layer::{Layer, Norm, Quantizer};
 use super::See;
 use crate::kernels::packed::edges::{self, Affine};
@@ -18,6 +20,11 @@ use crate::Result;
 const TOKENS: [usize; 2] = [24, 48];
 /// What is many.
 pub(super) const MANY: usize = 1024;
+
+thread_local! {
+    /// A thread's buffers, kept from task to task: fresh memory costs as much as what is done with it.
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
 
 /// A block of a vision transformer whose products are all of integers.
 #[derive(Debug)]
@@ -77,9 +84,8 @@ impl IntegerBlock {
 
         let mut meeting = self.attention.meeting(batch, tokens);
         let parts = self.attention.parts(&mut meeting, tokens, block);
-        places.par_iter().zip(parts).with_max_len(1).for_each_init(
-            Scratch::default,
-            |scratch, (place, part)| {
+        places.par_iter().zip(parts).with_max_len(1).for_each(|(place, part)| {
+            SCRATCH.with_borrow_mut(|scratch| {
                 let &(entry, first, count) = place;
                 let row = entry * tokens + first;
                 let x = &x[row * width..(row + count) * width];
@@ -87,8 +93,8 @@ impl IntegerBlock {
                 see("input", row, scratch.codes.view());
                 let Scratch { sums, codes, .. } = scratch;
                 self.attention.project(codes.view(), sums, part, (first, row), see);
-            },
-        );
+            });
+        });
         let met: Vec<Head> = (0..batch * heads)
             .into_par_iter()
             .with_max_len(1)
@@ -96,18 +102,20 @@ impl IntegerBlock {
             .collect();
         let mut y = vec![0f32; x.len()];
         let out: Vec<&mut [f32]> = cut(&mut y, width, tokens, block).collect();
-        places.par_iter().zip(out).with_max_len(1).for_each_init(Scratch::default, |scratch, (place, y)| {
-            let &(entry, first, _) = place;
-            let row = entry * tokens + first;
-            y.copy_from_slice(&x[row * width..row * width + y.len()]);
-            self.attention.mix(&meeting, &met[entry * heads..(entry + 1) * heads], *place, scratch, see);
-            see("context", row, scratch.codes.view());
-            self.add(&self.attention.output, &self.attention.context, first, scratch, y);
-            self.normalize(&self.norm_after, &self.up_in, y, first, scratch);
-            see("up", row, scratch.codes.view());
-            self.widen(first, scratch);
-            see("down", row, scratch.codes.view());
-            self.add(&self.down, &self.down_in, first, scratch, y);
+        places.par_iter().zip(out).with_max_len(1).for_each(|(place, y)| {
+            SCRATCH.with_borrow_mut(|scratch| {
+                let &(entry, first, _) = place;
+                let row = entry * tokens + first;
+                y.copy_from_slice(&x[row * width..row * width + y.len()]);
+                self.attention.mix(&meeting, &met[entry * heads..(entry + 1) * heads], *place, scratch, see);
+                see("context", row, scratch.codes.view());
+                self.add(&self.attention.output, &self.attention.context, first, scratch, y);
+                self.normalize(&self.norm_after, &self.up_in, y, first, scratch);
+                see("up", row, scratch.codes.view());
+                self.widen(first, scratch);
+                see("down", row, scratch.codes.view());
+                self.add(&self.down, &self.down_in, first, scratch, y);
+            })
         });
         y
     }
@@ -117,7 +125,7 @@ impl IntegerBlock {
         let width = norm.weight.len();
         let Scratch { codes, row, .. } = scratch;
         codes.reset(x.len() / width, width, to.lo);
-        row.resize(width, 0.0);
+        let row = room(row, width);
         for (t, x) in x.chunks_exact(width).enumerate() {
             let (rounding, (out, sum)) = (to.rounding(first + t, 0, 0), codes.row_mut(t, 0..width));
             *sum = edges::normalize(self.isa, x, &norm.weight, &norm.bias, norm.eps, &rounding, row, out);
@@ -126,14 +134,16 @@ impl IntegerBlock {
 
     /// The first layer of the MLP and its GELU, from the scratch's codes to codes.
     fn widen(&self, first: usize, scratch: &mut Scratch) {
-        let Scratch { codes, sums, .. } = scratch;
+        let Scratch { codes, sums, row, .. } = scratch;
         let (count, width) = (codes.view().tokens, self.up.matrix.rows());
+        let row = room(row, width);
         let up = product(&self.up, codes.view(), sums);
         codes.reset(count, width, self.down_in.lo);
         for (t, up) in up.chunks_exact(self.up.matrix.stride()).enumerate() {
             let affine = affine(&self.up, &self.up_in, first + t);
             let (out, sum) = codes.row_mut(t, 0..width);
-            *sum = edges::gelu(self.isa, up, &affine, &self.down_in.rounding(first + t, 0, 0), out);
+            let rounding = self.down_in.rounding(first + t, 0, 0);
+            *sum = edges::gelu(self.isa, up, &affine, &rounding, row, out);
         }
     }
 
