@@ -187,6 +187,8 @@ impl Tile {
     /// # Safety
     ///
     /// As [`Tile::run`] for `T` tokens and `G` groups.
+    // Counted loops over arrays of known sizes are unrolled whole: the accumulators stay in registers.
+    #[allow(clippy::needless_range_loop)]
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     unsafe fn sums<const T: usize, const G: usize>(&self) {
         // SAFETY: the caller's word, element by element.

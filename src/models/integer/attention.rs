@@ -21,8 +21,8 @@ use crate::Result;
 #[derive(Debug)]
 enum Logits {
     Separate {
-        query: Layer,
-        query_out: Quantizer,
+        query: Box<Layer>,
+        query_out: Box<Quantizer>,
     },
     /// `r` of all heads in a row, where the query's bias is kept.
     Product {
@@ -91,7 +91,7 @@ impl IntegerAttention {
                 if !query_out.by_token(1) || query.matrix.rows() != width {
                     return Ok(None);
                 }
-                Logits::Separate { query, query_out }
+                Logits::Separate { query: Box::new(query), query_out: Box::new(query_out) }
             }
             Scores::Product { bias, .. } => {
                 let bias = match bias {
@@ -158,7 +158,7 @@ impl IntegerAttention {
     /// The numbers of tokens that quantizers were calibrated for.
     pub fn tokens(&self) -> impl Iterator<Item = usize> + '_ {
         let query = match &self.logits {
-            Logits::Separate { query_out, .. } => Some(query_out),
+            Logits::Separate { query_out, .. } => Some(query_out.as_ref()),
             Logits::Product { .. } => None,
         };
         let all = [&self.input, &self.key_out, &self.value_out, &self.softmax, &self.context];
@@ -329,7 +329,7 @@ impl IntegerAttention {
         for (h, head) in heads.iter().enumerate() {
             let tokens = head.unit.len();
             let (query, at) = match &self.logits {
-                Logits::Separate { query_out, .. } => (query_out, h * self.depth()),
+                Logits::Separate { query_out, .. } => (query_out.as_ref(), h * self.depth()),
                 Logits::Product { .. } => (&self.input, 0),
             };
             let fields = &meeting.left[(entry * tokens + first) * wide + at..];

@@ -19,6 +19,8 @@ const VALUES: f32 = 1e-4;
 /// Elements that may lie on another code than on the road of tensors: those at a tie of rounding.
 const FLIPPED: f64 = 1e-3;
 
+/// The first row of some, and their codes.
+type Part = (usize, Vec<i32>);
 type Log = Arc<Mutex<BTreeMap<String, Vec<i32>>>>;
 
 /// A rule that keeps the codes it gave.
@@ -189,7 +191,7 @@ fn blocks_give_the_codes_and_values_of_the_road_of_tensors() {
             for isa in Isa::available() {
                 let block = integer(packed, width, isa);
                 assert!(block.takes(tokens) && !block.takes(tokens + 1), "{what}");
-                let seen: Mutex<BTreeMap<&str, Vec<(usize, Vec<i32>)>>> = Mutex::default();
+                let seen: Mutex<BTreeMap<&str, Vec<Part>>> = Mutex::default();
                 let see: See<'_> = &|place, row, codes: CodesRef<'_>| {
                     let rows =
                         (0..codes.tokens).flat_map(|t| codes.row(t).iter().map(|&u| i32::from(u) + codes.lo));
