@@ -8,7 +8,7 @@ mod ours;
 mod shapes;
 
 use harness::{copies, head, micros, of_threads, race, row, Failure, Options};
-use ours::{candle, codes, dense, packed, Setting};
+use ours::{candle, dense, int8, packed, Setting};
 
 fn bench(options: &Options, threads: usize) -> Result<(), Failure> {
     for cold in [false, true] {
@@ -23,8 +23,8 @@ fn bench(options: &Options, threads: usize) -> Result<(), Failure> {
             for (bits, group) in [(2, None), (2, Some(64)), (3, Some(64)), (4, Some(64)), (8, None)] {
                 contestants.push(packed(&setting, bits, group)?);
             }
-            for (bits, act_bits) in [(2, 8), (4, 8)] {
-                contestants.push(codes(&setting, bits, act_bits)?);
+            for (bits, group) in [(2, None), (2, Some(64)), (4, None), (4, Some(64))] {
+                contestants.push(int8(&setting, bits, group)?);
             }
             contestants.extend(candle(&setting)?);
             let seconds = race(options, &mut contestants)?;

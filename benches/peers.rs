@@ -14,7 +14,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use harness::{copies, head, micros, of_threads, race, row, Contestant, Failure, Options, COLD_BYTES};
-use ours::{codes, dense, packed, Setting};
+use ours::{candle, codes, dense, int8, packed, Setting};
 use shapes::Shape;
 
 /// Reads `make KIND ROWS IN OUT BYTES`, answers `ready BITS` (of a weight) or `no REASON`; reads `go COUNT`, answers the seconds
@@ -216,8 +216,15 @@ fn bench(options: &Options, threads: usize) -> Result<(), Failure> {
             for (bits, group) in [(2, Some(64)), (4, Some(64))] {
                 contestants.push(packed(&setting, bits, group)?);
             }
-            for (bits, act_bits) in [(2, 2), (2, 8), (4, 8)] {
-                contestants.push(codes(&setting, bits, act_bits)?);
+            if shape.rows == 1 {
+                for (bits, group) in [(2, None), (2, Some(64)), (4, Some(64))] {
+                    contestants.push(int8(&setting, bits, group)?);
+                }
+                contestants.extend(candle(&setting)?);
+            } else {
+                for (bits, act_bits) in [(2, 2), (2, 8), (4, 8), (8, 8)] {
+                    contestants.push(codes(&setting, bits, act_bits)?);
+                }
             }
             contestants.extend(peers(&python, &mut missing, shape, rotate)?);
             let seconds = race(options, &mut contestants)?;

@@ -5,7 +5,7 @@
 
 use candle_core::quantized::{GgmlDType, QMatMul, QStorage, QTensor};
 use candle_core::{Device, Module, Tensor};
-use qtune::kernels::{linear, packed_codes_matmul, packed_matmul};
+use qtune::kernels::{linear, packed_matmul, packed_matmul_int8, packed_quantized_matmul, Levels, Rounding};
 use qtune::random::Random;
 use qtune::weights::{Centering, Grid, Packed};
 
@@ -93,18 +93,29 @@ pub fn packed(setting: &Setting<'_>, bits: u8, group: Option<usize>) -> Result<C
     }))
 }
 
-/// `qtune::kernels::packed_codes_matmul`: activations that are codes already, on a packed weight of one step a row.
+/// `qtune::kernels::packed_matmul_int8`: float activations that are rounded to 8 bits first, rounding included.
+pub fn int8(setting: &Setting<'_>, bits: u8, group: Option<usize>) -> Result<Contestant<'static>, Failure> {
+    let (x, w) = (activations(&setting.shape)?, packs(setting, bits, group)?);
+    let bytes = w[0].bytes();
+    let name = match group {
+        Some(group) => format!("qtune W{bits} g{group}, int8 activations"),
+        None => format!("qtune W{bits}, int8 activations"),
+    };
+    Ok(Contestant::new(name, w.len(), bytes, move |i| {
+        packed_matmul_int8(&x, w[i].rows())?;
+        Ok(())
+    }))
+}
+
+/// `qtune::kernels::packed_quantized_matmul`: float activations that are rounded to a learned grid with a step for each
+/// token, on a packed weight of one step a row, rounding included.
 pub fn codes(setting: &Setting<'_>, bits: u8, act_bits: u8) -> Result<Contestant<'static>, Failure> {
-    let w = packs(setting, bits, None)?;
+    let (x, w) = (activations(&setting.shape)?, packs(setting, bits, None)?);
     let (bytes, shape) = (w[0].bytes(), setting.shape);
-    let bound = 1u32 << (act_bits - 1);
-    let mut random = Random::new(0, "q", &[]);
-    let one = |_| random.below(2 * bound) as f32 - bound as f32;
-    let q: Vec<f32> = (0..shape.rows * shape.input).map(one).collect();
-    let q = Tensor::from_vec(q, (shape.rows, shape.input), &Device::Cpu)?;
-    let step = Tensor::new(&[0.05f32], &Device::Cpu)?;
+    let step = vec![2.0 / (1u32 << act_bits) as f32; shape.rows];
+    let rounding = Rounding { step, shift: vec![0.01; shape.input], levels: Levels::signed(act_bits) };
     Ok(Contestant::new(format!("qtune W{bits}A{act_bits}"), w.len(), bytes, move |i| {
-        packed_codes_matmul(&q, bound, &step, w[i].rows())?;
+        packed_quantized_matmul(&x, rounding.clone(), w[i].rows())?.ok_or("no integer product")?;
         Ok(())
     }))
 }

@@ -65,7 +65,10 @@ pub use linear::{add_bias, frozen_matmul, linear};
 pub use low_rank::{low_rank, shared_block};
 pub use magnitude::{row_norms, scale_columns};
 pub use norm::layer_norm;
-pub use packed::{packed_codes_matmul, packed_matmul, packed_matmul_int8, Groups, PackedRows};
+pub use packed::{
+    packed_codes_matmul, packed_matmul, packed_matmul_int8, packed_quantized_matmul, Groups, PackedRows,
+    Rounding,
+};
 pub use patchify::patchify;
 pub use plackett_luce::plackett_luce;
 pub use pool::max_pool2;

@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use candle_core::{DType, Tensor};
 
 use crate::kernels::packed::{CodeMatrix, Isa};
-use crate::weights::{Activation, Expr, Packed, Weight, Weights};
+use crate::weights::{Activation, Expr, Granularity, Packed, Weight, Weights};
 use crate::{kernels, Error, On, Result};
 
 /// `y = x Wᵀ + b`, `x [.., in]`, `W [out, in]` (or any shape with `in` elements a row), `y [.., out]`.
@@ -94,6 +94,9 @@ impl Linear {
 
     /// The integer product, where the activation is codes whose step stays out of the sum.
     fn on_codes(&self, x: &Activation, packed: &Packed) -> Result<Option<Tensor>> {
+        if let Some(y) = self.rounded(x, packed)? {
+            return Ok(Some(y));
+        }
         let Some(codes) = x.codes()? else { return Ok(None) };
         let token_axis = codes.codes.rank().checked_sub(2);
         if codes.axis.is_some() && codes.axis != token_axis {
@@ -108,7 +111,29 @@ impl Linear {
             }
             _ => kernels::packed_codes_matmul(&codes.codes, bound, &codes.step, packed.rows()),
         };
-        let y = y.on(&self.name)?;
+        self.with_bias(y.on(&self.name)?, x, packed).map(Some)
+    }
+
+    /// The same, the activation rounded on the way into the product.
+    fn rounded(&self, x: &Activation, packed: &Packed) -> Result<Option<Tensor>> {
+        let Some(rule) = x.grid_rule()? else { return Ok(None) };
+        let by_token = matches!(rule.granularity, Granularity::Token | Granularity::Tensor);
+        if !by_token || rule.groups != 1 || x.seen().rank() < 2 {
+            return Ok(None);
+        }
+        let rounding = kernels::Rounding {
+            step: rule.step,
+            shift: rule.shift_in.unwrap_or_default(),
+            levels: rule.grid.levels(),
+        };
+        match kernels::packed_quantized_matmul(x.seen(), rounding, packed.rows()).on(&self.name)? {
+            Some(y) => self.with_bias(y, x, packed).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Adds the bias, with what the quantizer before the layer adds behind its codes.
+    fn with_bias(&self, y: Tensor, x: &Activation, packed: &Packed) -> Result<Tensor> {
         let bias = match self.folded_bias.get() {
             Some(bias) => bias.clone(),
             None => {
@@ -117,8 +142,8 @@ impl Linear {
             }
         };
         match bias {
-            Some(bias) => kernels::add_bias(&y, &bias).on(&self.name).map(Some),
-            None => Ok(Some(y)),
+            Some(bias) => kernels::add_bias(&y, &bias).on(&self.name),
+            None => Ok(y),
         }
     }
 

@@ -192,6 +192,19 @@ impl Activation {
         self.rule.as_ref().and_then(|rule| rule.shift_out())
     }
 
+    /// As it came to the tap.
+    pub fn seen(&self) -> &Tensor {
+        &self.x
+    }
+
+    /// What a frozen rule on a grid does, in numbers; see [`Transform::grid_rule`].
+    pub fn grid_rule(&self) -> Result<Option<GridRule>> {
+        match &self.rule {
+            Some(rule) => rule.grid_rule().map_err(|e| named(&self.name, e)),
+            None => Ok(None),
+        }
+    }
+
     /// As integer codes, where a rule on a grid hangs at the tap.
     pub fn codes(&self) -> Result<Option<Quantized>> {
         match &self.rule {

@@ -32,6 +32,7 @@ pub use isa::Isa;
 pub use product::{CodeMatrix, Elements};
 pub use rows::{Groups, PackedRows};
 
+use super::fake_quant::{Levels, SCALE_FLOOR};
 use super::linear::{add_product, product, View};
 use gemm8::Tokens;
 use gemv::{FloatRow, GemvWeights, Int8Row, TILE_ROWS};
@@ -166,6 +167,75 @@ fn codes_product(q: &[f32], bound: u32, step: &[f32], rows: &PackedRows) -> Opti
     };
     weight.product(&codes, &rows.step, &[], &mut y);
     Some(y)
+}
+
+/// How activations become codes: `clamp(rne((x + shift) / step), lo, hi)`, a step below 1e-5 taken as that (ofq.md 2.1).
+#[derive(Clone, Debug)]
+pub struct Rounding {
+    /// Token `t` of the flattened leading axes has the step `t mod len`.
+    pub step: Vec<f32>,
+    /// Added before, `[in]`; empty: nothing.
+    pub shift: Vec<f32>,
+    /// The range of the codes, without a half offset.
+    pub levels: Levels,
+}
+
+/// x to the product of its codes with a packed weight.
+struct RoundedCodes {
+    rounding: Rounding,
+    rows: PackedRows,
+}
+
+impl CustomOp1 for RoundedCodes {
+    fn name(&self) -> &'static str {
+        "packed-quantized-matmul"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (x, rows) = (slice(x, layout)?, &self.rows);
+        let Rounding { step, shift, levels } = &self.rounding;
+        let tokens = x.len() / rows.cols;
+        let step: Vec<f32> = step.iter().map(|s| s.max(SCALE_FLOOR as f32)).collect();
+        let mut y = super::cpu::unwritten(tokens * rows.rows());
+        let two_bits = levels.hi - levels.lo == 3 && matches!(levels.lo, -2 | 0);
+        if let Some(table) = rows.for_two_bits(levels.lo < 0).filter(|_| two_bits) {
+            let each: Vec<f32> = (0..tokens).map(|t| step[t % step.len()]).collect();
+            let unit: Vec<f32> = rows.step.iter().map(|step| step * rows.unit()).collect();
+            let shift = (!shift.is_empty()).then_some(shift.as_slice());
+            table.product(
+                table::Activations::Values(x, shift),
+                Scales { x: &each, w: &unit, bias: None },
+                &mut y,
+            );
+        } else if let Some(weight) = rows.for_codes() {
+            let how = gemm8::Quantizer { step: &step, lo: levels.lo, hi: levels.hi, shift };
+            weight.product_of(x, tokens, rows.cols, how, &rows.step, &[], &mut y);
+        } else {
+            bail!("{}: found a weight of several steps a row, or too many columns", self.name())
+        }
+        Ok((CpuStorage::F32(y), with_last(layout, rows.rows())))
+    }
+}
+
+/// As [`packed_codes_matmul`] of the codes that `rounding` makes of `x [.., in]` in f32, rounded on the way into the
+/// product; none where there is no integer product for the weight, the codes or the device. Not differentiable.
+pub fn packed_quantized_matmul(x: &Tensor, rounding: Rounding, rows: &PackedRows) -> Result<Option<Tensor>> {
+    let op = "packed quantized matmul";
+    let levels = rounding.levels;
+    let bytes = (-128..=0).contains(&levels.lo) && levels.hi <= if levels.lo < 0 { 127 } else { 255 };
+    if x.dtype() != DType::F32 || !x.device().is_cpu() || !bytes || levels.half || rows.for_codes().is_none()
+    {
+        return Ok(None);
+    }
+    let x = check(op, x, rows)?.detach();
+    let tokens = x.elem_count() / rows.cols;
+    if rounding.step.is_empty() || !tokens.is_multiple_of(rounding.step.len()) {
+        bail!("{op}: found {} steps for {tokens} tokens", rounding.step.len());
+    }
+    if !rounding.shift.is_empty() && rounding.shift.len() != rows.cols {
+        bail!("{op}: found {} shifts, expected {}", rounding.shift.len(), rows.cols);
+    }
+    x.apply_op1_no_bwd(&RoundedCodes { rounding, rows: rows.clone() }).map(Some)
 }
 
 struct PackedMatmul(PackedRows);
@@ -458,6 +528,51 @@ mod tests {
                         assert_eq!(y as i64, sum, "{bits} bits {rows}x{cols} at {t}, {o}");
                     }
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn codes_made_on_the_way_are_those_of_the_quantizer() {
+        for (levels, bits, rows, cols, group) in all().filter(|shape| shape.4.is_none()) {
+            for (act, lo) in [(2u8, -2), (2, 0), (3, -4), (8, -128), (8, 0)] {
+                let (packed, _) = random_rows((levels, bits), rows, cols, group);
+                let codes = if lo < 0 { Levels::signed(act) } else { Levels::unsigned(act) };
+                let mut random = Random::new(5, "x", &[cols as u64, u64::from(act)]);
+                let x: Vec<f32> = (0..3 * cols).map(|_| 2.0 * random.normal()).collect();
+                let x = Tensor::from_vec(x, (3, cols), &Device::Cpu).unwrap();
+                let step: Vec<f32> = (0..3).map(|t| 0.3 + 0.1 * t as f32).collect();
+                let shift: Vec<f32> = (0..cols).map(|_| 0.2 * random.normal()).collect();
+                let rounding = Rounding { step: step.clone(), shift: shift.clone(), levels: codes };
+                let got = packed_quantized_matmul(&x, rounding, &packed).unwrap();
+                // A weight of 8 bits that are not a signed byte has no integer product.
+                let Some(got) = got else { continue };
+                let step = Tensor::new(step, &Device::Cpu).unwrap();
+                let shift = Tensor::new(shift, &Device::Cpu).unwrap();
+                let q = crate::kernels::lsq_codes(&x, &step, Some(&shift), codes, Some(0)).unwrap();
+                let bound = codes.lo.unsigned_abs().max(codes.hi.unsigned_abs());
+                let want = packed_codes_matmul(&q, bound, &step, &packed).unwrap();
+                let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                for (got, want) in flat(&got).into_iter().zip(flat(&want)) {
+                    assert_eq!(got.to_bits(), want.to_bits(), "{bits} bits by {act} {rows}x{cols}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn eight_bits_of_activation_are_near_the_floats() {
+        for (levels, bits, rows, cols, group) in all() {
+            let (packed, _) = random_rows((levels, bits), rows, cols, group);
+            let mut random = Random::new(6, "x", &[cols as u64]);
+            let x: Vec<f32> = (0..2 * cols).map(|_| random.normal()).collect();
+            let x = Tensor::from_vec(x, (2, cols), &Device::Cpu).unwrap();
+            let rounded = packed_matmul_int8(&x, &packed).unwrap().to_vec2::<f32>().unwrap();
+            let exact = packed_matmul(&x, &packed).unwrap().to_vec2::<f32>().unwrap();
+            for (a, b) in rounded.concat().iter().zip(exact.concat()) {
+                // Half a step of 1/127 of the largest activation, at random signs over the columns.
+                let size = packed.largest_whole() as f32 * 0.1 * (cols as f32).sqrt();
+                assert!((a - b).abs() <= 0.03 * size, "{bits} bits {rows}x{cols}: {a} {b}");
             }
         }
     }
