@@ -21,7 +21,7 @@ use qtune::weights::{Param, Weights};
 use super::Failure;
 
 /// Every case. One that ends in `-bf16` multiplies in bfloat16.
-pub const ALL: [&str; 18] = [
+pub const ALL: [&str; 26] = [
     "deit-tiny",
     "deit-tiny-bf16",
     "vit-fashion",
@@ -40,10 +40,28 @@ pub const ALL: [&str; 18] = [
     "deit-tiny-w2a32",
     "deit-tiny-w2a2",
     "deit-tiny-w2a2-qkr",
+    "infer-deit-tiny-1-w2a2",
+    "infer-deit-tiny-1-w2a2-qkr",
+    "infer-deit-tiny-8-w2a2",
+    "infer-deit-tiny-8-w2a2-qkr",
+    "infer-vit-fashion-1-w2a2",
+    "infer-vit-fashion-1-w2a2-qkr",
+    "infer-vit-fashion-8-w2a2",
+    "infer-vit-fashion-8-w2a2-qkr",
 ];
 
 /// A step on the same batch as the one before it.
 pub type Step = Box<dyn FnMut() -> Result<(), Failure>>;
+
+/// What is run in Python beside a case, and under which name there.
+pub fn peers(case: &str) -> Vec<(&'static str, String)> {
+    let plain = plain(case).unwrap_or(case);
+    match (case.starts_with("infer-"), plain == case) {
+        (true, _) => vec![("PyTorch f32", plain.to_string()), ("onnxruntime int8", format!("{plain}-int8"))],
+        (false, true) => vec![("PyTorch", case.to_string())],
+        (false, false) => Vec::new(),
+    }
+}
 
 /// The plain case that a quantized one is measured against.
 pub fn plain(case: &str) -> Option<&str> {
@@ -55,6 +73,7 @@ pub fn turns(case: &str) -> usize {
     match case.split('-').next() {
         Some("stories") => 25,
         Some("smol") => 5,
+        Some("infer") => 41,
         _ => 9,
     }
 }
@@ -70,8 +89,10 @@ pub fn step(case: &str, data: &str) -> Result<Step, Failure> {
     };
     let parts: Vec<&str> = name.split('-').collect();
     match parts.as_slice() {
-        ["deit", "tiny", rest @ ..] => vision(deit_tiny(), 8, rest),
-        ["vit", "fashion", rest @ ..] => vision(vit_fashion(), 100, rest),
+        ["deit", "tiny", rest @ ..] => vision(deit_tiny(), 8, rest, false),
+        ["vit", "fashion", rest @ ..] => vision(vit_fashion(), 100, rest, false),
+        ["infer", "deit", "tiny", batch, rest @ ..] => vision(deit_tiny(), batch.parse()?, rest, true),
+        ["infer", "vit", "fashion", batch, rest @ ..] => vision(vit_fashion(), batch.parse()?, rest, true),
         ["llama", "15m"] => {
             let config = llama(32000, 288, 768, 6, (6, 6))?;
             language(config, None, 4, 256, "full", 0)
@@ -165,7 +186,7 @@ where
     })
 }
 
-fn vision(config: VitConfig, batch: usize, quantized: &[&str]) -> Result<Step, Failure> {
+fn vision(config: VitConfig, batch: usize, quantized: &[&str], infer: bool) -> Result<Step, Failure> {
     let (count, channels, (height, width)) = (config.classes.len(), config.channels, config.image_size);
     let config = VisionConfig::Vit(config);
     let mut random = Random::new(0, "images", &[]);
@@ -189,6 +210,16 @@ fn vision(config: VitConfig, batch: usize, quantized: &[&str]) -> Result<Step, F
             weights.wrap(&name, rule)?;
         }
         quantize::calibrate(&recipe, &config, &mut weights, &images, true, &Quiet)?;
+    }
+    if infer {
+        // As a packed model is read: its codes, and what training held is gone.
+        let settled = if quantized.is_empty() { weights.settled()? } else { weights.packed()? };
+        drop(weights);
+        let model = config.build(&settled)?;
+        return Ok(Box::new(move || {
+            model.forward(&images)?.logits()?;
+            Ok(())
+        }));
     }
     let labels = (0..batch).map(|i| (i % count) as u32).collect();
     let indices = (0..batch as u32).collect();

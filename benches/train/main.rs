@@ -1,4 +1,5 @@
-//! Training steps beside those of PyTorch and PEFT, in turn, and quantization-aware steps beside plain ones.
+//! Training steps beside those of PyTorch and PEFT, in turn, quantization-aware steps beside plain ones, and packed
+//! vision transformers beside PyTorch and onnxruntime.
 //!
 //! `cargo bench --bench train -- deit-tiny llama-15m-bf16` for these cases (default: all of one thread count, 2 or
 //! `QTUNE_THREADS`). Ours and theirs are processes of their own that wait for their turn: A B A B. The medians, the
@@ -79,7 +80,7 @@ fn median(values: &[f64]) -> f64 {
     sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
-/// Runs one case against its peer, where there is one, and prints its row.
+/// Runs one case in turn with what it is measured against, and prints a row for each of these.
 fn compare(case: &str, threads: usize, data: &str) -> Result<(), Failure> {
     let ours = |case: &str| -> Result<Runner, Failure> {
         let mut command = Command::new(std::env::current_exe()?);
@@ -87,33 +88,35 @@ fn compare(case: &str, threads: usize, data: &str) -> Result<(), Failure> {
         command.env("CANDLE_NUM_THREADS", "1");
         Runner::start(command)
     };
-    let mut a = ours(case)?;
-    let (name, mut b) = match cases::plain(case) {
-        Some(plain) => (plain.to_string(), Some(ours(plain)?)),
-        None => match std::env::var("QTUNE_PYTHON") {
-            Ok(python) => {
-                let mut command = Command::new(python);
-                command.args(["-c", PEERS, case, &threads.to_string(), data]);
-                ("PyTorch".to_string(), Some(Runner::start(command)?))
-            }
-            Err(_) => ("-".to_string(), None),
-        },
-    };
-    for turn in 0..WARM + cases::turns(case) {
-        a.turn(turn >= WARM)?;
-        if let Some(b) = &mut b {
-            b.turn(turn >= WARM)?;
+    let mut own = ours(case)?;
+    let mut others: Vec<(String, Runner)> = Vec::new();
+    if let Some(plain) = cases::plain(case) {
+        others.push((plain.to_string(), ours(plain)?));
+    }
+    if let Ok(python) = std::env::var("QTUNE_PYTHON") {
+        for (name, peer) in cases::peers(case) {
+            let mut command = Command::new(&python);
+            command.args(["-c", PEERS, &peer, &threads.to_string(), data]);
+            others.push((name.to_string(), Runner::start(command)?));
         }
     }
-    let own = format!("| {case} | {:.1} | {:.0} | {:.0}", median(&a.ms), a.peak, a.peak - a.base);
-    match b {
-        None => println!("{own} | - | | | | |"),
-        Some(b) => {
-            let ratios: Vec<f64> = a.ms.iter().zip(&b.ms).map(|(a, b)| a / b).collect();
-            let (ratio, above) = (median(&ratios), (a.peak - a.base) / (b.peak - b.base));
-            let theirs = format!("{name} | {:.1} | {:.0} | {:.0}", median(&b.ms), b.peak, b.peak - b.base);
-            println!("{own} | {theirs} | **{ratio:.3}** | {:.2} / {above:.2} |", a.peak / b.peak);
+    for turn in 0..WARM + cases::turns(case) {
+        own.turn(turn >= WARM)?;
+        for (_, other) in &mut others {
+            other.turn(turn >= WARM)?;
         }
+    }
+    let above = own.peak - own.base;
+    let row = format!("| {case} | {:.2} | {:.0} | {above:.0}", median(&own.ms), own.peak);
+    for (name, other) in &others {
+        let ratios: Vec<f64> = own.ms.iter().zip(&other.ms).map(|(a, b)| a / b).collect();
+        let more = other.peak - other.base;
+        let theirs = format!("{name} | {:.2} | {:.0} | {more:.0}", median(&other.ms), other.peak);
+        let memory = format!("{:.2} / {:.2}", own.peak / other.peak, above / more);
+        println!("{row} | {theirs} | **{:.3}** | {memory} |", median(&ratios));
+    }
+    if others.is_empty() {
+        println!("{row} | - | | | | | |");
     }
     Ok(())
 }
