@@ -18,6 +18,8 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 type Failure = Box<dyn std::error::Error>;
 
 const PEERS: &str = include_str!("peers.py");
+/// Between two turns.
+const REST: std::time::Duration = std::time::Duration::from_millis(100);
 /// Turns that are not counted.
 const WARM: usize = 2;
 
@@ -53,6 +55,8 @@ impl Runner {
     }
 
     fn turn(&mut self, counted: bool) -> Result<(), Failure> {
+        // Threads of the one before spin for a while after their work.
+        std::thread::sleep(REST);
         writeln!(self.input, "go")?;
         self.input.flush()?;
         let line = self.line()?;
