@@ -8,7 +8,7 @@ use std::process::Command;
 use std::time::Instant;
 
 use qtune::random::Random;
-use qtune::select::kappa::spectrum::{by, spectrum};
+use qtune::select::kappa::spectrum::{by, spectrum, squared};
 use qtune::select::kappa::{Float, Matrix, Route, Spectrum};
 
 type Failure = Box<dyn std::error::Error>;
@@ -142,6 +142,12 @@ fn main() -> Result<(), Failure> {
             let (seconds, found) = timed(|| by(route, &held.matrix()));
             report(&format!("{}, gaussian f32", route.name()), seconds, found, None, peer);
         }
+        // One half of W^T W: a multiplication and an addition for each of its elements and each row.
+        let mut seconds: Vec<f64> = (0..5).map(|_| timed(|| squared(&held.matrix())).0).collect();
+        seconds.sort_by(f64::total_cmp);
+        let (short, long) = (rows.min(cols) as f64, rows.max(cols) as f64);
+        let rate = short * (short + 1.0) * long / seconds[2] / 1e9;
+        println!("  {:<34} {:>8.3} s   {rate:.1} GFLOP/s in f64", "product phase, gaussian f32", seconds[2]);
         let (seconds, found) = timed(|| spectrum(&held.matrix(), false));
         report("as qtune goes, gaussian f32", seconds, Some(found), None, peer);
         if rows.min(cols) <= 1024 {
