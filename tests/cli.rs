@@ -188,7 +188,7 @@ fn wrong_usage_is_one_line_and_code_2() {
     fails(&mut at(&["quantize", "--recipe", "vit-w2a23"]), 2, &["vit-w2a23", "nearest"]);
     fails(&mut at(&["quantize", "--device", "tpu"]), 2, &["--device tpu"]);
     fails(&mut at(&["quantize", "--threads", "0"]), 2, &["--threads 0"]);
-    fails(&mut at(&["quantize", "--dtype", "bf16"]), 2, &["f32"]);
+    fails(&mut at(&["quantize", "--dtype", "f16"]), 2, &["f32"]);
     fails(&mut at(&["quantize", "--weight-decay", "nan"]), 2, &["weight_decay"]);
     fails(&mut at(&["quantize", "--accumulate", "9000000000000000000"]), 2, &["train.accumulate"]);
     fails(

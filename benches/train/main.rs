@@ -116,7 +116,11 @@ fn compare(case: &str, threads: usize, data: &str) -> Result<(), Failure> {
         let ratios: Vec<f64> = own.ms.iter().zip(&other.ms).map(|(a, b)| a / b).collect();
         let more = other.peak - other.base;
         let theirs = format!("{name} | {:.2} | {:.0} | {more:.0}", median(&other.ms), other.peak);
-        let memory = format!("{:.2} / {:.2}", own.peak / other.peak, above / more);
+        // A pass keeps nothing: what making the models took would be compared.
+        let memory = match case.starts_with("infer-") {
+            true => "-".to_string(),
+            false => format!("{:.2} / {:.2}", own.peak / other.peak, above / more),
+        };
         println!("{row} | {theirs} | **{:.3}** | {memory} |", median(&ratios));
     }
     if others.is_empty() {

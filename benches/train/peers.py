@@ -111,7 +111,7 @@ else:
 
 model.train()
 params = [p for p in model.parameters() if p.requires_grad]
-optimizer = torch.optim.AdamW(params, lr=1e-4, weight_decay=0.0, fused=fused if auto else None)
+optimizer = torch.optim.AdamW(params, lr=1e-4, weight_decay=0.0, fused=fused)
 print("ready", peak(), file=protocol, flush=True)
 for line in sys.stdin:
     start = time.perf_counter()

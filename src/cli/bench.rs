@@ -179,7 +179,7 @@ impl Bench {
         let (path, json) = qtune::models::read_config(dir)?;
         let most = qtune::models::LlamaConfig::from_hf(&path, &json)?.max_positions;
         let prompt = self.seq_len.unwrap_or(PROMPT.min(most.saturating_sub(self.tokens)));
-        if prompt == 0 || prompt + self.tokens > most {
+        if prompt == 0 || prompt.checked_add(self.tokens).is_none_or(|all| all > most) {
             return Err(Error::usage(format!(
                 "--seq-len {prompt}, --tokens {}: expected at least 1 each and at most {most} together, which the model was \
                  made for",
@@ -202,8 +202,8 @@ impl Bench {
         if language {
             push("--seq-len", self.seq_len.unwrap_or(1).to_string());
             push("--tokens", self.tokens.to_string());
-            push("--dtype", dtype_name(self.common.dtype).into());
         }
+        push("--dtype", dtype_name(self.common.dtype).into());
         if self.common.allow_pickle {
             args.push("--allow-pickle".into());
         }

@@ -159,15 +159,23 @@ impl Process {
         let what = &self.what;
         let line = said.lines().rev().find_map(|line| line.strip_prefix("qtune: "));
         let message = format!("{what}: {}", line.unwrap_or("its process ended without a word"));
-        match self.child.wait().ok().and_then(|status| status.code()) {
+        let status = self.child.wait().ok();
+        #[cfg(unix)]
+        let ended_by = status.and_then(|status| std::os::unix::process::ExitStatusExt::signal(&status));
+        #[cfg(not(unix))]
+        let ended_by: Option<i32> = None;
+        match status.and_then(|status| status.code()) {
             Some(2) => Error::Usage(message),
             Some(3) => Error::Fit(message),
             Some(4) => Error::input(what, line.unwrap_or("could not be read")),
             Some(_) => Error::Run(message),
-            // Nobody but the system ends it by a signal, for want of memory.
-            None => {
-                Error::Fit(format!("{what}: its process was killed, as the system does when memory runs out"))
-            }
+            None => match ended_by {
+                // The system ends it so for want of memory.
+                Some(9) | None => Error::Fit(format!(
+                    "{what}: its process was killed, as the system does when memory runs out"
+                )),
+                Some(signal) => Error::Run(format!("{what}: its process was ended by signal {signal}")),
+            },
         }
     }
 }

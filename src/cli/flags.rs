@@ -46,7 +46,8 @@ pub struct Common {
     /// Number format to compute in
     #[arg(long, value_enum, default_value = "f32", global = true)]
     pub dtype: Dtype,
-    /// Round the activations of packed weights to 8 bits while a language model decodes: faster, not exact
+    /// Round the activations of a packed language model to 8 bits where up to 8 rows are multiplied at a time, as in
+    /// decoding: faster, not exact. Without effect under an adapter
     #[arg(long, global = true)]
     pub act_int8: bool,
     /// Read models that PyTorch pickled (.pth, .pt, .bin): as data, nothing in them is run
@@ -73,6 +74,11 @@ pub enum Dtype {
 impl Common {
     /// Sets up threads and device for a vision transformer.
     pub fn device(&self) -> Result<Device> {
+        if self.act_int8 {
+            return Err(Error::usage(
+                "--act-int8: expected a language model, a vision transformer has learned grids",
+            ));
+        }
         if self.dtype == Dtype::F16 {
             return Err(Error::usage("--dtype f16: expected f32 or bf16 for a vision transformer"));
         }
@@ -87,6 +93,11 @@ impl Common {
 
     /// Sets up threads and device for a model that runs in any number format.
     pub fn device_for_text(&self) -> Result<Device> {
+        if let Ok(set) = std::env::var("QTUNE_CPU") {
+            if !["avx512", "avx2", "scalar"].contains(&set.as_str()) {
+                return Err(Error::usage(format!("QTUNE_CPU = {set}: expected avx512, avx2 or scalar")));
+            }
+        }
         qtune::kernels::round_activations(self.act_int8);
         if self.dtype == Dtype::Bf16 {
             qtune::kernels::set_arithmetic(qtune::kernels::Arithmetic::Bf16);

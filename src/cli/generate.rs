@@ -73,7 +73,7 @@ pub fn scaled(text: &str) -> (PathBuf, Option<f64>) {
     }
 }
 
-/// What activations and frozen weights are held in.
+/// What frozen weights are held in, and activations too but on the CPU, where these are f32.
 pub fn dtype(common: &Common) -> DType {
     match common.dtype {
         Dtype::F32 => DType::F32,

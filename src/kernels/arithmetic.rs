@@ -10,7 +10,8 @@ pub enum Arithmetic {
     /// As they are.
     #[default]
     F32,
-    /// Rounded to bfloat16, to the nearest, ties to even: 8 bits of significand, the exponents of f32.
+    /// Rounded to bfloat16, to the nearest, ties to even: 8 bits of significand, the exponents of f32. Products with fewer
+    /// than 8 rows on the left, as in decoding, stay in f32: memory bounds them.
     Bf16,
 }
 

@@ -396,13 +396,9 @@ pub fn conv2d(x: &Tensor, w: &Tensor, b: &Tensor, how: Convolution) -> Result<Te
         bail!("conv2d: expected b [{}], got {:?}", sizes.out, b.dims())
     }
     match cpu::road("conv2d", &[("x", x), ("w", w), ("b", b)])? {
-        Road::Kernel => tape::apply3(
-            &x.contiguous()?,
-            &w.contiguous()?,
-            &b.contiguous()?,
-            Forward(sizes),
-            Reads::OPERANDS,
-        ),
+        Road::Kernel => {
+            tape::apply3(&x.contiguous()?, &w.contiguous()?, &b.contiguous()?, Forward(sizes), Reads::ALL)
+        }
         Road::ThroughF32 => conv2d(&cpu::wide(x)?, &cpu::wide(w)?, &cpu::wide(b)?, how)?.to_dtype(x.dtype()),
         Road::Reference => reference(x, w, b, how),
     }

@@ -268,7 +268,9 @@ pub(super) enum Isa {
 pub(super) fn isa() -> Isa {
     #[cfg(target_arch = "x86_64")]
     {
-        if is_x86_feature_detected!("avx512f")
+        let allowed = super::packed::Isa::allowed();
+        if allowed >= super::packed::Isa::Avx512
+            && is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vl")
             && is_x86_feature_detected!("avx2")
@@ -276,7 +278,10 @@ pub(super) fn isa() -> Isa {
         {
             return Isa::Avx512;
         }
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+        if allowed >= super::packed::Isa::Avx2
+            && is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+        {
             return Isa::Avx2;
         }
     }

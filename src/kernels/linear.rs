@@ -495,6 +495,7 @@ pub fn add_bias(x: &Tensor, b: &Tensor) -> Result<Tensor> {
 mod tests {
     use super::super::testing::*;
     use super::*;
+    use candle_core::DType;
     use candle_core::Var;
 
     fn case(x: &[usize], out: usize) -> [Tensor; 3] {
@@ -520,7 +521,18 @@ mod tests {
         // Rows and columns in several tiles; then a weight gradient over 1537 rows in parts.
         for (x, out) in [([200, 301], 401), ([1537, 6], 5), ([4500, 33], 17)] {
             let t = case(&x, out);
-            agrees(&t, &|t| linear(&t[0], &t[1], Some(&t[2])), &|t| reference(&t[0], &t[1], Some(&t[2])));
+            let op = |t: &[Tensor]| linear(&t[0], &t[1], Some(&t[2]));
+            let like = |t: &[Tensor]| reference(&t[0], &t[1], Some(&t[2]));
+            // Sums of thousands of terms: an oracle in f32 would bring as much error as there is to find.
+            let exact =
+                run(&t.clone().map(|t| t.to_dtype(DType::F32).unwrap().to_dtype(DType::F64).unwrap()), &like);
+            let single = run(&t.clone().map(|t| t.to_dtype(DType::F32).unwrap()), &op);
+            for (got, want) in single.iter().zip(&exact) {
+                close("f32", got, want, F32);
+            }
+            for (got, want) in run(&t, &op).iter().zip(run(&t, &like)) {
+                close("f64", got, &want, F64);
+            }
         }
     }
 
@@ -582,7 +594,7 @@ mod tests {
         let text = refusal(linear(&x, &w, None));
         assert!(text.contains("linear") && text.contains("[.., 4]") && text.contains("[3, 5]"), "{text}");
         assert!(refusal(add_bias(&x, &values(&[3], 1))).contains("[3, 5]"));
-        let text = refusal(linear(&x, &values(&[7, 5], 2).to_dtype(candle_core::DType::F32).unwrap(), None));
+        let text = refusal(linear(&x, &values(&[7, 5], 2).to_dtype(DType::F32).unwrap(), None));
         assert!(text.contains("F64") && text.contains("F32"), "{text}");
     }
 }

@@ -60,6 +60,8 @@ struct SharedBlock {
     rows: FrozenRows,
     /// The block sums of x: all of it that the gradients need, and a fraction of its size.
     sums: Arc<OnceLock<Vec<f32>>>,
+    /// Whether there will be a backward pass over the block.
+    tracked: bool,
 }
 
 impl CustomOp2 for SharedBlock {
@@ -76,7 +78,9 @@ impl CustomOp2 for SharedBlock {
     ) -> Result<(CpuStorage, Shape)> {
         let (x, d) = (floats(self.name(), x, xl)?, floats(self.name(), d, dl)?);
         let change = shared_change(&self.rows, d);
-        self.sums.get_or_init(|| change.down(x));
+        if self.tracked {
+            self.sums.get_or_init(|| change.down(x));
+        }
         let y = self.rows.with(|source| Ok(change.forward(source, x)))?;
         Ok((CpuStorage::F32(y), with_last(xl, change.o)))
     }
@@ -262,7 +266,7 @@ pub fn shared_block(x: &Tensor, rows: &FrozenRows, block: &Tensor) -> Result<Ten
     if !x.device().is_cpu() {
         return reference_shared_block(x, rows, block);
     }
-    let op = SharedBlock { rows: rows.clone(), sums: Arc::default() };
+    let op = SharedBlock { rows: rows.clone(), sums: Arc::default(), tracked: block.track_op() };
     tape::apply2(&x.contiguous()?, &block.contiguous()?, op, Reads::these(&[false, true]))
 }
 

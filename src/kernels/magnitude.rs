@@ -194,7 +194,12 @@ pub fn scale_columns(z: &Tensor, m: &Tensor, n: &Tensor) -> Result<Tensor> {
     if !z.device().is_cpu() {
         return reference_scale_columns(z, m, n);
     }
-    tape::apply2(&z.contiguous()?, &m.contiguous()?, ScaleColumns { n: n.detach().contiguous()? }, Reads::ALL)
+    tape::apply2(
+        &z.contiguous()?,
+        &m.contiguous()?,
+        ScaleColumns { n: n.detach().contiguous()? },
+        Reads::OPERANDS,
+    )
 }
 
 #[cfg(test)]

@@ -196,7 +196,7 @@ pub fn plackett_luce(logits: &Tensor, teacher_probs: &Tensor, labels: &Tensor) -
             &probs.contiguous()?,
             &labels.contiguous()?,
             PlackettLuce,
-            Reads::ALL,
+            Reads::OPERANDS,
         ),
         Road::ThroughF32 => {
             plackett_luce(&cpu::wide(logits)?, &cpu::wide(&probs)?, labels)?.to_dtype(logits.dtype())

@@ -163,7 +163,7 @@ pub fn max_pool2(x: &Tensor) -> Result<Tensor> {
     };
     match cpu::road("max_pool2", &[("x", x)])? {
         Road::Kernel => {
-            tape::apply1(&x.contiguous()?, MaxPool(Sizes { height, width, channels }), Reads::ALL)
+            tape::apply1(&x.contiguous()?, MaxPool(Sizes { height, width, channels }), Reads::OPERANDS)
         }
         Road::ThroughF32 => max_pool2(&cpu::wide(x)?)?.to_dtype(x.dtype()),
         Road::Reference => reference(x),

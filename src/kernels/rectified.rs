@@ -186,7 +186,8 @@ pub fn rectified_moments(mean: &Tensor, variance: &Tensor) -> Result<(Tensor, Te
     }
     match cpu::road(op, &[("mean", mean), ("variance", variance)])? {
         Road::Kernel => {
-            let packed = tape::apply2(&mean.contiguous()?, &variance.contiguous()?, Rectified, Reads::ALL)?;
+            let packed =
+                tape::apply2(&mean.contiguous()?, &variance.contiguous()?, Rectified, Reads::OPERANDS)?;
             let count = mean.elem_count();
             Ok((cpu::unpack(&packed, 0, mean.shape())?, cpu::unpack(&packed, count, mean.shape())?))
         }

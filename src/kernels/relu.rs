@@ -83,7 +83,7 @@ impl CustomOp2 for Backward {
 /// `max(x, 0)` of every element of `x` (any shape).
 pub fn relu(x: &Tensor) -> Result<Tensor> {
     match cpu::road("relu", &[("x", x)])? {
-        Road::Kernel => tape::apply1(&x.contiguous()?, Relu, Reads::ALL),
+        Road::Kernel => tape::apply1(&x.contiguous()?, Relu, Reads::OPERANDS),
         Road::ThroughF32 => relu(&cpu::wide(x)?)?.to_dtype(x.dtype()),
         Road::Reference => reference(x),
     }

@@ -13,7 +13,8 @@ use std::collections::HashMap;
 
 use candle_core::op::BackpropOp;
 use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp2, Layout, Result, Shape, Storage, Tensor, TensorId,
+    CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, InplaceOp2, Layout, Result, Shape, Storage, Tensor,
+    TensorId,
 };
 use rayon::prelude::*;
 
@@ -277,8 +278,18 @@ impl Gradients {
     }
 
     fn add(&mut self, id: TensorId, gradient: Tensor) -> Result<()> {
+        // What candle computed of leaves is tracked: a walk from it would differentiate through it once more.
+        let gradient = gradient.detach();
         let sum = match self.held.remove(&id) {
             None => (gradient, false),
+            Some((sum, _)) if sum.dims() != gradient.dims() => {
+                candle_core::bail!(
+                    "tape: found gradients {:?} and {:?} of one tensor",
+                    sum.dims(),
+                    gradient.dims()
+                )
+            }
+            Some((sum, _)) if !matches!(sum.dtype(), DType::F32 | DType::F64) => ((sum + gradient)?, false),
             Some((sum, true)) => {
                 sum.inplace_op2(&gradient.contiguous()?, &AddOnto)?;
                 (sum, true)
@@ -318,7 +329,7 @@ impl Tape {
         };
         match y.is_variable() {
             true => gradients.add(y.id(), gradient)?,
-            false => walk(y, &gradient, &mut gradients)?,
+            false => walk(y, &gradient.detach(), &mut gradients)?,
         }
         while let Some(Node { applied, operands, result, output }) = nodes.pop() {
             let at = nodes.len();
@@ -483,6 +494,24 @@ mod tests {
             close("gradient", &got.remove(leaf).unwrap(), want.get(leaf).unwrap(), 1e-12);
         }
         assert!(got.held.is_empty(), "{} gradients are left", got.held.len());
+    }
+
+    #[test]
+    fn a_gradient_that_candle_computed_is_not_differentiated() {
+        let [x, w, _] = leaves();
+        let (b, w) = (Var::from_tensor(&values(&[3, 5], 4)).unwrap(), w);
+        let pass = || -> Result<Tensor> {
+            // The stretch x^2 receives a gradient that is the tracked product of another stretch.
+            let r = add(&x.sqr()?, &b)?;
+            (r * w.narrow(0, 0, 3)?)?.sum_all()
+        };
+        let want = pass().unwrap().backward().unwrap();
+        let (loss, tape) = record(pass).unwrap();
+        let leaves = [x.as_tensor(), b.as_tensor(), w.as_tensor()];
+        let mut got = tape.backward(&loss, &leaves).unwrap();
+        for leaf in leaves {
+            close("gradient", &got.remove(leaf).unwrap(), want.get(leaf).unwrap(), 1e-12);
+        }
     }
 
     #[test]

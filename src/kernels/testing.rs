@@ -1,6 +1,7 @@
 //! What the tests of the ops share: inputs, comparisons with a reference, with finite differences
 //! and across thread counts, and their tolerances.
 
+use super::tape;
 use candle_core::{DType, Device, Result, Tensor, Var};
 
 /// f32 against the reference in f32, relative to 1 + |want|: a few hundred roundings of 6e-8.
@@ -47,9 +48,17 @@ pub fn run(inputs: &[Tensor], op: &dyn Fn(&[Tensor]) -> Result<Tensor>) -> Vec<T
     let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
     let y = op(&tensors).unwrap();
     let weight = values(y.dims(), 77).to_dtype(y.dtype()).unwrap();
-    let grads = (&y * weight).unwrap().sum_all().unwrap().backward().unwrap();
+    let grads = (&y * &weight).unwrap().sum_all().unwrap().backward().unwrap();
     let mut out = vec![y.detach()];
     out.extend(vars.iter().map(|v| grads.get(v).expect("a gradient for every input").clone()));
+    // The same under a tape, which lets go of what an op says that its backward does not read.
+    let (y, tape) = tape::record(|| op(&tensors)).unwrap();
+    let leaves: Vec<&Tensor> = tensors.iter().collect();
+    let mut taped = tape.onward(&y, weight, &leaves).unwrap();
+    for (leaf, want) in leaves.into_iter().zip(&out[1..]) {
+        let got = taped.remove(leaf).expect("a gradient for every input under a tape");
+        close("under a tape", &got, want, if want.dtype() == DType::F64 { F64 } else { F32 });
+    }
     out
 }
 

@@ -180,7 +180,8 @@ pub struct Llama {
 }
 
 impl Llama {
-    /// The model over a store. Activations are of `dtype` between the layers.
+    /// The model over a store. Activations are of `dtype` between the layers, but on the CPU in f32 where it is half
+    /// precision.
     pub fn new(config: &LlamaConfig, weights: &Weights, dtype: DType) -> Result<Self> {
         // An adapted or trained output embedding of a tied model is a weight of its own.
         let head = match weights.contains("lm_head.weight") || !config.tied {

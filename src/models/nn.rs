@@ -17,8 +17,6 @@ pub struct Linear {
     bias: Option<Weight>,
     /// `W shift_out + b` of a packed weight behind quantized activations, made once.
     folded_bias: OnceLock<Option<Tensor>>,
-    /// The packed weight prepared for codes, made when codes first come by; none where it is not for them.
-    codes: OnceLock<Option<CodeMatrix>>,
 }
 
 impl Linear {
@@ -27,24 +25,12 @@ impl Linear {
     pub fn new(weights: &Weights, name: &str, bias: bool) -> Result<Self> {
         let weight = weights.get(&format!("{name}.weight"))?.clone();
         let bias = bias.then(|| weights.get(&format!("{name}.bias")).cloned()).transpose()?;
-        Ok(Linear {
-            name: name.to_string(),
-            weight,
-            bias,
-            folded_bias: OnceLock::new(),
-            codes: OnceLock::new(),
-        })
+        Ok(Linear { name: name.to_string(), weight, bias, folded_bias: OnceLock::new() })
     }
 
     /// A layer without a bias over a weight that is another layer's too.
     pub fn of(name: &str, weight: Weight) -> Self {
-        Linear {
-            name: name.to_string(),
-            weight,
-            bias: None,
-            folded_bias: OnceLock::new(),
-            codes: OnceLock::new(),
-        }
+        Linear { name: name.to_string(), weight, bias: None, folded_bias: OnceLock::new() }
     }
 
     /// Whether there is a trainable in its weight.
@@ -104,13 +90,7 @@ impl Linear {
         }
         let levels = codes.grid.levels();
         let bound = levels.lo.unsigned_abs().max(levels.hi.unsigned_abs());
-        let matrix = || CodeMatrix::packed(packed.rows(), Isa::best());
-        let y = match self.codes.get_or_init(matrix) {
-            Some(matrix) if codes.codes.device().is_cpu() => {
-                matrix.matmul(&codes.codes, levels.lo, &codes.step)
-            }
-            _ => kernels::packed_codes_matmul(&codes.codes, bound, &codes.step, packed.rows()),
-        };
+        let y = kernels::packed_codes_matmul(&codes.codes, bound, &codes.step, packed.rows());
         self.with_bias(y.on(&self.name)?, x, packed).map(Some)
     }
 
@@ -119,6 +99,11 @@ impl Linear {
         let Some(rule) = x.grid_rule()? else { return Ok(None) };
         let by_token = matches!(rule.granularity, Granularity::Token | Granularity::Tensor);
         if !by_token || rule.groups != 1 || x.seen().rank() < 2 {
+            return Ok(None);
+        }
+        // Another number of tokens is refused where the quantizer itself runs.
+        let tokens = x.seen().dim(x.seen().rank() - 2)?;
+        if rule.granularity == Granularity::Token && rule.step.len() != tokens {
             return Ok(None);
         }
         let rounding = kernels::Rounding {

@@ -33,7 +33,7 @@ impl Transform for Sign {
 /// `sign(θ)`, 1 or -1 in the shape and format of `theta`, with the straight-through gradient.
 pub fn sign(theta: &Tensor) -> Result<Tensor> {
     if theta.device().is_cpu() && matches!(theta.dtype(), candle_core::DType::F32 | candle_core::DType::F64) {
-        return Ok(tape::apply1(&theta.contiguous()?, SignOp, Reads::ALL)?);
+        return Ok(tape::apply1(&theta.contiguous()?, SignOp, Reads::OPERANDS)?);
     }
     // The value is a constant, and what is added to it is zero to the bit.
     let at = theta.detach();

@@ -88,9 +88,15 @@ impl<'a> CodesRef<'a> {
         &self.fields[token * self.stride..token * self.stride + self.cols]
     }
 
+    /// Whether the buffer holds so many bytes of every row.
+    pub(super) fn holds(&self, width: usize) -> bool {
+        let end = |rows: usize| rows.checked_mul(self.stride)?.checked_add(width);
+        self.tokens == 0 || end(self.tokens - 1).is_some_and(|end| end <= self.fields.len())
+    }
+
     /// Whether the buffer holds all rows.
     pub(super) fn fits(&self) -> bool {
-        self.tokens == 0 || (self.tokens - 1) * self.stride + self.cols <= self.fields.len()
+        self.holds(self.cols)
     }
 }
 

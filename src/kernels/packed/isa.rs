@@ -1,7 +1,7 @@
 //! The instruction sets that the packed kernels are written for.
 //!
-//! The best one that the processor has is taken, or a lesser one that `QTUNE_CPU` names (`avx512`, `avx2`, `scalar`), so that
-//! every road can be run on one machine.
+//! The best one that the processor has is taken, or a lesser one that `QTUNE_CPU` names (`avx512`, `avx2`, `scalar`), here and
+//! in the loops and products of floats, so that every road can be run on one machine.
 
 use std::sync::OnceLock;
 
@@ -51,16 +51,18 @@ impl Isa {
         self.usable() == self
     }
 
+    /// The most that `QTUNE_CPU` allows, read once; all where it is not set.
+    pub fn allowed() -> Isa {
+        static ALLOWED: OnceLock<Isa> = OnceLock::new();
+        *ALLOWED.get_or_init(|| match std::env::var("QTUNE_CPU").as_deref() {
+            Ok("scalar") => Isa::Scalar,
+            Ok("avx2") => Isa::Avx2,
+            _ => Isa::Avx512,
+        })
+    }
+
     /// The set to use, resolved once.
     pub fn best() -> Isa {
-        static BEST: OnceLock<Isa> = OnceLock::new();
-        *BEST.get_or_init(|| {
-            let named = match std::env::var("QTUNE_CPU").as_deref() {
-                Ok("scalar") => Isa::Scalar,
-                Ok("avx2") => Isa::Avx2,
-                _ => Isa::Avx512,
-            };
-            Isa::available().into_iter().filter(|set| *set <= named).max().unwrap_or(Isa::Scalar)
-        })
+        Isa::allowed().usable()
     }
 }

@@ -142,13 +142,19 @@ fn whole_sums(q: &[f32], rows: &PackedRows) -> Vec<f32> {
 /// integers; none where the weight is not for it.
 fn codes_product(q: &[f32], bound: u32, step: &[f32], rows: &PackedRows) -> Option<Vec<f32>> {
     let tokens = q.len() / rows.cols;
-    let signed = q.iter().any(|&v| v < 0.0);
-    if bound > if signed { 128 } else { 255 } {
+    let (least, most) = q.iter().fold((0f32, 0f32), |(a, b), &v| (a.min(v), b.max(v)));
+    let signed = least < 0.0;
+    let within = |lo: f32, hi: f32| least >= lo && most <= hi;
+    if bound > 255 || !(if signed { within(-128.0, 127.0) } else { within(0.0, 255.0) }) {
         return None;
     }
-    let steps: Vec<f32> = (0..tokens).map(|t| step[t % step.len()]).collect();
+    let nan = |t: usize| q[t * rows.cols..(t + 1) * rows.cols].iter().any(|v| v.is_nan());
+    // A NaN has no code: its token is one throughout.
+    let step_of = |t: usize| if nan(t) { f32::NAN } else { step[t % step.len()] };
+    let steps: Vec<f32> = (0..tokens).map(step_of).collect();
     let mut y = vec![0f32; tokens * rows.rows()];
-    if let Some(table) = rows.for_two_bits(signed).filter(|_| bound <= if signed { 2 } else { 3 }) {
+    let two_bits = bound <= 3 && if signed { within(-2.0, 1.0) } else { within(0.0, 3.0) };
+    if let Some(table) = two_bits.then(|| rows.for_two_bits(signed)).flatten() {
         let codes: Vec<i8> = q.iter().map(|&v| v as i8).collect();
         let unit: Vec<f32> = rows.step.iter().map(|step| step * rows.unit()).collect();
         table.product(table::Activations::Codes(&codes), Scales { x: &steps, w: &unit, bias: None }, &mut y);
@@ -195,10 +201,12 @@ impl CustomOp1 for RoundedCodes {
         let (x, rows) = (slice(x, layout)?, &self.rows);
         let Rounding { step, shift, levels } = &self.rounding;
         let tokens = x.len() / rows.cols;
-        let step: Vec<f32> = step.iter().map(|s| s.max(SCALE_FLOOR as f32)).collect();
+        // A comparison, not `max`: a NaN must stay one.
+        let lift = |s: &f32| if *s < SCALE_FLOOR as f32 { SCALE_FLOOR as f32 } else { *s };
+        let step: Vec<f32> = step.iter().map(lift).collect();
         let mut y = super::cpu::unwritten(tokens * rows.rows());
         let two_bits = levels.hi - levels.lo == 3 && matches!(levels.lo, -2 | 0);
-        if let Some(table) = rows.for_two_bits(levels.lo < 0).filter(|_| two_bits) {
+        if let Some(table) = two_bits.then(|| rows.for_two_bits(levels.lo < 0)).flatten() {
             let each: Vec<f32> = (0..tokens).map(|t| step[t % step.len()]).collect();
             let unit: Vec<f32> = rows.step.iter().map(|step| step * rows.unit()).collect();
             let shift = (!shift.is_empty()).then_some(shift.as_slice());
@@ -223,8 +231,7 @@ pub fn packed_quantized_matmul(x: &Tensor, rounding: Rounding, rows: &PackedRows
     let op = "packed quantized matmul";
     let levels = rounding.levels;
     let bytes = (-128..=0).contains(&levels.lo) && levels.hi <= if levels.lo < 0 { 127 } else { 255 };
-    if x.dtype() != DType::F32 || !x.device().is_cpu() || !bytes || levels.half || rows.for_codes().is_none()
-    {
+    if x.dtype() != DType::F32 || !x.device().is_cpu() || !bytes || levels.half || !rows.takes_codes() {
         return Ok(None);
     }
     let x = check(op, x, rows)?.detach();
@@ -507,6 +514,8 @@ mod tests {
             (65, 7, Some(1)),
             (10, 130, Some(64)),
             (70, 300, Some(32)),
+            // Long enough for tables.
+            (10, 400, None),
         ];
         grids().flat_map(move |(l, b)| shapes.map(|(r, c, g)| (l, b, r, c, g)))
     }
@@ -556,6 +565,37 @@ mod tests {
                 for (got, want) in flat(&got).into_iter().zip(flat(&want)) {
                     assert_eq!(got.to_bits(), want.to_bits(), "{bits} bits by {act} {rows}x{cols}");
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn codes_times_codes_are_the_whole_sums() {
+        for (levels, bits, rows, cols, group) in all().filter(|shape| shape.4.is_none()) {
+            for (lo, hi) in [(-2i64, 1), (0, 3), (-128, 127), (0, 255), (-1, 2)] {
+                let (packed, codes) = random_rows((levels, bits), rows, cols, group);
+                let mut random = Random::new(8, "codes", &[cols as u64, hi as u64]);
+                let width = (hi - lo + 1) as u32;
+                let q: Vec<i64> = (0..3 * cols).map(|_| lo + i64::from(random.below(width))).collect();
+                let mut floats: Vec<f32> = q.iter().map(|&v| v as f32).collect();
+                let step = Tensor::new(&[0.5f32, 1.0, 2.0], &Device::Cpu).unwrap();
+                let run = |q: &[f32]| {
+                    let q = Tensor::from_slice(q, (3, cols), &Device::Cpu).unwrap();
+                    let bound = lo.unsigned_abs().max(hi.unsigned_abs()) as u32;
+                    packed_codes_matmul(&q, bound, &step, &packed).unwrap().to_vec2::<f32>().unwrap()
+                };
+                for (t, y) in run(&floats).iter().enumerate() {
+                    for (o, &y) in y.iter().enumerate() {
+                        let whole = |c: i64| if levels.half { 2 * c + 1 } else { c };
+                        let sum: i64 = (0..cols).map(|k| q[t * cols + k] * whole(codes[o * cols + k])).sum();
+                        let unit = packed.steps(o)[0] * packed.unit();
+                        let want = sum as f32 * ([0.5f32, 1.0, 2.0][t] * unit);
+                        assert_eq!(y, want, "{bits} bits by {lo}..{hi} {rows}x{cols} at {t}, {o}");
+                    }
+                }
+                floats[cols] = f32::NAN;
+                let y = run(&floats);
+                assert!(y[1].iter().all(|v| v.is_nan()) && y[0].iter().chain(&y[2]).all(|v| !v.is_nan()));
             }
         }
     }

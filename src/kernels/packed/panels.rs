@@ -106,10 +106,7 @@ impl Panels {
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     pub fn product(&self, a: CodesRef<'_>, sums: &[i32], half: bool, out: &mut [i32]) {
         let (rows, tokens) = (self.groups * ROWS, a.tokens);
-        assert!(
-            tokens == 0 || (tokens - 1) * a.stride + self.width() <= a.fields.len(),
-            "codes: a short buffer"
-        );
+        assert!(a.holds(self.width()), "codes: a short buffer");
         assert!(
             out.len() == tokens * rows && sums.len() == rows && self.lines.len() == self.groups * self.quads
         );

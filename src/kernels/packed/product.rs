@@ -8,10 +8,7 @@
 //! `a` are activation codes, kept as bytes from their lowest code on ([`super::Codes`]); `w` is a packed weight
 //! `[out, in]`, or activation codes that take its place: keys, and values across.
 
-use candle_core::{bail, DType, Device, Result, Storage, Tensor};
-use rayon::prelude::*;
-
-use super::codes::{Codes, CodesRef};
+use super::codes::CodesRef;
 use super::edges::per_isa;
 use super::isa::Isa;
 #[cfg(target_arch = "x86_64")]
@@ -33,9 +30,6 @@ pub struct Elements<'a> {
 
 /// Rows are filled up to a multiple of this, in the sums too.
 pub(super) const ROWS: usize = 16;
-
-/// Tokens that a task of [`CodeMatrix::matmul`] takes: whole tiles.
-const TOKENS: usize = 48;
 
 /// How the codes lie.
 #[derive(Clone, Debug)]
@@ -147,62 +141,6 @@ impl CodeMatrix {
     }
 }
 
-impl CodeMatrix {
-    /// As [`super::packed_codes_matmul`], of the matrix: `q [.., in]` holds codes from `lo` on, within a byte's
-    /// range, as whole f32 numbers on the CPU, and token `t` has the step `x_step[t mod len]`. A token with a NaN
-    /// gives NaN.
-    pub fn matmul(&self, q: &Tensor, lo: i32, x_step: &Tensor) -> Result<Tensor> {
-        let q = q.detach().to_dtype(DType::F32)?.contiguous()?;
-        let (cols, rows) = (self.cols, self.rows);
-        let steps = x_step.detach().to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-        let tokens = q.elem_count() / cols;
-        let mut shape = q.dims().to_vec();
-        match shape.last_mut() {
-            Some(last) if *last == cols => *last = rows,
-            last => bail!("packed codes matmul: found {last:?} input features, expected {cols}"),
-        }
-        if steps.is_empty() || tokens == 0 || !tokens.is_multiple_of(steps.len()) || self.unit.len() != rows {
-            bail!("packed codes matmul: found {} steps for {tokens} tokens", steps.len());
-        }
-        let (storage, layout) = q.storage_and_layout();
-        let (Storage::Cpu(storage), Some((from, to))) = (&*storage, layout.contiguous_offsets()) else {
-            bail!("packed codes matmul: expected codes on the CPU")
-        };
-        let q = &storage.as_slice::<f32>()?[from..to];
-        let mut y = vec![0f32; tokens * rows];
-        let blocks = y.par_chunks_mut(TOKENS * rows).zip(q.par_chunks(TOKENS * cols)).enumerate();
-        blocks.with_max_len(1).for_each(|(block, (y, q))| {
-            let (mut codes, count) = (Codes::default(), q.len() / cols);
-            codes.reset(count, cols, lo);
-            let mut step: Vec<f32> = (0..count).map(|t| steps[(block * TOKENS + t) % steps.len()]).collect();
-            for ((t, q), step) in q.chunks_exact(cols).enumerate().zip(&mut step) {
-                let (fields, sum) = codes.row_mut(t, 0..cols);
-                let (total, nan) = fields_of(self.isa, q, lo, fields);
-                *sum = total;
-                if nan {
-                    *step = f32::NAN;
-                }
-            }
-            self.times(codes.view(), &step, None, y);
-        });
-        Tensor::from_vec(y, shape, &Device::Cpu)
-    }
-}
-
-per_isa! {
-    /// The fields of codes as floats; their sum, and whether there was a NaN.
-    fn fields_of(q: &[f32], lo: i32, fields: &mut [u8]) -> (i32, bool) {
-        let (mut sum, mut nan) = (0i32, 0u32);
-        for (field, &q) in fields.iter_mut().zip(q) {
-            nan |= u32::from(q.is_nan());
-            let code = q as i32;
-            sum = sum.wrapping_add(code);
-            *field = code.wrapping_sub(lo) as u8;
-        }
-        (sum, nan != 0)
-    }
-}
-
 fn lay_out(isa: Isa, rows: usize, cols: usize, of: Elements<'_>) -> (Layout, Vec<i32>) {
     #[cfg(target_arch = "x86_64")]
     if isa.usable() == Isa::Avx512 {
@@ -237,6 +175,7 @@ per_isa! {
 
 #[cfg(test)]
 mod tests {
+    use super::super::codes::Codes;
     use super::super::rows::tests::{grids, random_rows};
     use super::*;
     use crate::kernels::Levels;
@@ -332,37 +271,6 @@ mod tests {
                     check(&matrix, &|o, k| b[o * cols + k]);
                     check(&turned, &|o, k| c[k * rows + o]);
                 }
-            }
-        }
-    }
-
-    #[test]
-    fn tensors_of_codes_go_the_same_way() {
-        // More tokens than one task takes.
-        for (tokens, rows, cols) in [(1, 5, 3), (2 * TOKENS + 6, 17, 65)] {
-            for (levels, bits) in [(Levels::mid_rise(2), 2), (Levels::signed(8), 8)] {
-                let (weight, _) = random_rows((levels, bits), rows, cols, None);
-                let matrix = CodeMatrix::packed(&weight, Isa::best()).unwrap();
-                for grid in [Levels::signed(3), Levels::unsigned(8)] {
-                    let (_, a) = random_codes(grid, tokens, cols);
-                    let mut a: Vec<f32> = a.iter().map(|&k| k as f32).collect();
-                    let q = Tensor::from_slice(&a, (1, tokens, cols), &Device::Cpu).unwrap();
-                    let steps: Vec<f32> = (1..=tokens).map(|t| t as f32 * 0.1).collect();
-                    let step = Tensor::new(&steps[..], &Device::Cpu).unwrap();
-                    let bits = |y: &Tensor| y.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-                    let got = matrix.matmul(&q, grid.lo, &step).unwrap();
-                    assert_eq!(got.dims(), [1, tokens, rows]);
-                    let want = super::super::packed_codes_matmul(&q, 255, &step, &weight).unwrap();
-                    assert_eq!(bits(&got), bits(&want));
-                    a[0] = f32::NAN;
-                    let q = Tensor::from_slice(&a, (1, tokens, cols), &Device::Cpu).unwrap();
-                    let got = bits(&matrix.matmul(&q, grid.lo, &step).unwrap());
-                    assert!(
-                        got[..rows].iter().all(|v| v.is_nan()) && got[rows..].iter().all(|v| !v.is_nan())
-                    );
-                }
-                let wrong = Tensor::zeros((1, cols + 1), DType::F32, &Device::Cpu).unwrap();
-                assert!(matrix.matmul(&wrong, 0, &wrong).is_err());
             }
         }
     }

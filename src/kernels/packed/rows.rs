@@ -122,15 +122,27 @@ impl PackedRows {
         })
     }
 
+    /// Whether products with codes are for these rows: one step each, and sums that 32 bits hold.
+    pub(super) fn takes_codes(&self) -> bool {
+        let most = i64::try_from(self.cols).map_or(i64::MAX, |cols| cols.saturating_mul(255));
+        let most = most.saturating_mul(self.largest_whole().max(128));
+        self.groups().group().is_none() && self.cols > 0 && most <= i64::from(i32::MAX)
+    }
+
     /// As products with codes of many tokens read them; none where a row has several steps, or 32 bits might not hold a
     /// sum.
     pub(super) fn for_codes(&self) -> Option<&Gemm8Weights> {
         let Levels { lo, half, .. } = self.levels;
-        if self.groups().group().is_some() || self.cols == 0 {
+        if !self.takes_codes() {
             return None;
         }
         let make = || Gemm8Weights::new(self.bits, lo, half, self.cols, &self.codes, Isa::best());
-        self.repacked.many.get_or_init(make).as_ref()
+        // Made outside: it runs on all threads, and one that waits may steal a task that comes here too.
+        if self.repacked.many.get().is_none() {
+            let made = make();
+            self.repacked.many.get_or_init(|| made);
+        }
+        self.repacked.many.get().and_then(Option::as_ref)
     }
 
     /// As products of 2-bit weights with 2-bit codes read them, where tables are ahead of integer products: the longer

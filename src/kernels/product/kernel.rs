@@ -291,6 +291,18 @@ pub(super) enum Road {
 }
 
 impl Road {
+    /// Whether `QTUNE_CPU` leaves it.
+    pub fn allowed(self) -> bool {
+        let most = crate::kernels::packed::Isa::allowed();
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Road::Avx512 | Road::Avx512Pairs => most >= crate::kernels::packed::Isa::Avx512,
+            #[cfg(target_arch = "x86_64")]
+            Road::Avx2 => most >= crate::kernels::packed::Isa::Avx2,
+            Road::Plain => true,
+        }
+    }
+
     /// Whether the features this road needs were detected.
     pub fn there(self) -> bool {
         match self {

@@ -71,7 +71,7 @@ fn how(arithmetic: Arithmetic) -> How {
         #[cfg(not(target_arch = "x86_64"))]
         let roads = [Road::Plain];
         let best = |word: Word| {
-            let fits = |r: &Road| r.there() && r.depth() == word.depth();
+            let fits = |r: &Road| r.allowed() && r.there() && r.depth() == word.depth();
             roads.into_iter().find(fits).map(|road| How { road, word })
         };
         let plain = best(Word::Plain).unwrap_or(How { road: Road::Plain, word: Word::Plain });

@@ -52,6 +52,11 @@ impl Quantizer {
         {
             return Ok(None);
         }
+        let finite = |numbers: &[f32]| numbers.iter().all(|v| v.is_finite());
+        let shifts = [&rule.shift_in, &rule.shift_out];
+        if !shifts.into_iter().flatten().all(|shift| finite(shift)) {
+            return Ok(None);
+        }
         Ok(Some(Quantizer {
             lo: levels.lo,
             hi: levels.hi,
@@ -121,7 +126,8 @@ impl Layer {
         let Some((matrix, bias)) = linear.on_integers(input.shift_out.as_deref(), isa)? else {
             return Ok(None);
         };
-        let fits = matrix.cols() == input.shift_in.len() && bias.len() == matrix.rows();
+        let finite = bias.iter().all(|b| b.is_finite());
+        let fits = finite && matrix.cols() == input.shift_in.len() && bias.len() == matrix.rows();
         Ok(fits.then_some(Layer { matrix, bias }))
     }
 }
@@ -139,7 +145,8 @@ impl Norm {
     pub fn of(norm: &LayerNorm, width: usize) -> Result<Option<Self>> {
         let (weight, bias, eps) = norm.parts();
         let (Some(weight), Some(bias)) = (frozen(weight)?, frozen(bias)?) else { return Ok(None) };
-        let fits = weight.len() == width && bias.len() == width;
+        let finite = weight.iter().chain(&bias).all(|v| v.is_finite());
+        let fits = finite && weight.len() == width && bias.len() == width;
         Ok(fits.then_some(Norm { weight, bias, eps: eps as f32 }))
     }
 }

@@ -18,7 +18,6 @@ mod avx2;
 mod avx512;
 mod finish;
 mod lines;
-mod operand;
 mod panels;
 #[cfg(test)]
 mod tests;
@@ -174,73 +173,6 @@ impl Gemm8Weights {
         };
         weights.seeds = weights.row_sums().into_iter().map(|sum| -128 * sum).collect();
         Some(weights)
-    }
-
-    /// From codes `[rows, cols]` whose rows lie `stride` apart: the keys of attention, each a row. Meant to be made for one
-    /// product: nothing is packed.
-    ///
-    /// None as in [`Gemm8Weights::new`]; panics where the codes are too few.
-    pub fn of_codes(rows: usize, cols: usize, stride: usize, codes: &[i8], isa: Isa) -> Option<Gemm8Weights> {
-        Self::of(
-            rows,
-            cols,
-            operand::Codes { bytes: unsigned(codes), stride, flip: 0, columns: false },
-            0,
-            isa,
-        )
-    }
-
-    /// The same from codes `[cols, rows]`, column `c` from `c stride` on: the values of attention, each a column.
-    pub fn of_columns(
-        rows: usize,
-        cols: usize,
-        stride: usize,
-        codes: &[i8],
-        isa: Isa,
-    ) -> Option<Gemm8Weights> {
-        Self::of(
-            rows,
-            cols,
-            operand::Codes { bytes: unsigned(codes), stride, flip: 0, columns: true },
-            0,
-            isa,
-        )
-    }
-
-    /// Tokens as rows, or as columns, of a weight; their steps are not in it.
-    pub fn of_tokens(tokens: &Tokens, columns: bool, isa: Isa) -> Option<Gemm8Weights> {
-        let (rows, cols) = if columns { (tokens.cols, tokens.tokens) } else { (tokens.tokens, tokens.cols) };
-        let bytes = lines::bytes(&tokens.lines);
-        // Signed codes lie 128 too high and are set right; unsigned ones are taken 128 too low.
-        let zero = 128 - i32::from(tokens.bias);
-        Self::of(
-            rows,
-            cols,
-            operand::Codes { bytes, stride: tokens.lines_each * Line::BYTES, flip: 128, columns },
-            zero,
-            isa,
-        )
-    }
-
-    fn of(rows: usize, cols: usize, codes: operand::Codes, zero: i32, isa: Isa) -> Option<Gemm8Weights> {
-        assert!(Isa::available().contains(&isa), "an instruction set of this processor");
-        if i64::try_from(cols).ok()? * 255 * 255 > i64::from(i32::MAX) {
-            return None;
-        }
-        let (shape, lines, mut seeds) = operand::panels(rows, cols, codes, isa);
-        seeds.iter_mut().for_each(|sum| *sum *= -128);
-        Some(Gemm8Weights {
-            shape,
-            isa,
-            road: Road::of(isa, 128),
-            how: Unpacking { width: Width::Eight, half: 0, down: 0 },
-            lines,
-            seeds,
-            shift: 0,
-            double: false,
-            zero,
-            unit: 1.0,
-        })
     }
 
     /// Output features.
@@ -496,9 +428,4 @@ impl Gemm8Weights {
             }
         }
     }
-}
-
-fn unsigned(codes: &[i8]) -> &[u8] {
-    // SAFETY: i8 and u8 have one size and alignment, and every value of the one is one of the other.
-    unsafe { std::slice::from_raw_parts(codes.as_ptr().cast(), codes.len()) }
 }

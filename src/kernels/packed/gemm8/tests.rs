@@ -195,51 +195,6 @@ fn extreme_codes_do_not_saturate() {
 }
 
 #[test]
-fn activations_serve_as_weights() {
-    let mut random = Random(3);
-    for isa in Isa::available() {
-        for (tokens, cols, rows) in SHAPES {
-            for apart in [0, 9] {
-                let code = |random: &mut Random| random.between(-128, 127);
-                let codes: Vec<i32> = (0..rows * cols).map(|_| code(&mut random)).collect();
-                let noise = |random: &mut Random, n: usize| -> Vec<i8> {
-                    (0..n).map(|_| code(random) as i8).collect()
-                };
-                let mut in_rows = noise(&mut random, rows * (cols + apart));
-                let mut in_columns = noise(&mut random, cols * (rows + apart));
-                for (i, &code) in codes.iter().enumerate() {
-                    let (r, c) = (i / cols, i % cols);
-                    in_rows[r * (cols + apart) + c] = code as i8;
-                    in_columns[c * (rows + apart) + r] = code as i8;
-                }
-                for kind in 0..2 {
-                    let (a, t) = activations(&mut random, kind, tokens, cols);
-                    let want = sums(&a, &codes, cols, |c| c);
-                    let what = format!("{isa:?} {tokens}x{cols}x{rows}, {kind}");
-                    let w = Gemm8Weights::of_codes(rows, cols, cols + apart, &in_rows, isa).unwrap();
-                    roads(w, isa).iter().for_each(|w| w.check(&t, &want, &mut random, &what));
-                    let w = Gemm8Weights::of_columns(rows, cols, rows + apart, &in_columns, isa).unwrap();
-                    roads(w, isa).iter().for_each(|w| w.check(&t, &want, &mut random, &what));
-                }
-            }
-            // Signed and unsigned tokens on either side.
-            for kind in 0..4 {
-                let (a, t) = activations(&mut random, kind % 2, tokens, cols);
-                let (codes, keys) = activations(&mut random, kind / 2, rows, cols);
-                let want = sums(&a, &codes, cols, |c| c);
-                let w = Gemm8Weights::of_tokens(&keys, false, isa).unwrap();
-                w.check(&t, &want, &mut random, &format!("{isa:?} keys {tokens}x{cols}x{rows}, {kind}"));
-                let (codes, values) = activations(&mut random, kind / 2, cols, rows);
-                let turned: Vec<i32> = (0..rows * cols).map(|i| codes[i % cols * rows + i / cols]).collect();
-                let want = sums(&a, &turned, cols, |c| c);
-                let w = Gemm8Weights::of_tokens(&values, true, isa).unwrap();
-                w.check(&t, &want, &mut random, &format!("{isa:?} values {tokens}x{cols}x{rows}, {kind}"));
-            }
-        }
-    }
-}
-
-#[test]
 fn threads_change_nothing() {
     let mut random = Random(4);
     // Beyond what one thread does alone, with panels and tokens that do not share out evenly.
@@ -338,7 +293,7 @@ fn nan_reaches_every_result_of_its_token() {
             x[cols + cols - 1] = f32::NAN;
             let how = Quantizer { step: &[0.25], lo: -8, hi: 7, shift: &[] };
             let a = Tokens::quantize(&x, 3, cols, cols, how, isa);
-            let w = Gemm8Weights::of_codes(2, cols, cols, &vec![1; 2 * cols], isa).unwrap();
+            let w = Gemm8Weights::new(8, -128, false, cols, &vec![129; 2 * cols], isa).unwrap();
             let mut y = vec![0f32; 6];
             w.product(&a, &[1.0, 2.0], &[], &mut y);
             assert!(y[2].is_nan() && y[3].is_nan(), "{isa:?} {y:?}");
@@ -358,13 +313,12 @@ fn sums_beyond_32_bits_are_refused() {
     assert!(of(2, -2, true, 65_000) && !of(2, -2, true, 66_000));
     assert!(of(8, -128, true, 33_000) && !of(8, -128, true, 33_100));
     assert!(!of(8, i32::MAX - 3, false, 1) && !of(8, i32::MAX, false, 1));
-    assert!(Gemm8Weights::of_codes(1, 33_100, 33_100, &vec![0; 33_100], isa).is_none());
 }
 
 #[test]
 fn nothing_gives_nothing() {
     let isa = Isa::best();
-    let w = Gemm8Weights::of_codes(3, 2, 2, &[1, 2, 3, 4, 5, 6], isa).unwrap();
+    let w = Gemm8Weights::new(8, -128, false, 2, &[129, 130, 131, 132, 133, 134], isa).unwrap();
     w.sums(&Tokens::of_signed(&[], 0, 2, &[1.0]), &mut []);
     let w = Gemm8Weights::new(2, -2, true, 4, &[], isa).unwrap();
     w.sums(&Tokens::of_signed(&[1, 2, 3, 4], 1, 4, &[1.0]), &mut []);

@@ -33,7 +33,7 @@ pub struct Tokens {
 pub struct Quantizer<'a> {
     /// Steps, all above 0; token `t` has entry `t mod len`.
     pub step: &'a [f32],
-    /// The lowest code: `lo..=hi` lies within -128..=127 or 0..=255.
+    /// The lowest code, 0 or less: `lo..=hi` lies within -128..=127 or 0..=255.
     pub lo: i32,
     /// The highest code.
     pub hi: i32,
