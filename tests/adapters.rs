@@ -168,7 +168,13 @@ fn a_fresh_adapter_changes_nothing() {
                 _ => DType::F32,
             };
             let x = x.to_dtype(dtype).unwrap();
-            assert_eq!(values(&weight.matmul(&x).unwrap()), values(&base.matmul(&x).unwrap()), "{what}");
+            let (got, want) = (weight.matmul(&x).unwrap(), base.matmul(&x).unwrap());
+            match base.expr() {
+                // A few rows times packed codes have a kernel of their own, which adds in another order than the product
+                // with rows that an adapter changes on the way.
+                Expr::Packed(_) => close(&what, &got, &want, PRODUCT),
+                _ => assert_eq!(values(&got), values(&want), "{what}"),
+            }
         }
     });
 }

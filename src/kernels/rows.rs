@@ -15,6 +15,7 @@ use rayon::prelude::*;
 
 use super::cpu::{self, Real};
 use super::linear::{add_product, matmul, product, View};
+use super::packed;
 use super::tape::{self, Reads};
 use super::PackedRows;
 
@@ -199,6 +200,9 @@ impl<'a> Panels<'a> {
     pub fn product(&self, x: &[f32]) -> Vec<f32> {
         let (n, k) = (self.rows, self.cols);
         let tokens = x.len() / k;
+        if let (Source::Packed(rows), None, true) = (self.source, self.edit, tokens <= packed::DECODED) {
+            return packed::decode(x, rows);
+        }
         let mut y = Vec::new();
         self.each(|first, panel| {
             let count = panel.len() / k;

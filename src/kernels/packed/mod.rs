@@ -275,7 +275,7 @@ fn with_last(layout: &Layout, last: usize) -> Shape {
 }
 
 /// Rows of activations up to which products are those of decoding: as many passes over weights in cache.
-const DECODED: usize = 8;
+pub(super) const DECODED: usize = 8;
 /// Bytes of the weight that one task takes of a product with few rows. Whom a row falls to does not show in it.
 const SHARE: usize = 1 << 17;
 
@@ -304,7 +304,7 @@ fn share_out(
 }
 
 /// The product of a few rows of activations, as floats.
-fn decode(x: &[f32], rows: &PackedRows) -> Vec<f32> {
+pub(super) fn decode(x: &[f32], rows: &PackedRows) -> Vec<f32> {
     let weight = rows.repacked();
     let tokens = x.len() / rows.cols;
     // Taken out, not borrowed: a task that this thread steals meanwhile may come here too.
