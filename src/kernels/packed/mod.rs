@@ -277,7 +277,7 @@ fn with_last(layout: &Layout, last: usize) -> Shape {
 /// Rows of activations up to which products are those of decoding: as many passes over weights in cache.
 pub(super) const DECODED: usize = 8;
 /// Bytes of the weight that one task takes of a product with few rows. Whom a row falls to does not show in it.
-const SHARE: usize = 1 << 17;
+const SHARE: usize = 1 << 19;
 
 thread_local! {
     static FLOATS: RefCell<Vec<FloatRow>> = const { RefCell::new(Vec::new()) };

@@ -33,6 +33,7 @@ impl Octet {
 macro_rules! tile_kernel {
     ($tile:ident, $columns:ident, $bits:ident, $y:ident, |$block:ident, $octet:ident, $sum:ident| $add:expr) => {
         assert!($columns.tiled() && $tile.len() == tile_lines($bits, $columns), "a tile of these columns");
+        assert_eq!($y.len(), TILE_ROWS, "products of a tile");
         let mut at = $tile.as_ptr().cast::<u8>();
         let mut out = [_mm256_setzero_ps(); OCTETS];
         for group in 0..$columns.groups() {
@@ -63,7 +64,7 @@ macro_rules! tile_kernel {
 
 /// A tile times 8-bit activations; `zero` is the value of field 0.
 #[target_feature(enable = "avx2,fma")]
-pub(super) fn int8<const BITS: usize>(tile: &[Line], x: &Int8Row, zero: f32, y: &mut [f32; TILE_ROWS]) {
+pub(super) fn int8<const BITS: usize>(tile: &[Line], x: &Int8Row, zero: f32, y: &mut [f32]) {
     let columns = x.columns;
     let blocks = columns.blocks();
     assert!(x.codes.len() == blocks * BLOCK && x.scale.len() == blocks && x.sum.len() == blocks);
@@ -150,7 +151,7 @@ unsafe fn block_sum<const BITS: usize>(octet: Octet, codes: *const i8) -> __m256
 
 /// A tile times float activations; `zero` is the value of field 0.
 #[target_feature(enable = "avx2,fma")]
-pub(super) fn float<const BITS: usize>(tile: &[Line], x: &FloatRow, zero: f32, y: &mut [f32; TILE_ROWS]) {
+pub(super) fn float<const BITS: usize>(tile: &[Line], x: &FloatRow, zero: f32, y: &mut [f32]) {
     let columns = x.format.columns;
     assert!(x.values.len() == columns.blocks() * BLOCK, "activations of these columns");
     let values: [f32; 8] = std::array::from_fn(|n| (n & ((1 << BITS) - 1)) as f32 + zero);

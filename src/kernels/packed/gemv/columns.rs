@@ -49,6 +49,11 @@ impl Columns {
         from..from + width.div_ceil(BLOCK)
     }
 
+    /// The group of a block.
+    pub fn group_of(self, block: usize) -> usize {
+        block / self.group.div_ceil(BLOCK)
+    }
+
     /// Columns that a block takes up in a prepared activation row, filled up or not.
     pub fn stride(self) -> usize {
         self.stride
@@ -92,6 +97,7 @@ mod tests {
                 assert_eq!(columns.ranges().count(), columns.blocks(), "{cols} by {group}");
                 let end = (0..columns.groups()).fold(0, |at, g| {
                     assert_eq!(columns.blocks_of(g).start, at);
+                    assert!(columns.blocks_of(g).all(|block| columns.group_of(block) == g));
                     columns.blocks_of(g).end
                 });
                 assert_eq!(end, columns.blocks());

@@ -35,6 +35,12 @@ pub use layout::TILE_ROWS;
 use crate::kernels::packed::isa::Isa;
 use layout::{Canonical, Line};
 
+/// Blocks of a panel: their tables of pairs of two-bit codes, 2 KB each, stay in the first-level cache while a run of
+/// tiles goes by. 12 are no faster hot and slower from memory; 16 are slower.
+const PANEL: usize = 8;
+/// Tiles of a run, at most. Rows of one or two panels are taken tile by tile: all their tables stay.
+const RUN: usize = 16;
+
 /// What an activation row has to be prepared for. Weights of one format can share a prepared row.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Format {
@@ -64,15 +70,14 @@ enum Store {
     Plain { bits: usize, codes: Vec<u8>, step: Vec<f32> },
 }
 
-/// The kernel of a tile: the tile, a prepared row, the value of field 0; writes a product for each row.
-type Kernel<X> = unsafe fn(&[Line], &X, f32, &mut [f32; TILE_ROWS]);
+/// The kernel of a tile, or of a run of them: the tiles, a prepared row, the value of field 0; writes a product
+/// for each row.
+type Kernel<X> = unsafe fn(&[Line], &X, f32, &mut [f32]);
 
 impl std::fmt::Debug for GemvWeights {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("GemvWeights")
-            .field("format", &self.format)
-            .field("rows", &self.rows)
-            .finish_non_exhaustive()
+        let mut out = f.debug_struct("GemvWeights");
+        out.field("format", &self.format).field("rows", &self.rows).finish_non_exhaustive()
     }
 }
 
@@ -156,9 +161,12 @@ impl GemvWeights {
     /// `rows` starts at a multiple of [`TILE_ROWS`] and ends at one or at the last row.
     pub fn times(&self, x: &[FloatRow], y: &mut [f32], rows: Range<usize>) {
         assert!(x.iter().all(|x| x.format == self.format), "rows prepared for another format");
-        let Format { bits, isa, .. } = self.format;
+        let Format { bits, isa, columns, .. } = self.format;
+        let paneled = isa == Isa::Avx512 && bits == 2 && columns.blocks() > 2 * PANEL;
+        let run = if paneled { RUN } else { 1 };
         #[cfg(target_arch = "x86_64")]
         let kernel: Option<Kernel<FloatRow>> = match (isa, bits) {
+            (Isa::Avx512, 2) if paneled => Some(avx512::float_pairs),
             (Isa::Avx512, 2) => Some(avx512::float::<2>),
             (Isa::Avx512, 3) => Some(avx512::float::<3>),
             (Isa::Avx512, 4) => Some(avx512::float::<4>),
@@ -171,7 +179,7 @@ impl GemvWeights {
         };
         #[cfg(not(target_arch = "x86_64"))]
         let kernel: Option<Kernel<FloatRow>> = None;
-        self.each_tile(kernel, plain::float, x, y, rows);
+        self.each_run(kernel, run, plain::float, x, y, rows);
     }
 
     /// `y: [x.len(), rows.len()]`: the products of some rows of the weight with each of a few rows of 8-bit activations.
@@ -194,12 +202,14 @@ impl GemvWeights {
         };
         #[cfg(not(target_arch = "x86_64"))]
         let kernel: Option<Kernel<Int8Row>> = None;
-        self.each_tile(kernel, plain::int8, x, y, rows);
+        self.each_run(kernel, 1, plain::int8, x, y, rows);
     }
 
-    fn each_tile<X>(
+    /// `run`: tiles that the kernel takes at once.
+    fn each_run<X>(
         &self,
         kernel: Option<Kernel<X>>,
+        run: usize,
         plain: fn(Format, Canonical, usize, &X, &mut [f32]),
         x: &[X],
         y: &mut [f32],
@@ -216,16 +226,21 @@ impl GemvWeights {
         match (&self.store, kernel) {
             (Store::Tiles(lines), Some(kernel)) => {
                 let each = layout::tile_lines(self.format.bits, self.format.columns);
-                for first in rows.clone().step_by(TILE_ROWS) {
-                    let tile = &lines[first / TILE_ROWS * each..][..each];
-                    let mut out = [0f32; TILE_ROWS];
-                    // The tile comes from memory once for all rows of activations.
+                for first in rows.clone().step_by(run * TILE_ROWS) {
+                    let count = (rows.end - first).div_ceil(TILE_ROWS).min(run);
+                    let tiles = &lines[first / TILE_ROWS * each..][..count * each];
+                    // The tiles come from memory once for all rows of activations.
                     for (x, y) in x.iter().zip(y.chunks_exact_mut(rows.len())) {
-                        // SAFETY: `format.isa`, whose kernel this is, is available: `new` asserted it.
-                        unsafe { kernel(tile, x, self.format.zero, &mut out) };
                         let y = &mut y[first - rows.start..];
-                        let count = TILE_ROWS.min(y.len());
-                        y[..count].copy_from_slice(&out[..count]);
+                        // SAFETY: `format.isa`, whose kernel this is, is available: `new` asserted it.
+                        let kernel = |y: &mut [f32]| unsafe { kernel(tiles, x, self.format.zero, y) };
+                        if let Some(y) = y.get_mut(..count * TILE_ROWS) {
+                            kernel(y);
+                        } else {
+                            let mut out = [0f32; RUN * TILE_ROWS];
+                            kernel(&mut out[..count * TILE_ROWS]);
+                            y.copy_from_slice(&out[..y.len()]);
+                        }
                     }
                 }
             }

@@ -217,6 +217,30 @@ fn any_share_of_rows_and_any_number_of_them_gives_the_same_bytes() {
 }
 
 #[test]
+fn runs_of_tiles_and_panels_of_columns_change_nothing() {
+    // Several runs and panels, neither whole, and groups that panels cut.
+    for group in [usize::MAX, 64, 192, 100] {
+        let case = Case::new(2, (-2, true), 1100, 1111, group);
+        for isa in Isa::available() {
+            let (weights, mut row) = (case.weights(isa), FloatRow::default());
+            weights.prepare(&case.x, &mut row);
+            let row = [row];
+            let mut whole = vec![f32::NAN; 1100];
+            weights.times(&row, &mut whole, 0..1100);
+            for (y, (want, size)) in whole.iter().zip(case.exact(&case.x)) {
+                let bound = size * 6e-8 * (4 + case.cols) as f64;
+                assert!((f64::from(*y) - want).abs() <= bound, "{}: {y} for {want}", case.name(isa));
+            }
+            for rows in [0..32, 32..1100, 64..128, 1088..1100] {
+                let mut part = vec![f32::NAN; rows.len()];
+                weights.times(&row, &mut part, rows.clone());
+                assert_eq!(part, whole[rows], "{}", case.name(isa));
+            }
+        }
+    }
+}
+
+#[test]
 fn a_row_no_number_shows() {
     let mut case = Case::new(2, (-2, true), 40, 130, 64);
     case.x[100] = f32::INFINITY;
