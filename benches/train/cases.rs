@@ -73,7 +73,7 @@ pub fn turns(case: &str) -> usize {
     match case.split('-').next() {
         Some("stories") => 25,
         Some("smol") => 5,
-        Some("infer") => 41,
+        Some("infer") => 15,
         _ => 9,
     }
 }

@@ -182,7 +182,8 @@ impl Vit {
     /// Runs the model on `images [batch, channels, height, width]`, normalised. Another image size than
     /// the model's is an error.
     pub fn forward(&self, images: &Tensor) -> Result<VisionOutput> {
-        self.walk(images, None, true, &mut |_, _| Ok(()))
+        // On a thread of the pool: from outside of it each of the many short parallel parts would wake it anew.
+        rayon::scope(|_| self.walk(images, None, true, &mut |_, _| Ok(())))
     }
 
     /// As [`Vit::forward`], in training: residual branches are left out as `drop` draws it.
