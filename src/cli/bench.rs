@@ -164,7 +164,9 @@ impl Bench {
             true => vec!["4".to_string(), "2".to_string()],
             false => self.bits.clone(),
         };
-        for bits in &bits {
+        let mut made = std::collections::BTreeSet::new();
+        // A number said twice is one copy.
+        for bits in bits.iter().filter(|bits| made.insert((*bits).clone())) {
             progress.note(&format!("packing to {bits} bits"));
             let number = bits.parse().map_err(|_| Error::usage(format!("--bits {bits}")))?;
             let copy = packed_copy(dir, number, self.common.allow_pickle, scratch, progress)?;
