@@ -495,3 +495,34 @@ fn completions_and_version() {
     let out = qtune(dir.path()).arg("--version").output().unwrap();
     assert!(out.status.success() && text(&out.stdout).contains(env!("CARGO_PKG_VERSION")));
 }
+
+#[test]
+fn bf16_products_are_a_setting_of_the_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |out: &str, dtype: &str| {
+        let done = tiny(dir.path(), out).args(["--dtype", dtype, "--json"]).output().unwrap();
+        assert!(done.status.success(), "{}", text(&done.stderr));
+        let summary: Value = serde_json::from_slice(&done.stdout).unwrap();
+        assert!(summary["q_top1"].is_number(), "{summary}");
+        let read = |file: &str| std::fs::read(dir.path().join(out).join(file)).unwrap();
+        (text(&read("recipe.toml")), read("model/model.safetensors"))
+    };
+    let (single, half, again) = (run("single", "f32"), run("half", "bf16"), run("again", "bf16"));
+    assert!(single.0.contains("products = \"f32\"") && half.0.contains("products = \"bf16\""), "{}", half.0);
+    // It changes what is learned, and the same seed gives the same bytes.
+    assert!(single.1 != half.1 && half.1 == again.1);
+}
+
+#[test]
+fn lesser_instruction_sets_run_and_unknown_ones_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |out: &str, set: &str| {
+        let done = tiny(dir.path(), out).env("QTUNE_CPU", set).output().unwrap();
+        assert!(done.status.success(), "{set}: {}", text(&done.stderr));
+        std::fs::read(dir.path().join(out).join("model/model.safetensors")).unwrap()
+    };
+    // Products and loops of f32 add in the same order on all of them.
+    let best = run("best", "avx512");
+    assert!(best == run("lesser", "avx2") && best == run("plain", "scalar"));
+    fails(tiny(dir.path(), "none").env("QTUNE_CPU", "mmx"), 2, &["QTUNE_CPU", "mmx", "avx2"]);
+}
