@@ -10,7 +10,8 @@ mod shapes;
 use candle_core::{DType, Device, Tensor};
 use harness::{head, micros, of_threads, race, row, Contestant, Failure, Options};
 use qtune::kernels::{
-    adamw_step, block_affine_merged, classp_step, reference, AdamWParams, ClasspParams, GradSum, Moments,
+    adamw_step, block_affine_merged, classp_step, low_rank_merged, reference, shared_block_merged,
+    AdamWParams, ClasspParams, GradSum, Moments,
 };
 use rayon::prelude::*;
 
@@ -72,9 +73,27 @@ fn merge_lora(count: usize, rank: usize) -> Result<Contestant<'static>, Failure>
     let (w, a, b) = (vector(n * n, 1.0)?.reshape((n, n))?, vector(rank * n, 0.1)?, vector(n * rank, 0.1)?);
     let (a, b) = (a.reshape((rank, n))?, b.reshape((n, rank))?);
     Ok(Contestant::new(format!("merge of LoRA, rank {rank}"), 1, 8 * n * n, move |_| {
-        // As an adapter's weight is read dense: its base, and the product of its factors.
-        let change = qtune::kernels::linear(&b, &a.t()?.contiguous()?, None)?;
-        (&w + change)?;
+        low_rank_merged(&w, &a, &b, 2.0)?;
+        Ok(())
+    }))
+}
+
+/// The same in candle's ops.
+fn merge_lora_of_candle(count: usize, rank: usize) -> Result<Contestant<'static>, Failure> {
+    let n = (count as f64).sqrt() as usize;
+    let (w, a, b) = (vector(n * n, 1.0)?.reshape((n, n))?, vector(rank * n, 0.1)?, vector(n * rank, 0.1)?);
+    let (a, b) = (a.reshape((rank, n))?, b.reshape((n, rank))?);
+    Ok(Contestant::new(format!("merge of LoRA in candle ops, rank {rank}"), 1, 8 * n * n, move |_| {
+        reference::low_rank_merged(&w, &a, &b, 2.0)?;
+        Ok(())
+    }))
+}
+
+fn merge_miss(count: usize, rank: usize) -> Result<Contestant<'static>, Failure> {
+    let n = (count as f64).sqrt() as usize;
+    let (w, d) = (vector(n * n, 1.0)?.reshape((n, n))?, vector(rank * n, 0.1)?.reshape((rank, n))?);
+    Ok(Contestant::new(format!("merge of MiSS, rank {rank}"), 1, 8 * n * n, move |_| {
+        shared_block_merged(&w, &d)?;
         Ok(())
     }))
 }
@@ -102,6 +121,8 @@ fn bench(options: &Options, threads: usize) -> Result<(), Failure> {
             classp(*count, 1.0)?,
             classp(*count, 2.0)?,
             merge_lora(*count, 16)?,
+            merge_lora_of_candle(*count, 16)?,
+            merge_miss(*count, 64)?,
             merge_bone(*count, 64)?,
         ];
         let seconds = race(options, &mut contestants)?;

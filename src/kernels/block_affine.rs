@@ -16,23 +16,15 @@ use rayon::prelude::*;
 
 use super::block_sum::{add_tiled, sum_rows};
 use super::linear::{add_product, matmul, View};
+use super::merged::reference_block_affine;
 use super::rows::{self, floats, with_last, FrozenRows, Panels, Source};
 
 /// Floats of the panel of G.
 const PANEL: usize = 1 << 20;
 
-/// `W'` in plain candle ops, for `w [O, I]` and `b [O/r, r, r]`; differentiable in both.
-pub fn merged(w: &Tensor, b: &Tensor) -> Result<Tensor> {
-    let ((o, i), (p, r, _)) = (w.dims2()?, b.dims3()?);
-    // Row-major, a block of r rows is r I/r slices of r: [p, r q, r].
-    let slices = w.reshape((p, i, r))?;
-    let turned = (&slices + slices.matmul(b)?)?.reshape((p, r, i / r, r))?;
-    turned.broadcast_add(&b.unsqueeze(2)?)?.reshape((o, i))
-}
-
 /// The product in plain candle ops.
 pub fn reference(x: &Tensor, rows: &FrozenRows, b: &Tensor) -> Result<Tensor> {
-    let w = merged(&rows.tensor(x.device())?, b)?;
+    let w = reference_block_affine(&rows.tensor(x.device())?, b)?;
     x.broadcast_matmul(&w.t()?.broadcast_left(&x.dims()[..x.rank().saturating_sub(2)])?)
 }
 
@@ -197,7 +189,10 @@ mod tests {
         let cpu = &candle_core::Device::Cpu;
         let w = Tensor::new(&[[1f32, 2.0], [3.0, 4.0]], cpu).unwrap();
         let b = Tensor::new(&[[[1f32, 0.0], [2.0, -1.0]]], cpu).unwrap();
-        assert_eq!(merged(&w, &b).unwrap().to_vec2::<f32>().unwrap(), [[7.0, 0.0], [16.0, -1.0]]);
+        assert_eq!(
+            reference_block_affine(&w, &b).unwrap().to_vec2::<f32>().unwrap(),
+            [[7.0, 0.0], [16.0, -1.0]]
+        );
         let x = Tensor::new(&[[1f32, 10.0]], cpu).unwrap();
         let y = block_affine(&x, &FrozenRows::dense(&w).unwrap(), &b).unwrap();
         assert_eq!(y.to_vec2::<f32>().unwrap(), [[7.0, 6.0]]);

@@ -269,12 +269,15 @@ fn walk<T: Real>(
         let size = g.abs();
         let tested = if squared { g * g } else { size };
         let passes = all | (tested > threshold);
-        let sum = *s + if f.plain { size } else { power(size) };
+        let added = if f.plain { size } else { power(size) };
+        // Nothing is added where the test fails, rather than nothing written: stores under a mask run at half the rate
+        // from memory.
+        let sum = *s + if passes { added } else { T::ZERO };
         let rate = if f.scaling { lr / root(epsilon + sum) } else { lr };
-        let moved = *w - rate * (g + decay * *w);
+        let step = rate * (g + decay * *w);
         *passed += usize::from(passes);
-        *s = if passes { sum } else { *s };
-        *w = if passes { moved } else { *w };
+        *s = sum;
+        *w -= if passes { step } else { T::ZERO };
     }
 }
 

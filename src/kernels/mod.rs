@@ -25,9 +25,11 @@ mod cross_entropy;
 mod dropout;
 mod fake_quant;
 mod gelu;
+pub(crate) mod gram;
 mod linear;
 mod low_rank;
 mod magnitude;
+mod merged;
 mod norm;
 pub mod packed;
 mod patchify;
@@ -50,7 +52,7 @@ pub use adamw::{adamw_step, AdamWParams, Moments};
 pub use arithmetic::{arithmetic, round_activations, rounds_activations, set_arithmetic, Arithmetic};
 pub use attention::{attention_mix, attention_probs, causal_attention};
 pub use best_step::{absmax_step, best_step, round_to};
-pub use block_affine::{block_affine, merged as block_affine_merged};
+pub use block_affine::block_affine;
 pub use block_sum::block_sum;
 pub use classp::{classp_step, ClasspParams, GradSum, SumFigures, Test};
 pub use conv::{conv2d, Convolution};
@@ -64,6 +66,7 @@ pub use gelu::gelu;
 pub use linear::{add_bias, frozen_matmul, linear};
 pub use low_rank::{low_rank, shared_block};
 pub use magnitude::{row_norms, scale_columns};
+pub use merged::{block_affine_merged, low_rank_merged, shared_block_merged};
 pub use norm::layer_norm;
 pub use packed::{
     packed_codes_matmul, packed_matmul, packed_matmul_int8, packed_quantized_matmul, Groups, PackedRows,
@@ -102,6 +105,10 @@ pub mod reference {
     pub use super::linear::{reference as linear, reference_add_bias as add_bias};
     pub use super::low_rank::{reference as low_rank, reference_shared_block as shared_block};
     pub use super::magnitude::{reference_row_norms as row_norms, reference_scale_columns as scale_columns};
+    pub use super::merged::{
+        reference_block_affine as block_affine_merged, reference_low_rank as low_rank_merged,
+        reference_shared_block as shared_block_merged,
+    };
     pub use super::norm::reference as layer_norm;
     pub use super::packed::reference as packed_matmul;
     pub use super::plackett_luce::reference as plackett_luce;

@@ -132,15 +132,16 @@ impl Linear {
         }
     }
 
-    /// The codes of a packed weight and the layer's bias, what a quantizer before it adds behind its codes
+    /// The codes of a packed weight, for activations with codes in a range, and the layer's bias, what a quantizer before it adds behind its codes
     /// folded in; none where the weight is not packed, or not for integer products, or the bias is trained.
     pub(super) fn on_integers(
         &self,
         shift_out: Option<&[f32]>,
+        codes: (i32, i32),
         isa: Isa,
     ) -> Result<Option<(CodeMatrix, Vec<f32>)>> {
         let Expr::Packed(packed) = self.weight.expr() else { return Ok(None) };
-        let matrix = CodeMatrix::packed(packed.rows(), isa);
+        let matrix = CodeMatrix::packed(packed.rows(), codes, isa);
         let fits = |shift: &[f32]| shift.len() == packed.rows().cols;
         let trained = self.bias.as_ref().is_some_and(|bias| !bias.params().is_empty());
         let (Some(matrix), true, false) =

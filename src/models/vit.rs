@@ -95,12 +95,9 @@ impl Block {
         })
     }
 
-    /// The output for `h: [batch, tokens, channels]` on integers, where the whole block is: of a frozen, packed
-    /// model with quantized activations.
-    fn on_integers(&self, h: &Tensor) -> Result<Option<Tensor>> {
-        if h.dtype() != DType::F32 || !h.device().is_cpu() || h.track_op() {
-            return Ok(None);
-        }
+    /// The block on integers, where all of it can be, for so many tokens: of a frozen, packed model with quantized
+    /// activations.
+    fn on_integers(&self, tokens: usize) -> Result<Option<&IntegerBlock>> {
         let block = match self.integer.get() {
             Some(block) => block,
             None => {
@@ -109,22 +106,7 @@ impl Block {
                 self.integer.get_or_init(|| made)
             }
         };
-        let (_, tokens, width) = h.dims3()?;
-        let Some(block) = block.as_ref().filter(|block| block.takes(tokens) && width == self.width) else {
-            return Ok(None);
-        };
-        let h = h.contiguous()?;
-        let (storage, layout) = h.storage_and_layout();
-        let (Storage::Cpu(storage), Some((from, to))) = (&*storage, layout.contiguous_offsets()) else {
-            return Ok(None);
-        };
-        let x = &storage.as_slice::<f32>()?[from..to];
-        // Codes have no NaN: what is not a number shows on the road of floats.
-        if !x.iter().all(|v| v.is_finite()) {
-            return Ok(None);
-        }
-        let y = block.forward(x, tokens, &|_, _, _| {});
-        Ok(Some(Tensor::from_vec(y, layout.shape(), &Device::Cpu)?))
+        Ok(block.as_ref().filter(|block| block.takes(tokens)))
     }
 
     /// `h: [batch, tokens, channels]`; `drop` acts on what each branch adds.
@@ -217,6 +199,38 @@ impl Vit {
         names
     }
 
+    /// As many blocks from `first` on as can go on integers, and their output for `h: [batch, tokens, channels]`; none
+    /// where not one can.
+    fn on_integers(&self, first: usize, h: &Tensor) -> Result<Option<(usize, Tensor)>> {
+        if h.dtype() != DType::F32 || !h.device().is_cpu() || h.track_op() {
+            return Ok(None);
+        }
+        let (_, tokens, _) = h.dims3()?;
+        let mut blocks = Vec::new();
+        for block in &self.blocks[first..] {
+            let Some(block) = block.on_integers(tokens)? else { break };
+            blocks.push(block);
+        }
+        let h = h.contiguous()?;
+        let (storage, layout) = h.storage_and_layout();
+        let (false, Storage::Cpu(storage), Some((from, to))) =
+            (blocks.is_empty(), &*storage, layout.contiguous_offsets())
+        else {
+            return Ok(None);
+        };
+        let x = &storage.as_slice::<f32>()?[from..to];
+        // Codes have no NaN: what is not a number shows on the road of floats. It stays in the residual stream to the end.
+        let finite = |values: &[f32]| values.iter().all(|v| v.is_finite());
+        if !finite(x) {
+            return Ok(None);
+        }
+        let y = IntegerBlock::forward(&blocks, x, tokens, &|_, _, _| {});
+        if !finite(&y) {
+            return Ok(None);
+        }
+        Ok(Some((blocks.len(), Tensor::from_vec(y, layout.shape(), &Device::Cpu)?)))
+    }
+
     /// The forward pass, each stage's output shown to `see` under the stage's name; blocks that can be go on
     /// integers where `integers` says so.
     fn walk(
@@ -241,16 +255,19 @@ impl Vit {
         let mut h = kernels::add_bias(&Tensor::cat(&parts, 1)?, &positions)?;
         let prefix = self.config.prefix();
         see(&format!("{prefix}.embeddings"), &h)?;
-        for (i, block) in self.blocks.iter().enumerate() {
-            let whole = if integers { block.on_integers(&h)? } else { None };
-            h = match whole {
-                Some(h) => h,
-                None => block.forward(&h, |x, branch| match drop {
-                    None => Ok(x),
-                    Some(drop) => drop.apply(&x, i, self.blocks.len(), branch),
-                })?,
-            };
-            see(&format!("{prefix}.encoder.layer.{i}"), &h)?;
+        let mut i = 0;
+        while i < self.blocks.len() {
+            match if integers { self.on_integers(i, &h)? } else { None } {
+                Some((count, out)) => (i, h) = (i + count, out),
+                None => {
+                    h = self.blocks[i].forward(&h, |x, branch| match drop {
+                        None => Ok(x),
+                        Some(drop) => drop.apply(&x, i, self.blocks.len(), branch),
+                    })?;
+                    i += 1;
+                }
+            }
+            see(&format!("{prefix}.encoder.layer.{}", i - 1), &h)?;
         }
         // The norm acts on each token alone, so only the tokens that are read go through it.
         let read = h.narrow(1, 0, 1 + usize::from(self.config.two_heads))?.contiguous()?;

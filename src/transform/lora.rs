@@ -69,7 +69,7 @@ pub(super) fn check_rank(kind: &str, r: usize) -> Result<()> {
 
 /// `W + s B A`.
 pub(super) fn merged(w: &Tensor, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
-    Ok((w + (b.matmul(a)? * scale)?)?)
+    Ok(kernels::low_rank_merged(w, a, b, scale)?)
 }
 
 /// `s x A^T B^T`.

@@ -51,16 +51,6 @@ fn check_rank(kind: &str, r: usize, (outputs, inputs): (usize, usize)) -> Result
     Ok(())
 }
 
-/// `W + D` tiled along the inputs.
-fn merged(w: &Tensor, d: &Tensor) -> Result<Tensor> {
-    let (r, outputs) = d.dims2()?;
-    let inputs = w.dim(1)?;
-    let slices = inputs.div_ceil(r);
-    let tiled = d.t()?.unsqueeze(1)?.broadcast_as((outputs, slices, r))?;
-    let tiled = tiled.reshape((outputs, slices * r))?.narrow(1, 0, inputs)?;
-    Ok((w + tiled)?)
-}
-
 /// `x W'^T` without W' where the base is a frozen leaf.
 fn product(
     kind: &str,
@@ -140,7 +130,7 @@ impl Transform for Miss {
     }
 
     fn apply(&self, inputs: &[Tensor]) -> Result<Tensor> {
-        merged(&base("miss", inputs, self.shape)?, &self.block)
+        Ok(kernels::shared_block_merged(&base("miss", inputs, self.shape)?, &self.block)?)
     }
 
     fn matmul(&self, x: &Tensor, inputs: &[Weight]) -> Result<Tensor> {
@@ -207,7 +197,7 @@ impl Transform for Mini {
     }
 
     fn apply(&self, inputs: &[Tensor]) -> Result<Tensor> {
-        merged(&base("mini", inputs, self.shape)?, &self.repeated()?)
+        Ok(kernels::shared_block_merged(&base("mini", inputs, self.shape)?, &self.repeated()?)?)
     }
 
     fn matmul(&self, x: &Tensor, inputs: &[Weight]) -> Result<Tensor> {

@@ -47,6 +47,13 @@ impl Codes {
         (&mut self.fields[at + columns.start..at + columns.end], &mut self.sums[token])
     }
 
+    /// The first `width` fields of a row, what fills it up included, and its sum.
+    pub fn filled_row_mut(&mut self, token: usize, width: usize) -> (&mut [u8], &mut i32) {
+        let stride = code_stride(self.cols);
+        assert!(width <= stride, "{width} fields in a row of {stride}");
+        (&mut self.fields[token * stride..token * stride + width], &mut self.sums[token])
+    }
+
     /// All rows.
     pub fn view(&self) -> CodesRef<'_> {
         CodesRef {

@@ -7,6 +7,7 @@
 
 use crate::kernels::cpu::{self, Real};
 use crate::kernels::gelu::phi;
+use crate::kernels::packed::table::Edges;
 
 /// Defines a function whose plain body is compiled for each instruction set; it takes the set first.
 macro_rules! per_isa {
@@ -74,6 +75,20 @@ pub struct Rounding<'a> {
     pub lo: i32,
     /// The highest code.
     pub hi: i32,
+    /// For codes of 2 bits, [`edges_of`] the step.
+    pub edges: Option<[f32; 3]>,
+}
+
+impl<'a> Rounding<'a> {
+    /// With what follows from the other numbers.
+    pub fn new(shift: &'a [f32], step: f32, lo: i32, hi: i32) -> Self {
+        Rounding { shift, step, lo, hi, edges: edges_of(step, lo, hi) }
+    }
+}
+
+/// Where the codes `lo ..= hi` change, if there are four: comparisons with these instead of a division, to the same code.
+pub fn edges_of(step: f32, lo: i32, hi: i32) -> Option<[f32; 3]> {
+    (hi - lo == 3).then(|| Edges::new(lo).thresholds(step))
 }
 
 /// 1.5 * 2^23: adding it rounds to even and leaves the whole number in the low bits.
@@ -91,15 +106,25 @@ fn code(v: f32, lo: f32, hi: f32) -> i32 {
 /// No closure: one that is not inlined would be compiled without the instruction set.
 macro_rules! fields {
     ($rounding:expr, $out:expr, $c:ident => $value:expr) => {{
-        let Rounding { shift, step, lo, hi } = *$rounding;
+        let Rounding { shift, step, lo, hi, edges } = *$rounding;
         let (len, mut sum) = ($out.len(), 0i32);
         let shift = &shift[..len];
-        for $c in 0..len {
-            let k = code(($value + shift[$c]) / step, lo as f32, hi as f32);
-            sum += k;
-            $out[$c] = (k - lo) as u8;
+        if let Some([a, b, c]) = edges {
+            for $c in 0..len {
+                let v = $value + shift[$c];
+                let field = i32::from(v >= a) + i32::from(v >= b) + i32::from(v >= c);
+                sum += field;
+                $out[$c] = field as u8;
+            }
+            sum + lo * len as i32
+        } else {
+            for $c in 0..len {
+                let k = code(($value + shift[$c]) / step, lo as f32, hi as f32);
+                sum += k;
+                $out[$c] = (k - lo) as u8;
+            }
+            sum
         }
-        sum
     }};
 }
 
@@ -178,10 +203,11 @@ per_isa! {
 }
 
 per_isa! {
-    /// The codes, from 0 to `hi` on `step`, of the softmax of a query's logits over its keys; their sum. The
-    /// logit of key m is `sums[m] query unit[m] + bias[m]`; `row` has the length of all.
+    /// The codes, from 0 on as `rounding` has it without its shift, of the softmax of a query's logits over its keys;
+    /// their sum. The logit of key m is `sums[m] query unit[m] + bias[m]`, where a bias of minus infinity is no key and
+    /// has the code 0; `row` has the length of all.
     pub fn softmax(
-        sums: &[i32], query: f32, unit: &[f32], bias: &[f32], step: f32, hi: i32, row: &mut [f32],
+        sums: &[i32], query: f32, unit: &[f32], bias: &[f32], rounding: &Rounding<'_>, row: &mut [f32],
         out: &mut [u8],
     ) -> i32 {
         let len = out.len();
@@ -195,7 +221,17 @@ per_isa! {
             *v = Real::exp_nonpos(*v - top);
         }
         let r = 1.0 / cpu::sum(row);
+        let Rounding { step, hi, edges, .. } = *rounding;
         let mut sum = 0i32;
+        if let Some([a, b, c]) = edges {
+            for m in 0..len {
+                let v = row[m] * r;
+                let field = i32::from(v >= a) + i32::from(v >= b) + i32::from(v >= c);
+                sum += field;
+                out[m] = field as u8;
+            }
+            return sum;
+        }
         for m in 0..len {
             let k = code(row[m] * r / step, 0.0, hi as f32);
             sum += k;
@@ -286,7 +322,7 @@ mod tests {
                 for levels in GRIDS {
                     let shift = floats("shift", n, 0.3);
                     let step = if levels.hi > 100 { 0.03125 } else { 0.625 };
-                    body(isa, n, levels, &Rounding { shift: &shift, step, lo: levels.lo, hi: levels.hi });
+                    body(isa, n, levels, &Rounding::new(&shift, step, levels.lo, levels.hi));
                 }
             }
         }
@@ -304,7 +340,7 @@ mod tests {
             );
         });
         let mut out = [9u8; 3];
-        let rounding = Rounding { shift: &[0.0; 3], step: 1.0, lo: -2, hi: 1 };
+        let rounding = Rounding::new(&[0.0; 3], 1.0, -2, 1);
         assert_eq!(round(Isa::best(), &[f32::NAN, f32::INFINITY, -1e30], &rounding, &mut out), -3);
         assert_eq!(out, [0, 3, 0]);
     }
@@ -346,9 +382,18 @@ mod tests {
             if levels.lo == 0 {
                 let step = 1.0 / (levels.hi as f32 + 3.0);
                 let logits: Vec<f32> = (0..n).map(|m| sums[m] as f32 * (0.25 * unit[m]) + bias[m]).collect();
-                let sum = softmax(isa, &sums, 0.25, &unit, &bias, step, levels.hi, &mut scratch, &mut out);
+                let how = Rounding::new(&[], step, 0, levels.hi);
+                let sum = softmax(isa, &sums, 0.25, &unit, &bias, &how, &mut scratch, &mut out);
                 let p = kernels::softmax(&row(&logits)).unwrap();
                 assert_eq!((out.clone(), sum), fields(&p, step, None, levels), "softmax {isa:?} {n}");
+                // Filled up with what is no key.
+                let filled = n.next_multiple_of(16);
+                let with = |of: &[f32], end| [of, &vec![end; filled - n]].concat();
+                let (unit, bias) = (with(&unit, 0.0), with(&bias, f32::NEG_INFINITY));
+                let sums = [&sums[..], &vec![0; filled - n]].concat();
+                let (mut scratch, mut more) = (vec![0f32; filled], vec![9u8; filled]);
+                let same = softmax(isa, &sums, 0.25, &unit, &bias, &how, &mut scratch, &mut more);
+                assert!(same == sum && more[..n] == out && more[n..].iter().all(|&k| k == 0), "{isa:?} {n}");
             }
             let sum = mix(isa, &sums, 0.25, 3, &unit, &bias, rounding, &mut out);
             let y: Vec<f32> = (0..n).map(|c| 0.25 * (sums[c] as f32 * unit[c] + 3.0 * bias[c])).collect();

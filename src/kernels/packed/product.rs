@@ -14,6 +14,8 @@ use super::isa::Isa;
 #[cfg(target_arch = "x86_64")]
 use super::panels::Panels;
 use super::rows::PackedRows;
+use super::table::{Activations, TableWeights};
+use std::sync::Arc;
 
 /// Codes of a matrix where they lie: element `(r, c)` is the field at `r * rs + c * cs`.
 #[derive(Clone, Copy, Debug)]
@@ -36,6 +38,8 @@ pub(super) const ROWS: usize = 16;
 enum Layout {
     /// `[rows, cols]`.
     Rows(Vec<i8>),
+    /// For activations of 2 bits.
+    Table(Arc<TableWeights>),
     #[cfg(target_arch = "x86_64")]
     Panels(Panels),
 }
@@ -55,9 +59,9 @@ pub struct CodeMatrix {
 }
 
 impl CodeMatrix {
-    /// Of a packed weight; none where a row has several steps, a code does not fit a signed byte, or sums with
-    /// activations of 8 bits could leave the range of an i32.
-    pub fn packed(weight: &PackedRows, isa: Isa) -> Option<Self> {
+    /// Of a packed weight, for activations whose codes are `left`; none where a row has several steps, a code does not
+    /// fit a signed byte, or sums with activations of 8 bits could leave the range of an i32.
+    pub fn packed(weight: &PackedRows, left: (i32, i32), isa: Isa) -> Option<Self> {
         let (rows, cols, lo) = (weight.rows(), weight.cols, weight.levels.lo);
         let fits = i8::try_from(lo).is_ok() && i8::try_from(weight.levels.hi).is_ok();
         // Twice over: the whole numbers of a half offset, and what fields count from.
@@ -65,15 +69,28 @@ impl CodeMatrix {
         if weight.groups().group().is_some() || !fits || most > i64::from(i32::MAX) || rows * cols == 0 {
             return None;
         }
+        let unit = weight.step.iter().map(|step| step * weight.unit()).collect();
+        // A byte looks up three columns: the last block of 48 should be worth it, and rows fill whole vectors.
+        let filled = cols.next_multiple_of(48) * 8 <= cols * 9 && rows.is_multiple_of(ROWS);
+        if let Some(table) = filled.then(|| weight.table(left, isa.usable())).flatten() {
+            let (layout, sums) = (Layout::Table(Arc::new(table)), vec![0; rows]);
+            return Some(CodeMatrix { rows, cols, layout, sums, unit, half: false, isa: isa.usable() });
+        }
         let mut fields = vec![0u8; rows * cols];
         let mut row = vec![0f32; cols];
         for (r, fields) in fields.chunks_exact_mut(cols).enumerate() {
             weight.unpack_row(r, &mut row, |k| (k - lo) as f32);
             fields.iter_mut().zip(&row).for_each(|(field, &u)| *field = u as u8);
         }
-        let unit = weight.step.iter().map(|step| step * weight.unit()).collect();
+        let mut half = weight.levels.half;
+        let mut lo = lo;
+        if half && 2 * weight.levels.hi < 127 && -2 * lo <= 128 {
+            // The whole numbers themselves.
+            fields.iter_mut().for_each(|u| *u *= 2);
+            (half, lo) = (false, 2 * lo + 1);
+        }
         let of = Elements { fields: &fields, rs: cols, cs: 1, lo };
-        Some(CodeMatrix { unit, half: weight.levels.half, ..CodeMatrix::of_codes(rows, cols, of, isa) })
+        Some(CodeMatrix { unit, half, ..CodeMatrix::of_codes(rows, cols, of, isa) })
     }
 
     /// Of activation codes, each row's step left to the caller. The codes must fit a signed byte.
@@ -115,6 +132,7 @@ impl CodeMatrix {
         assert_eq!(out.len(), codes.tokens * self.stride(), "codes: room for the sums");
         assert!(codes.fits() && (!self.half || codes.sums.len() == codes.tokens), "codes: a short buffer");
         match &self.layout {
+            Layout::Table(w) => w.sums_here(Activations::Fields(codes.fields, codes.stride), out),
             Layout::Rows(w) => dots(self.isa, codes, w, &self.sums, self.half, out),
             // SAFETY: panels are made only where `usable` gave Avx512, which it does where all that is enabled there
             // was detected.
@@ -200,6 +218,32 @@ mod tests {
         (codes, plain)
     }
 
+    /// Codes of activations that need a byte.
+    const EIGHT: (i32, i32) = (0, 255);
+
+    #[test]
+    fn tables_give_the_same_sums() {
+        for isa in Isa::available() {
+            for (tokens, cols, rows) in [(1, 48, 16), (3, 144, 32), (5, 190, 64), (7, 768, 208)] {
+                for (levels, bits) in grids().filter(|grid| grid.1 == 2) {
+                    for grid in [Levels::signed(2), Levels::unsigned(2)] {
+                        let (weight, _) = random_rows((levels, bits), rows, cols, None);
+                        let (codes, _) = random_codes(grid, tokens, cols);
+                        let both = [(grid.lo, grid.hi), EIGHT].map(|left| {
+                            let matrix = CodeMatrix::packed(&weight, left, isa).unwrap();
+                            let table = matches!(matrix.layout, Layout::Table(_));
+                            assert_eq!(table, left != EIGHT, "{tokens}x{cols}x{rows}");
+                            let mut out = vec![0i32; tokens * matrix.stride()];
+                            matrix.sums(codes.view(), &mut out);
+                            out
+                        });
+                        assert_eq!(both[0], both[1], "{isa:?} {tokens}x{cols}x{rows}");
+                    }
+                }
+            }
+        }
+    }
+
     const SHAPES: [(usize, usize, usize); 7] =
         [(1, 1, 1), (3, 5, 3), (2, 65, 7), (5, 3, 130), (7, 130, 197), (25, 70, 64), (49, 66, 197)];
 
@@ -209,7 +253,7 @@ mod tests {
             for (tokens, rows, cols) in SHAPES {
                 for (levels, bits) in grids() {
                     let (weight, w) = random_rows((levels, bits), rows, cols, None);
-                    let Some(matrix) = CodeMatrix::packed(&weight, isa) else {
+                    let Some(matrix) = CodeMatrix::packed(&weight, EIGHT, isa) else {
                         assert_eq!(levels, Levels::unsigned(8));
                         continue;
                     };
@@ -279,7 +323,7 @@ mod tests {
     fn steps_and_biases_come_last() {
         let (weight, w) = random_rows((Levels::mid_rise(2), 2), 3, 5, None);
         let (codes, a) = random_codes(Levels::signed(3), 4, 5);
-        let matrix = CodeMatrix::packed(&weight, Isa::best()).unwrap();
+        let matrix = CodeMatrix::packed(&weight, EIGHT, Isa::best()).unwrap();
         let (step, bias) = ([0.5f32, 0.25], [1f32, -2.0, 3.0]);
         let mut out = vec![0f32; 12];
         matrix.times(codes.view(), &step, Some(&bias), &mut out);
@@ -289,6 +333,6 @@ mod tests {
             assert_eq!(y, sum as f32 * (step[t % 2] * (weight.step[o] * 0.5)) + bias[o]);
         }
         let (grouped, _) = random_rows((Levels::mid_rise(2), 2), 3, 5, Some(2));
-        assert!(CodeMatrix::packed(&grouped, Isa::best()).is_none());
+        assert!(CodeMatrix::packed(&grouped, EIGHT, Isa::best()).is_none());
     }
 }

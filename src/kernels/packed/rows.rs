@@ -59,7 +59,7 @@ impl Groups {
 }
 
 /// Columns from which on tables are ahead of integer products (`benches/results`).
-const LONG: usize = 384;
+const LONG: usize = 144;
 
 /// Packed rows of codes with a step for each group of columns.
 #[derive(Clone, Debug)]
@@ -143,6 +143,13 @@ impl PackedRows {
             self.repacked.many.get_or_init(|| made);
         }
         self.repacked.many.get().and_then(Option::as_ref)
+    }
+
+    /// The tables for activations with the codes `lo ..= hi`, where both are of 2 bits and a row has one step.
+    pub(super) fn table(&self, (lo, hi): (i32, i32), isa: Isa) -> Option<TableWeights> {
+        let grid = WeightGrid { lo: self.levels.lo, half: self.levels.half };
+        let fits = self.bits == 2 && self.groups().group().is_none() && hi - lo == 3 && matches!(lo, -2 | 0);
+        fits.then(|| TableWeights::new(grid, lo, self.rows(), self.cols, &self.codes, isa))
     }
 
     /// As products of 2-bit weights with 2-bit codes read them, where tables are ahead of integer products: the longer

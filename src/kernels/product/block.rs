@@ -132,7 +132,7 @@ pub(super) fn pack_left<T: Element>(
 }
 
 /// The panels of `n` columns: first column, vectors.
-fn panels(how: How, n: usize) -> impl Iterator<Item = (usize, usize)> {
+pub(super) fn panels(how: How, n: usize) -> impl Iterator<Item = (usize, usize)> {
     let lanes = how.road.lanes();
     let vectors = n.div_ceil(lanes);
     let mut at = 0;
@@ -207,8 +207,8 @@ impl<T: Element, U: Element> Job<'_, T, U> {
     ///
     /// # Safety
     /// `c + i * stride + j` is valid for writes for every i and j of this job (and initialised, if
-    /// the base is the result), and not accessed by another thread meanwhile; a bias, which starts
-    /// at this job's first column, reaches over its columns; a and b hold every row and column of
+    /// the base is the result), and not accessed by another thread meanwhile; a bias or a matrix, which starts
+    /// at this job's first element, reaches over its columns (and rows, as far apart as those of c); a and b hold every row and column of
     /// the job over all of k.
     pub unsafe fn run(&self, c: *mut f32, stride: usize, base: Base) {
         BUFFERS.with_borrow_mut(|[abuf, bbuf]| {
@@ -216,11 +216,8 @@ impl<T: Element, U: Element> Job<'_, T, U> {
             let strip = if matches!(self.b_packed, Packed::Here) { COLUMNS } else { to - from };
             for j in (from..to).step_by(strip.max(1)) {
                 let columns = j..(j + strip).min(to);
-                let base = match base {
-                    // SAFETY: the caller's contract: the bias reaches over the columns.
-                    Base::Bias(row) => Base::Bias(unsafe { row.add(j - from) }),
-                    other => other,
-                };
+                // SAFETY: the caller's contract: the base reaches over the columns.
+                let base = unsafe { base.on(0, j - from) };
                 // SAFETY: the caller's contract, for a part of its columns.
                 unsafe { self.strip(columns, c.add(j - from), stride, base, abuf, bbuf) }
             }
@@ -273,11 +270,6 @@ impl<T: Element, U: Element> Job<'_, T, U> {
                 for (j, vectors) in panels(how, columns.len()) {
                     let lanes = how.road.lanes();
                     let last = (columns.len() - j - (vectors - 1) * lanes).min(lanes);
-                    let base = match base {
-                        // SAFETY: the caller's contract: the bias reaches over the columns.
-                        Base::Bias(row) => Base::Bias(unsafe { row.add(j) }),
-                        other => other,
-                    };
                     for r in rows.clone().step_by(how.road.rows()) {
                         let i = r - first;
                         let (offset, a_row, a_k) = match self.left {
@@ -295,7 +287,8 @@ impl<T: Element, U: Element> Job<'_, T, U> {
                             stride,
                             last,
                             scale: self.scale,
-                            base,
+                            // SAFETY: the caller's contract: the base reaches over rows and columns.
+                            base: unsafe { base.on((r - self.rows.0) * stride, j) },
                         };
                         // SAFETY: `How` is only made for a road that is there; b's slice was just
                         // checked to hold the panel; a holds the rows and words by the caller's

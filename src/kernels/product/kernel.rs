@@ -14,8 +14,38 @@ pub(super) enum Base {
     Nothing,
     /// A row of n elements.
     Bias(*const f32),
+    /// A matrix beside the result, its rows as far apart as the result's, and perhaps a row on top of it. The result
+    /// is not read, and its lines go past the caches where `past` says so: whoever asks for that orders the writes
+    /// with [`written`].
+    Matrix {
+        at: *const f32,
+        row: Option<*const f32>,
+        past: bool,
+        /// Elements from a tile to the one that will want its lines some hundred cycles later.
+        ahead: usize,
+    },
     /// What the result holds already.
     Result,
+}
+
+impl Base {
+    /// As seen from another element: `down` elements on by rows and `across` by columns.
+    ///
+    /// # Safety
+    /// The base reaches that far.
+    pub unsafe fn on(self, down: usize, across: usize) -> Self {
+        // SAFETY: the caller's contract.
+        unsafe {
+            match self {
+                Base::Bias(row) => Base::Bias(row.add(across)),
+                Base::Matrix { at, row, past, ahead } => {
+                    let row = row.map(|row| row.add(across));
+                    Base::Matrix { at: at.add(down + across), row, past, ahead }
+                }
+                other => other,
+            }
+        }
+    }
 }
 
 /// One register tile.
@@ -52,6 +82,18 @@ trait Lane {
     /// The first `count` elements at `at`; the others are zero.
     unsafe fn load(at: *const f32, count: usize) -> Self::V;
     unsafe fn store(at: *mut f32, v: Self::V, count: usize);
+    unsafe fn sum(a: Self::V, b: Self::V) -> Self::V;
+    /// All elements, past the caches; `at` is a multiple of the vector's size.
+    unsafe fn stream(at: *mut f32, v: Self::V);
+}
+
+/// Orders what tiles wrote past the caches before whatever this thread does next.
+pub(super) fn written() {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a fence has no operands; SSE is part of x86_64.
+    unsafe {
+        std::arch::x86_64::_mm_sfence();
+    }
 }
 
 /// # Safety
@@ -64,10 +106,17 @@ unsafe fn body<L: Lane, const M: usize, const N: usize>(t: &Tile) {
         let mut sums = [[L::zero(); N]; M];
         let (mut a, mut b) = (t.a, t.b);
         let row = t.a_row;
+        let past = matches!(t.base, Base::Matrix { past: true, .. });
         // The rows of c will be wanted when the loop ends; asking now hides the way to memory.
         for i in 0..M {
             for v in 0..N {
-                fetch(t.c.wrapping_add(i * t.stride + v * L::LANES));
+                let of = i * t.stride + v * L::LANES;
+                if let Base::Matrix { at, ahead, .. } = t.base {
+                    fetch(at.wrapping_add(of + ahead));
+                }
+                if !past {
+                    fetch(t.c.wrapping_add(of));
+                }
             }
         }
         for _ in 0..t.words {
@@ -84,16 +133,35 @@ unsafe fn body<L: Lane, const M: usize, const N: usize>(t: &Tile) {
             a = a.wrapping_add(t.a_k);
             b = b.add(N * L::LANES);
         }
-        for (i, sums) in sums.iter().enumerate() {
-            for (v, &sum) in sums.iter().enumerate() {
+        // All of the base before the first store: a load waits for stores to the same place of another page, and rows
+        // often lie whole pages apart.
+        for (i, sums) in sums.iter_mut().enumerate() {
+            for (v, sum) in sums.iter_mut().enumerate() {
                 let count = if v + 1 == N { t.last } else { L::LANES };
-                let at = t.c.add(i * t.stride + v * L::LANES);
+                let of = i * t.stride + v * L::LANES;
                 let base = match t.base {
                     Base::Nothing => L::zero(),
                     Base::Bias(row) => L::load(row.add(v * L::LANES), count),
-                    Base::Result => L::load(at, count),
+                    Base::Matrix { at, row, .. } => {
+                        let base = L::load(at.add(of), count);
+                        match row {
+                            Some(row) => L::sum(base, L::load(row.add(v * L::LANES), count)),
+                            None => base,
+                        }
+                    }
+                    Base::Result => L::load(t.c.add(of), count),
                 };
-                L::store(at, L::onto(sum, t.scale, base), count);
+                *sum = L::onto(*sum, t.scale, base);
+            }
+        }
+        let past = past && t.last == L::LANES && (t.c.addr() | (4 * t.stride)).is_multiple_of(4 * L::LANES);
+        for (i, sums) in sums.iter().enumerate() {
+            for (v, &sum) in sums.iter().enumerate() {
+                let at = t.c.add(i * t.stride + v * L::LANES);
+                match past {
+                    true => L::stream(at, sum),
+                    false => L::store(at, sum, if v + 1 == N { t.last } else { L::LANES }),
+                }
             }
         }
     }
@@ -149,6 +217,15 @@ impl Lane for Plain {
         // SAFETY: the caller's contract: `count` elements lie there.
         unsafe { std::ptr::copy_nonoverlapping(v.as_ptr(), at, count) }
     }
+    #[inline(always)]
+    unsafe fn sum(a: Self::V, b: Self::V) -> Self::V {
+        std::array::from_fn(|i| a[i] + b[i])
+    }
+    #[inline(always)]
+    unsafe fn stream(at: *mut f32, v: Self::V) {
+        // SAFETY: the caller's contract: 8 elements lie there.
+        unsafe { at.cast::<[f32; 8]>().write_unaligned(v) }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -202,6 +279,16 @@ mod x86 {
                     _mm256_maskstore_ps(at, mask(count), v);
                 }
             }
+        }
+        #[inline(always)]
+        unsafe fn sum(a: __m256, b: __m256) -> __m256 {
+            // SAFETY: the caller's contract: AVX is there.
+            unsafe { _mm256_add_ps(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn stream(at: *mut f32, v: __m256) {
+            // SAFETY: the caller's contract: 8 elements lie there, at a multiple of 32 bytes.
+            unsafe { _mm256_stream_ps(at, v) }
         }
     }
 
@@ -265,6 +352,16 @@ mod x86 {
         unsafe fn store(at: *mut f32, v: __m512, count: usize) {
             // SAFETY: the caller's contract: `count` elements lie there, and no others are written.
             unsafe { _mm512_mask_storeu_ps(at, mask16(count), v) }
+        }
+        #[inline(always)]
+        unsafe fn sum(a: __m512, b: __m512) -> __m512 {
+            // SAFETY: the caller's contract: AVX512F is there.
+            unsafe { _mm512_add_ps(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn stream(at: *mut f32, v: __m512) {
+            // SAFETY: the caller's contract: 16 elements lie there, at a multiple of 64 bytes.
+            unsafe { _mm512_stream_ps(at, v) }
         }
     }
 

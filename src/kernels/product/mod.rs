@@ -18,10 +18,12 @@
 
 mod block;
 mod kernel;
+mod onto;
 mod pack;
 #[cfg(test)]
 mod tests;
 
+pub(super) use onto::{onto, tiled, turned};
 pub(super) use pack::Element;
 
 use super::arithmetic::Arithmetic;

@@ -50,6 +50,7 @@ pub(super) struct IntegerAttention {
 }
 
 /// The codes that the tokens of a batch meet each other with: rows of `[batch, tokens]`.
+#[derive(Default)]
 pub(super) struct Meeting {
     /// Queries, or the input.
     left: Vec<u8>,
@@ -71,6 +72,7 @@ pub(super) struct MeetingPart<'a> {
 pub(super) struct Head {
     key: CodeMatrix,
     value: CodeMatrix,
+    /// For each key what a whole number of its logits is worth, and what is added to them; filled up with none.
     unit: Vec<f32>,
     bias: Vec<f32>,
 }
@@ -166,14 +168,12 @@ impl IntegerAttention {
     }
 
     /// Room for what `tokens` tokens of `batch` entries meet with.
-    pub fn meeting(&self, batch: usize, tokens: usize) -> Meeting {
-        let room = |cols: usize| vec![0u8; codes_len(batch * tokens, cols)];
-        Meeting {
-            left: room(self.width()),
-            key: room(self.key_out.shift_in.len()),
-            value: room(self.width()),
-            bias: vec![0.0; batch * tokens * self.heads],
-        }
+    pub fn make_room(&self, meeting: &mut Meeting, batch: usize, tokens: usize) {
+        let (width, depth) = (self.width(), self.key_out.shift_in.len());
+        meeting.left.resize(codes_len(batch * tokens, width), 0);
+        meeting.key.resize(codes_len(batch * tokens, depth), 0);
+        meeting.value.resize(codes_len(batch * tokens, width), 0);
+        meeting.bias.resize(batch * tokens * self.heads, 0.0);
     }
 
     /// A meeting's parts, by entry and `block` tokens.
@@ -305,12 +305,12 @@ impl IntegerAttention {
             || CodeMatrix::of_codes(tokens, depth, key, self.isa),
             || CodeMatrix::of_codes(channels, tokens, value, self.isa),
         );
-        Head {
-            key,
-            value,
-            unit: (0..tokens).map(|m| self.scale * self.key_out.step(m, self.group(head))).collect(),
-            bias: bias.iter().skip(head).step_by(self.heads).copied().collect(),
-        }
+        let mut unit: Vec<f32> =
+            (0..tokens).map(|m| self.scale * self.key_out.step(m, self.group(head))).collect();
+        let mut bias: Vec<f32> = bias.iter().skip(head).step_by(self.heads).copied().collect();
+        unit.resize(key.stride(), 0.0);
+        bias.resize(key.stride(), f32::NEG_INFINITY);
+        Head { key, value, unit, bias }
     }
 
     /// The codes of the context of `count` queries from `first` on of an entry with these heads.
@@ -327,7 +327,7 @@ impl IntegerAttention {
         let Scratch { sums, row, codes, probabilities } = scratch;
         codes.reset(count, width, self.context.lo);
         for (h, head) in heads.iter().enumerate() {
-            let tokens = head.unit.len();
+            let tokens = head.key.rows();
             let (query, at) = match &self.logits {
                 Logits::Separate { query_out, .. } => (query_out.as_ref(), h * self.depth()),
                 Logits::Product { .. } => (&self.input, 0),
@@ -337,12 +337,20 @@ impl IntegerAttention {
             let logits = room(sums, count * head.key.stride());
             head.key.sums(left, logits);
             probabilities.reset(count, tokens, 0);
-            let row = room(row, tokens);
+            let row = room(row, head.key.stride());
             for (t, logits) in logits.chunks_exact(head.key.stride()).enumerate() {
-                let (n, (out, total)) = (first + t, probabilities.row_mut(t, 0..tokens));
-                let (step, hi) = (self.softmax.step(n, 0), self.softmax.hi);
-                *total =
-                    edges::softmax(isa, logits, query.step(n, 0), &head.unit, &head.bias, step, hi, row, out);
+                let (n, (out, total)) = (first + t, probabilities.filled_row_mut(t, logits.len()));
+                let rounding = self.softmax.rounding(n, 0, 0);
+                *total = edges::softmax(
+                    isa,
+                    logits,
+                    query.step(n, 0),
+                    &head.unit,
+                    &head.bias,
+                    &rounding,
+                    row,
+                    out,
+                );
             }
             see("softmax", (entry * self.heads + h) * tokens + first, probabilities.view());
             let mixed = room(sums, count * head.value.stride());

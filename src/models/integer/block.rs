@@ -1,11 +1,11 @@
-//! A block on integers: what its tokens do on their own goes from codes to codes by blocks of tokens, and
-//! twice they wait for each other, where keys and values are complete.
+//! Blocks on integers: what tokens do on their own goes from codes to codes by blocks of tokens, into the next
+//! block of the model too; they wait for each other where keys and values are complete.
 
 use std::cell::RefCell;
 
 use rayon::prelude::*;
 
-use super::attention::{cut, product, room, Head, IntegerAttention, Scratch};
+use super::attention::{cut, product, room, Head, IntegerAttention, Meeting, MeetingPart, Scratch};
 use super::layer::{Layer, Norm, Quantizer};
 use super::See;
 use crate::kernels::packed::edges::{self, Affine};
@@ -69,55 +69,88 @@ impl IntegerBlock {
         mlp.chain(self.attention.tokens()).all(|calibrated| calibrated == tokens)
     }
 
-    /// The block's output for the residual stream `x [batch, tokens, width]`, with [`IntegerBlock::takes`]
-    /// tokens; `see` is shown the codes behind each tap.
-    pub fn forward(&self, x: &[f32], tokens: usize, see: See<'_>) -> Vec<f32> {
-        let width = self.norm_before.weight.len();
+    /// The output of `blocks`, one after the other, for the residual stream `x [batch, tokens, width]`, with
+    /// [`IntegerBlock::takes`] tokens and one width in all; `see` is shown the codes behind each tap.
+    pub fn forward(blocks: &[&IntegerBlock], x: &[f32], tokens: usize, see: See<'_>) -> Vec<f32> {
+        let mut y = x.to_vec();
+        let Some(first) = blocks.first() else { return y };
+        let (width, heads) = (first.width(), first.attention.heads());
         assert!(tokens > 0 && x.len().is_multiple_of(tokens * width), "integer block: rows of {width}");
-        let (rows, heads) = (x.len() / width, self.attention.heads());
+        assert!(blocks.iter().all(|block| block.width() == width), "integer blocks of one width");
+        let rows = x.len() / width;
         let batch = rows / tokens;
         let block = TOKENS[usize::from(rows > MANY)];
         // (entry, first token, tokens) of each task.
         let places: Vec<(usize, usize, usize)> = (0..batch)
             .flat_map(|entry| (0..tokens).step_by(block).map(move |t| (entry, t, block.min(tokens - t))))
             .collect();
-
-        let mut meeting = self.attention.meeting(batch, tokens);
-        let parts = self.attention.parts(&mut meeting, tokens, block);
-        places.par_iter().zip(parts).with_max_len(1).for_each(|(place, part)| {
-            SCRATCH.with_borrow_mut(|scratch| {
-                let &(entry, first, count) = place;
-                let row = entry * tokens + first;
-                let x = &x[row * width..(row + count) * width];
-                self.normalize(&self.norm_before, &self.attention.input, x, first, scratch);
-                see("input", row, scratch.codes.view());
-                let Scratch { sums, codes, .. } = scratch;
-                self.attention.project(codes.view(), sums, part, (first, row), see);
+        // Two, since what the next block's tokens meet with is made while those of this block still meet.
+        let (mut meeting, mut coming) = (Meeting::default(), Meeting::default());
+        first.attention.make_room(&mut meeting, batch, tokens);
+        let parts = first.attention.parts(&mut meeting, tokens, block);
+        places.par_iter().zip(parts).with_max_len(1).for_each(|(&place, part)| {
+            let row = place.0 * tokens + place.1;
+            let x = &x[row * width..(row + place.2) * width];
+            SCRATCH.with_borrow_mut(|scratch| first.project(x, part, (place.1, row), scratch, see));
+        });
+        for (i, this) in blocks.iter().enumerate() {
+            let met: Vec<Head> = (0..batch * heads)
+                .into_par_iter()
+                .with_max_len(1)
+                .map(|i| this.attention.head(&meeting, i / heads, i % heads, tokens))
+                .collect();
+            let next = blocks.get(i + 1);
+            let mut parts: Vec<Option<MeetingPart>> = match next {
+                None => Vec::new(),
+                Some(next) => {
+                    next.attention.make_room(&mut coming, batch, tokens);
+                    next.attention.parts(&mut coming, tokens, block).into_iter().map(Some).collect()
+                }
+            };
+            parts.resize_with(places.len(), || None);
+            let out: Vec<&mut [f32]> = cut(&mut y, width, tokens, block).collect();
+            places.par_iter().zip(out).zip(parts).with_max_len(1).for_each(|((&place, y), part)| {
+                SCRATCH.with_borrow_mut(|scratch| {
+                    let (entry, first, _) = place;
+                    let row = entry * tokens + first;
+                    let met = &met[entry * heads..(entry + 1) * heads];
+                    this.attention.mix(&meeting, met, place, scratch, see);
+                    see("context", row, scratch.codes.view());
+                    this.add(&this.attention.output, &this.attention.context, first, scratch, y);
+                    this.normalize(&this.norm_after, &this.up_in, y, first, scratch);
+                    see("up", row, scratch.codes.view());
+                    this.widen(first, scratch);
+                    see("down", row, scratch.codes.view());
+                    this.add(&this.down, &this.down_in, first, scratch, y);
+                    // What these tokens do next on their own needs no other's.
+                    if let (Some(next), Some(part)) = (next, part) {
+                        next.project(y, part, (first, row), scratch, see);
+                    }
+                })
             });
-        });
-        let met: Vec<Head> = (0..batch * heads)
-            .into_par_iter()
-            .with_max_len(1)
-            .map(|i| self.attention.head(&meeting, i / heads, i % heads, tokens))
-            .collect();
-        let mut y = vec![0f32; x.len()];
-        let out: Vec<&mut [f32]> = cut(&mut y, width, tokens, block).collect();
-        places.par_iter().zip(out).with_max_len(1).for_each(|(place, y)| {
-            SCRATCH.with_borrow_mut(|scratch| {
-                let &(entry, first, _) = place;
-                let row = entry * tokens + first;
-                y.copy_from_slice(&x[row * width..row * width + y.len()]);
-                self.attention.mix(&meeting, &met[entry * heads..(entry + 1) * heads], *place, scratch, see);
-                see("context", row, scratch.codes.view());
-                self.add(&self.attention.output, &self.attention.context, first, scratch, y);
-                self.normalize(&self.norm_after, &self.up_in, y, first, scratch);
-                see("up", row, scratch.codes.view());
-                self.widen(first, scratch);
-                see("down", row, scratch.codes.view());
-                self.add(&self.down, &self.down_in, first, scratch, y);
-            })
-        });
+            std::mem::swap(&mut meeting, &mut coming);
+        }
         y
+    }
+
+    /// Columns of the residual stream.
+    pub fn width(&self) -> usize {
+        self.norm_before.weight.len()
+    }
+
+    /// Queries, keys and values of the rows `x`, the first of them token `first` of its entry and `row` of all.
+    fn project(
+        &self,
+        x: &[f32],
+        part: MeetingPart<'_>,
+        (first, row): (usize, usize),
+        scratch: &mut Scratch,
+        see: See<'_>,
+    ) {
+        self.normalize(&self.norm_before, &self.attention.input, x, first, scratch);
+        see("input", row, scratch.codes.view());
+        let Scratch { sums, codes, .. } = scratch;
+        self.attention.project(codes.view(), sums, part, (first, row), see);
     }
 
     /// The codes of normalized rows, into the scratch.

@@ -2,7 +2,7 @@
 
 use candle_core::DType;
 
-use crate::kernels::packed::edges::Rounding;
+use crate::kernels::packed::edges::{self, Rounding};
 use crate::kernels::packed::{CodeMatrix, Isa};
 use crate::models::nn::{LayerNorm, Linear};
 use crate::weights::{Granularity, Tap, Weight};
@@ -23,6 +23,8 @@ pub(super) struct Quantizer {
     pub lo: i32,
     pub hi: i32,
     steps: Steps,
+    /// For each step, where codes of 2 bits change; none for others.
+    edges: Vec<[f32; 3]>,
     /// Equal parts of a token's columns that have steps of their own.
     groups: usize,
     pub shift_in: Vec<f32>,
@@ -57,9 +59,15 @@ impl Quantizer {
         if !shifts.into_iter().flatten().all(|shift| finite(shift)) {
             return Ok(None);
         }
+        let each: &[f32] = match &steps {
+            Steps::One(step) => std::slice::from_ref(step),
+            Steps::Tokens(steps) | Steps::Columns(steps) => steps,
+        };
+        let edges = each.iter().filter_map(|&step| edges::edges_of(step, levels.lo, levels.hi)).collect();
         Ok(Some(Quantizer {
             lo: levels.lo,
             hi: levels.hi,
+            edges,
             steps,
             groups: rule.groups,
             shift_in: rule.shift_in.unwrap_or_else(|| vec![0.0; width]),
@@ -93,8 +101,16 @@ impl Quantizer {
     pub fn step(&self, token: usize, group: usize) -> f32 {
         match &self.steps {
             Steps::One(step) => *step,
-            Steps::Tokens(steps) => steps[token * self.groups + group],
-            Steps::Columns(steps) => steps[group],
+            Steps::Tokens(steps) | Steps::Columns(steps) => steps[self.place(token, group)],
+        }
+    }
+
+    /// Which of the steps it is.
+    fn place(&self, token: usize, group: usize) -> usize {
+        match &self.steps {
+            Steps::One(_) => 0,
+            Steps::Tokens(_) => token * self.groups + group,
+            Steps::Columns(_) => group,
         }
     }
 
@@ -109,7 +125,9 @@ impl Quantizer {
 
     /// How the columns from `from` on of a token become codes, those of one group.
     pub fn rounding(&self, token: usize, group: usize, from: usize) -> Rounding<'_> {
-        Rounding { shift: &self.shift_in[from..], step: self.step(token, group), lo: self.lo, hi: self.hi }
+        let edges = self.edges.get(self.place(token, group)).copied();
+        let step = self.step(token, group);
+        Rounding { shift: &self.shift_in[from..], step, lo: self.lo, hi: self.hi, edges }
     }
 }
 
@@ -123,7 +141,9 @@ pub(super) struct Layer {
 impl Layer {
     /// The layer behind codes of `input`; none where the integer road can not take it.
     pub fn of(linear: &Linear, input: &Quantizer, isa: Isa) -> Result<Option<Self>> {
-        let Some((matrix, bias)) = linear.on_integers(input.shift_out.as_deref(), isa)? else {
+        let Some((matrix, bias)) =
+            linear.on_integers(input.shift_out.as_deref(), (input.lo, input.hi), isa)?
+        else {
             return Ok(None);
         };
         let finite = bias.iter().all(|b| b.is_finite());

@@ -197,7 +197,7 @@ fn blocks_give_the_codes_and_values_of_the_road_of_tensors() {
                         (0..codes.tokens).flat_map(|t| codes.row(t).iter().map(|&u| i32::from(u) + codes.lo));
                     seen.lock().unwrap().entry(place).or_default().push((row, rows.collect()));
                 };
-                let got = block.forward(&values(&h), tokens, see);
+                let got = IntegerBlock::forward(&[&block], &values(&h), tokens, see);
                 let mut seen = seen.into_inner().unwrap();
                 for (name, want) in &codes {
                     let parts = seen.get_mut(place(name)).unwrap();
@@ -252,13 +252,20 @@ fn threads_and_company_change_nothing() {
         // More rows than are cut finely.
         let batch = super::block::MANY / tokens + 3;
         let h = values(&random("h", &[batch, tokens, width], (0.1, 1.0)));
-        let block = integer(&packed.blocks[0], width, Isa::best());
+        let blocks: Vec<_> = packed.blocks.iter().map(|b| integer(b, width, Isa::best())).collect();
+        let blocks: Vec<_> = blocks.iter().collect();
         let bits = |y: Vec<f32>| y.into_iter().map(f32::to_bits).collect::<Vec<_>>();
-        let run = |threads| bits(pool(threads).install(|| block.forward(&h, tokens, &|_, _, _| {})));
+        let run = |threads| {
+            bits(pool(threads).install(|| IntegerBlock::forward(&blocks, &h, tokens, &|_, _, _| {})))
+        };
         let one = run(1);
         assert!(one == run(2) && one == run(5), "{what}");
-        let alone = h.chunks(tokens * width).flat_map(|h| block.forward(h, tokens, &|_, _, _| {}));
+        let alone =
+            h.chunks(tokens * width).flat_map(|h| IntegerBlock::forward(&blocks, h, tokens, &|_, _, _| {}));
         assert!(one == bits(alone.collect()), "{what}");
+        let none = |_: &'static str, _: usize, _: CodesRef<'_>| {};
+        let each = blocks.iter().fold(h.clone(), |h, b| IntegerBlock::forward(&[b], &h, tokens, &none));
+        assert!(one == bits(each), "{what}: one after the other");
     }
 }
 

@@ -14,7 +14,6 @@
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::cholesky::llt::factor as llt;
 use faer::linalg::matmul::matmul;
-use faer::linalg::matmul::triangular::{self, BlockStructure};
 use faer::linalg::qr::no_pivoting::factor as qr;
 use faer::linalg::{triangular_inverse, triangular_solve};
 use faer::prelude::{Reborrow, ReborrowMut};
@@ -23,6 +22,7 @@ use faer::{Accum, Mat, MatMut, MatRef, Par};
 use super::lanczos::Lanczos;
 use super::spectrum::{Route, U};
 use super::stored::{Matrix, Scale};
+use crate::kernels::gram::{add_lower_of, Form};
 
 /// Vectors of the long side that are widened at a time.
 const PANEL: usize = 512;
@@ -73,33 +73,63 @@ pub(super) struct Top {
     trace: f64,
 }
 
-/// `W^T W`, its lower half, [n, n].
-pub(super) fn product(scaled: &Scaled) -> Mat<f64> {
+/// `W^T W`.
+pub(super) fn product(scaled: &Scaled) -> Symmetric {
     let (n, m) = (scaled.matrix.short(), scaled.matrix.long());
-    let mut g = Mat::<f64>::zeros(n, n);
-    let mut panel = vec![0.0; n * PANEL.min(m)];
-    for from in (0..m).step_by(PANEL) {
-        let count = (m - from).min(PANEL);
-        let panel = &mut panel[..n * count];
-        scaled.matrix.panel(from, scaled.scale, panel);
-        let part = MatRef::from_column_major_slice(panel, n, count);
-        add_product(g.as_mut(), part, BlockStructure::Rectangular, part.transpose());
+    let mut numbers = vec![0.0; n * n];
+    add_lower_of(&mut numbers, n, m, Form::Full, |some, out| {
+        scaled.matrix.panel(some.start, scaled.scale, out);
+    });
+    Symmetric { n, numbers }
+}
+
+/// A symmetric matrix by its lower half, column-major.
+pub(super) struct Symmetric {
+    n: usize,
+    numbers: Vec<f64>,
+}
+
+impl Symmetric {
+    /// `R^T R` of an upper triangle.
+    fn of_rows(r: &Mat<f64>) -> Self {
+        let n = r.nrows();
+        let mut numbers = vec![0.0; n * n];
+        add_lower_of(&mut numbers, n, n, Form::Lower, |some, out| {
+            // Eight columns at a time: a cache line of each row is written whole.
+            for i in (0..n).step_by(8) {
+                for (k, out) in some.clone().zip(out.chunks_exact_mut(n)) {
+                    out[i..].iter_mut().take(8).zip(i..).for_each(|(o, i)| *o = r[(k, i)]);
+                }
+            }
+        });
+        Symmetric { n, numbers }
     }
-    g
+
+    /// `Z Z^T` of an upper triangle.
+    fn of_columns(z: &Mat<f64>) -> Self {
+        let n = z.nrows();
+        let mut numbers = vec![0.0; n * n];
+        add_lower_of(&mut numbers, n, n, Form::Upper, |some, out| {
+            some.zip(out.chunks_exact_mut(n)).for_each(|(k, out)| out.copy_from_slice(z.col_as_slice(k)));
+        });
+        Symmetric { n, numbers }
+    }
+
+    fn diagonal(&self) -> impl Iterator<Item = f64> + '_ {
+        self.numbers.iter().step_by(self.n + 1).copied()
+    }
+
+    /// The sum of the diagonal.
+    pub(super) fn trace(&self) -> f64 {
+        self.diagonal().sum()
+    }
 }
 
-/// `into += a b`, the lower half.
-fn add_product(into: MatMut<'_, f64>, a: MatRef<'_, f64>, form: BlockStructure, b: MatRef<'_, f64>) {
-    let lower = BlockStructure::TriangularLower;
-    triangular::matmul(into, lower, Accum::Add, a, form, b, form.transpose(), 1.0, Par::Seq);
-}
-
-/// The Gram route on the lower half of `W^T W`. What it learned of the top where it refuses.
-pub(super) fn gram(g: &Mat<f64>) -> Result<Ends, Option<Top>> {
-    let n = g.nrows();
-    let trace: f64 = (0..n).map(|i| g[(i, i)]).sum();
+/// The Gram route on `W^T W`. What it learned of the top where it refuses.
+pub(super) fn gram(g: &Symmetric) -> Result<Ends, Option<Top>> {
+    let (n, trace) = (g.n, g.trace());
     // A column of zeros: the bottom is 0, and no factor will say it better.
-    if (0..n).any(|i| g[(i, i)] == 0.0) {
+    if g.diagonal().any(|square| square == 0.0) {
         let Some(top) = top_of(g) else { return Err(None) };
         let (theta, frobenius) = (top.theta, trace.sqrt());
         let bound = SLACK / 2.0;
@@ -125,7 +155,7 @@ pub(super) fn gram(g: &Mat<f64>) -> Result<Ends, Option<Top>> {
     }
     // The largest diagonal entry is a lower bound on sigma_1^2: where kappa is too large by it alone,
     // the top is not worth finding here.
-    let diagonal = (0..n).map(|i| g[(i, i)]).fold(0f64, f64::max);
+    let diagonal = g.diagonal().fold(0f64, f64::max);
     let near = diagonal * below.value <= GATE * GATE;
     if !near {
         return Err(None);
@@ -163,19 +193,19 @@ pub(super) fn gram(g: &Mat<f64>) -> Result<Ends, Option<Top>> {
     Err(Some(known))
 }
 
-/// The certified largest eigenvalue of a symmetric matrix given by its lower half.
-fn top_of(g: &Mat<f64>) -> Option<Top> {
-    let mut above = Lanczos::new(g.nrows(), 2 * STEPS);
+/// The certified largest eigenvalue.
+fn top_of(g: &Symmetric) -> Option<Top> {
+    let mut above = Lanczos::new(g.n, 2 * STEPS);
     if !above.run(STEPS, TOLERANCE, &mut |x| symmetric(g, x)) {
         return None;
     }
-    let theta = certify_top(g, &mut above, &mut Mat::zeros(g.nrows(), g.nrows()))?;
-    Some(Top { theta, trace: (0..g.nrows()).map(|i| g[(i, i)]).sum() })
+    let theta = certify_top(g, &mut above, &mut Mat::zeros(g.n, g.n))?;
+    Some(Top { theta, trace: g.trace() })
 }
 
 /// The value that a run of Lanczos on `g` found, once `(1 + t) value I - g` has a factor; after a refusal the
 /// run goes on once.
-fn certify_top(g: &Mat<f64>, above: &mut Lanczos, work: &mut Mat<f64>) -> Option<f64> {
+fn certify_top(g: &Symmetric, above: &mut Lanczos, work: &mut Mat<f64>) -> Option<f64> {
     for round in 0..2 {
         if round > 0 && !above.run(STEPS, 0.0, &mut |x| symmetric(g, x)) {
             return None;
@@ -247,9 +277,7 @@ pub(super) fn by_triangle(r: &Mat<f64>, known: Option<&Top>) -> Option<Ends> {
     let top = match known {
         Some(top) => top,
         None => {
-            let mut g = Mat::<f64>::zeros(n, n);
-            add_product(g.as_mut(), r.transpose(), BlockStructure::TriangularLower, r.as_ref());
-            computed = top_of(&g)?;
+            computed = top_of(&Symmetric::of_rows(r))?;
             &computed
         }
     };
@@ -272,8 +300,7 @@ pub(super) fn by_triangle(r: &Mat<f64>, known: Option<&Top>) -> Option<Ends> {
     // Z Z^T, whose spectrum is that of Z^T Z, is what (R^T R)^-1 is.
     let mut z = Mat::<f64>::zeros(n, n);
     triangular_inverse::invert_upper_triangular(z.as_mut(), r.as_ref(), Par::Seq);
-    let mut g = Mat::<f64>::zeros(n, n);
-    add_product(g.as_mut(), z.as_ref(), BlockStructure::TriangularUpper, z.transpose());
+    let g = Symmetric::of_columns(&z);
     for round in 0..2 {
         if round > 0 && !below.run(STEPS, 0.0, &mut through) {
             break;
@@ -333,10 +360,9 @@ pub(super) fn singular_values(a: &Mat<f64>) -> Vec<f64> {
 }
 
 /// `to = factor from + shift I`, lower halves.
-fn copy_lower(from: &Mat<f64>, to: &mut Mat<f64>, factor: f64, shift: f64) {
-    let n = from.nrows();
-    for j in 0..n {
-        let (from, to) = (from.col_as_slice(j), to.col_as_slice_mut(j));
+fn copy_lower(from: &Symmetric, to: &mut Mat<f64>, factor: f64, shift: f64) {
+    for (j, from) in from.numbers.chunks_exact(from.n).enumerate() {
+        let to = to.col_as_slice_mut(j);
         from[j..].iter().zip(&mut to[j..]).for_each(|(f, t)| *t = factor * f);
         to[j] += shift;
     }
@@ -359,8 +385,9 @@ fn inverse_of(l: &Mat<f64>, mut x: MatMut<'_, f64>) {
 
 /// `x` to `g x`, of which only the lower half is read: the product is bound by memory, and this way each number
 /// comes by once.
-fn symmetric(g: &Mat<f64>, mut x: MatMut<'_, f64>) {
-    let n = g.nrows();
+fn symmetric(g: &Symmetric, mut x: MatMut<'_, f64>) {
+    let n = g.n;
+    let g = MatRef::from_column_major_slice(&g.numbers, n, n);
     let mut y = Mat::<f64>::zeros(n, 1);
     let mut corner = Mat::<f64>::zeros(BLOCK, BLOCK);
     for j in (0..n).step_by(BLOCK) {
@@ -376,7 +403,7 @@ fn symmetric(g: &Mat<f64>, mut x: MatMut<'_, f64>) {
         matmul(y.as_mut().subrows_mut(j, wide), Accum::Add, corner, own, 1.0, Par::Seq);
         let rest = n - j - wide;
         if rest > 0 {
-            let panel = g.as_ref().submatrix(j + wide, j, rest, wide);
+            let panel = g.submatrix(j + wide, j, rest, wide);
             let lower = x.rb().subrows(j + wide, rest);
             matmul(y.as_mut().subrows_mut(j + wide, rest), Accum::Add, panel, own, 1.0, Par::Seq);
             matmul(y.as_mut().subrows_mut(j, wide), Accum::Add, panel.transpose(), lower, 1.0, Par::Seq);

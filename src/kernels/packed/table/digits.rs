@@ -71,27 +71,39 @@ pub(super) static SUMS: ([u8; 64], [u8; 64]) = {
     (owns, digits)
 };
 
-/// The least `x` whose code `clamp(rne(x / step), lo, lo + 3)` is at least `lo + 1`, `lo + 2`, `lo + 3`.
+/// Where codes change, in steps: for `lo + 1`, `lo + 2` and `lo + 3` the edge, and whether it belongs to them.
 ///
-/// The code never falls where `x` grows, so three comparisons with these give it exactly, without a division.
 /// With `c = k - 1/2`, `rne(q) >= k` says `q >= c` for an even `k` and `q > c` for an odd one. `q` is the
 /// quotient rounded to f32, so the edge lies at `step` times the middle between two neighbours in f32, where a
-/// tie goes to `c`, whose mantissa is even. That product is exact in f64.
-pub(super) fn thresholds(step: f32, lo: i32) -> [f32; 3] {
-    [1, 2, 3].map(|above| {
-        let k = lo + above;
-        let c = k as f32 - 0.5;
-        let inclusive = k % 2 == 0;
-        let neighbour = if inclusive { c.next_down() } else { c.next_up() };
-        let edge = f64::from(step) * (f64::from(c) + f64::from(neighbour)) * 0.5;
-        let x = edge as f32;
-        let reached = if inclusive { f64::from(x) >= edge } else { f64::from(x) > edge };
-        if reached {
-            x
-        } else {
-            x.next_up()
+/// tie goes to `c`, whose mantissa is even.
+pub(in crate::kernels::packed) struct Edges([(f64, bool); 3]);
+
+impl Edges {
+    pub fn new(lo: i32) -> Self {
+        Edges([1, 2, 3].map(|above| {
+            let k = lo + above;
+            let c = k as f32 - 0.5;
+            let inclusive = k % 2 == 0;
+            let neighbour = if inclusive { c.next_down() } else { c.next_up() };
+            ((f64::from(c) + f64::from(neighbour)) * 0.5, inclusive)
+        }))
+    }
+
+    /// The least `x` whose code `clamp(rne(x / step), lo, lo + 3)` is at least `lo + 1`, `lo + 2`, `lo + 3`.
+    ///
+    /// The code never falls where `x` grows, so comparisons with these give it exactly, without a division.
+    #[inline(always)]
+    pub fn thresholds(&self, step: f32) -> [f32; 3] {
+        let mut thresholds = [0.0; 3];
+        for (threshold, &(middle, inclusive)) in thresholds.iter_mut().zip(&self.0) {
+            // Exact: 24 bits times 25.
+            let edge = f64::from(step) * middle;
+            let x = edge as f32;
+            let reached = if inclusive { f64::from(x) >= edge } else { f64::from(x) > edge };
+            *threshold = if reached { x } else { x.next_up() };
         }
-    })
+        thresholds
+    }
 }
 
 #[cfg(test)]
@@ -121,7 +133,7 @@ mod tests {
                 );
             }
             for lo in [-2, 0] {
-                for (above, t) in thresholds(step, lo).into_iter().enumerate() {
+                for (above, t) in Edges::new(lo).thresholds(step).into_iter().enumerate() {
                     let code = |x: f32| (x / step).round_ties_even().clamp(lo as f32, lo as f32 + 3.0) as i32;
                     let k = lo + 1 + above as i32;
                     assert!(code(t) >= k, "step {step:e}, code {k}, at {t:e}");

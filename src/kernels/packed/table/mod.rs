@@ -17,9 +17,10 @@ mod plan;
 pub(crate) mod tests;
 
 use crate::kernels::packed::isa::Isa;
+pub(super) use digits::Edges;
 use digits::{own, BIAS, BLOCK};
 use plan::Plan;
-use rayon::prelude::*;
+use std::sync::{Mutex, PoisonError};
 
 /// A cache line of packed weights.
 #[derive(Clone, Copy)]
@@ -68,6 +69,8 @@ pub struct TableWeights {
 pub enum Activations<'a> {
     /// Codes; their distance from the lowest is taken modulo 4.
     Codes(&'a [i8]),
+    /// Codes as fields, their distance from the lowest, modulo 4; from one token to the next so many bytes.
+    Fields(&'a [u8], usize),
     /// Values, whose codes are `clamp(rne((x + shift) / step_x), lo, lo + 3)`, computed as in f32 with a division; a
     /// token with a NaN comes out as NaN. `shift`: `[cols]`.
     Values(&'a [f32], Option<&'a [f32]>),
@@ -77,7 +80,19 @@ impl Activations<'_> {
     fn len(&self) -> usize {
         match self {
             Activations::Codes(a) => a.len(),
+            Activations::Fields(a, _) => a.len(),
             Activations::Values(x, _) => x.len(),
+        }
+    }
+
+    /// Whether there are so many tokens of so many columns.
+    fn hold(&self, tokens: usize, cols: usize) -> bool {
+        match self {
+            Activations::Fields(a, stride) => {
+                let before = tokens.saturating_sub(1).checked_mul(*stride);
+                tokens == 0 || before.and_then(|at| at.checked_add(cols)).is_some_and(|end| end <= a.len())
+            }
+            _ => self.len() == tokens * cols,
         }
     }
 }
@@ -172,7 +187,7 @@ impl TableWeights {
     pub fn sums(&self, x: Activations, step_x: &[f32], out: &mut [i32]) {
         let scales = Scales { x: step_x, w: &[], bias: None };
         let tokens = self.check(&x, &scales, out.len());
-        let plan = Plan::new(tokens, self.rows, self.bytes(), self.tile());
+        let plan = self.plan(tokens);
         let mut tasks = Vec::with_capacity(plan.blocks());
         let mut rest = out;
         for tokens in plan.tokens() {
@@ -183,12 +198,22 @@ impl TableWeights {
         self.run(tasks);
     }
 
+    /// As [`TableWeights::sums`] of codes, on the thread that asks.
+    pub fn sums_here(&self, x: Activations, out: &mut [i32]) {
+        assert!(!matches!(x, Activations::Values(..)), "values have steps");
+        let scales = Scales { x: &[1.0], w: &[], bias: None };
+        let tokens = self.check(&x, &scales, out.len());
+        if tokens > 0 {
+            self.block(Task { tokens: 0..tokens, x, scales, out: Out::Sums(out) });
+        }
+    }
+
     /// `y [tokens, rows]`.
     pub fn product(&self, x: Activations, scales: Scales, y: &mut [f32]) {
         let tokens = self.check(&x, &scales, y.len());
         assert_eq!(scales.w.len(), self.rows, "steps of rows");
         assert!(scales.bias.is_none_or(|b| b.len() == self.rows), "bias of {} rows", self.rows);
-        let plan = Plan::new(tokens, self.rows, self.bytes(), self.tile());
+        let plan = self.plan(tokens);
         let mut tasks = Vec::with_capacity(plan.blocks());
         let mut rest = y;
         for tokens in plan.tokens() {
@@ -203,7 +228,7 @@ impl TableWeights {
     fn check(&self, x: &Activations, scales: &Scales, out: usize) -> usize {
         assert!(out.is_multiple_of(self.rows.max(1)), "{out} results of {} rows", self.rows);
         let tokens = out / self.rows.max(1);
-        assert_eq!(x.len(), if self.rows == 0 { x.len() } else { tokens * self.cols }, "activations");
+        assert!(self.rows == 0 || x.hold(tokens, self.cols), "activations of {tokens} tokens");
         assert!(scales.x.len() == 1 || scales.x.len() == tokens, "steps of {tokens} tokens");
         if let Activations::Values(_, Some(shift)) = x {
             assert_eq!(shift.len(), self.cols, "shifts of columns");
@@ -220,11 +245,29 @@ impl TableWeights {
         }
     }
 
+    fn plan(&self, tokens: usize) -> Plan {
+        Plan::new(tokens, self.rows, self.bytes(), self.tile(), rayon::current_num_threads())
+    }
+
+    /// The caller takes tasks from the front, and helpers from the back, until none is left: a helper that is slow to
+    /// wake leaves its share to the others, a caller outside the pool works too, and from product to product each keeps
+    /// about to its part of the results.
     fn run(&self, tasks: Vec<Task>) {
-        match tasks.len() {
+        let helpers = rayon::current_num_threads().min(tasks.len()) - usize::from(!tasks.is_empty());
+        let tasks = Mutex::new(tasks.into_iter());
+        let take = |which: fn(&mut std::vec::IntoIter<_>) -> Option<_>| {
+            which(&mut tasks.lock().unwrap_or_else(PoisonError::into_inner))
+        };
+        let work = |which| std::iter::from_fn(|| take(which)).for_each(|task| self.block(task));
+        match helpers {
             // Not worth waking anyone.
-            1 => tasks.into_iter().for_each(|task| self.block(task)),
-            _ => tasks.into_par_iter().with_max_len(1).for_each(|task| self.block(task)),
+            0 => work(Iterator::next),
+            _ => rayon::in_place_scope(|scope| {
+                for _ in 0..helpers {
+                    scope.spawn(|_| work(DoubleEndedIterator::next_back));
+                }
+                work(Iterator::next);
+            }),
         }
     }
 
@@ -253,8 +296,14 @@ impl TableWeights {
                 }
                 false
             }
+            Activations::Fields(a, stride) => {
+                for (out, &a) in out.iter_mut().zip(&a[token * stride..token * stride + self.cols]) {
+                    *out = a & 3;
+                }
+                false
+            }
             Activations::Values(x, shift) => {
-                let [t1, t2, t3] = digits::thresholds(step, self.x_lo);
+                let [t1, t2, t3] = digits::Edges::new(self.x_lo).thresholds(step);
                 let digit = |v: f32| u8::from(v >= t1) + u8::from(v >= t2) + u8::from(v >= t3);
                 let mut nan = false;
                 match shift {

@@ -1,0 +1,212 @@
+//! Weights with an adapter's change folded in, in one pass over memory.
+//!
+//! ```text
+//! low rank       W' = W + s B A                      W [O, I], A [r, I], B [O, r]      Hu et al. 2021, equation 3
+//! shared block   W'[o, i] = W[o, i] + D[i mod r, o]  D [r, O]                          arXiv 2409.15371
+//! block affine   W'_pq = W_pq + W_pq B_p + B_p       B [O/r, r, r]                     arXiv 2409.15371
+//! ```
+//!
+//! Fused in f32 on the CPU, where no variable stands behind an operand: nothing but W is read from memory and nothing
+//! but W' is written. Elsewhere these are candle ops, differentiable in every operand.
+
+use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor};
+
+use super::linear::View;
+use super::product::{onto, tiled, turned};
+use super::rows::floats;
+
+/// [`low_rank_merged`] in plain candle ops.
+pub fn reference_low_rank(w: &Tensor, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
+    w + (b.matmul(a)? * scale)?
+}
+
+/// [`shared_block_merged`] in plain candle ops.
+pub fn reference_shared_block(w: &Tensor, d: &Tensor) -> Result<Tensor> {
+    let ((outputs, inputs), r) = (w.dims2()?, d.dim(0)?);
+    let slices = inputs.div_ceil(r);
+    let tiled = d.t()?.unsqueeze(1)?.broadcast_as((outputs, slices, r))?;
+    w + tiled.reshape((outputs, slices * r))?.narrow(1, 0, inputs)?
+}
+
+/// [`block_affine_merged`] in plain candle ops.
+pub fn reference_block_affine(w: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let ((o, i), (p, r, _)) = (w.dims2()?, b.dims3()?);
+    // Row-major, a block of r rows is r I/r slices of r: [p, r q, r].
+    let slices = w.reshape((p, i, r))?;
+    let turned = (&slices + slices.matmul(b)?)?.reshape((p, r, i / r, r))?;
+    turned.broadcast_add(&b.unsqueeze(2)?)?.reshape((o, i))
+}
+
+/// Whether the fused form takes these operands.
+fn fused(operands: &[&Tensor]) -> bool {
+    operands.iter().all(|t| t.device().is_cpu() && t.dtype() == DType::F32 && !t.track_op())
+}
+
+/// (W, A, B) to W'.
+struct LowRank(f32);
+
+impl CustomOp3 for LowRank {
+    fn name(&self) -> &'static str {
+        "low-rank-merged"
+    }
+
+    fn cpu_fwd(
+        &self,
+        w: &CpuStorage,
+        wl: &Layout,
+        a: &CpuStorage,
+        al: &Layout,
+        b: &CpuStorage,
+        bl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (name, (o, i), r) = (self.name(), wl.shape().dims2()?, al.dims()[0]);
+        let (w, a, b) = (floats(name, w, wl)?, floats(name, a, al)?, floats(name, b, bl)?);
+        let merged = onto((o, i, r), w, View::rows(b, r), View::rows(a, i), self.0);
+        Ok((CpuStorage::F32(merged), wl.shape().clone()))
+    }
+}
+
+/// (W, D) to W'.
+struct SharedBlock;
+
+impl CustomOp2 for SharedBlock {
+    fn name(&self) -> &'static str {
+        "shared-block-merged"
+    }
+
+    fn cpu_fwd(
+        &self,
+        w: &CpuStorage,
+        wl: &Layout,
+        d: &CpuStorage,
+        dl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let ((o, i), r) = (wl.shape().dims2()?, dl.dims()[0]);
+        let d = View::rows(floats(self.name(), d, dl)?, o);
+        let merged = tiled((o, i, r), floats(self.name(), w, wl)?, d.t());
+        Ok((CpuStorage::F32(merged), wl.shape().clone()))
+    }
+}
+
+/// (W, B) to W'.
+struct BlockAffine;
+
+impl CustomOp2 for BlockAffine {
+    fn name(&self) -> &'static str {
+        "block-affine-merged"
+    }
+
+    fn cpu_fwd(
+        &self,
+        w: &CpuStorage,
+        wl: &Layout,
+        b: &CpuStorage,
+        bl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let ((o, i), r) = (wl.shape().dims2()?, bl.dims()[1]);
+        let merged = turned((o, i, r), floats(self.name(), w, wl)?, floats(self.name(), b, bl)?);
+        Ok((CpuStorage::F32(merged), wl.shape().clone()))
+    }
+}
+
+/// `W + scale B A` for `w: [O, I]`, `a: [r, I]` and `b: [O, r]`.
+pub fn low_rank_merged(w: &Tensor, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
+    let ((o, i), (r, width), (height, s)) = (w.dims2()?, a.dims2()?, b.dims2()?);
+    if (width, height, s) != (i, o, r) {
+        bail!("low_rank_merged: expected a [r, {i}] and b [{o}, r], got {:?} and {:?}", a.dims(), b.dims())
+    }
+    match fused(&[w, a, b]) {
+        true => w.contiguous()?.apply_op3_no_bwd(&a.contiguous()?, &b.contiguous()?, &LowRank(scale as f32)),
+        false => reference_low_rank(w, a, b, scale),
+    }
+}
+
+/// `W[o, i] + D[i mod r, o]` for `w: [O, I]` and `d: [r, O]`.
+pub fn shared_block_merged(w: &Tensor, d: &Tensor) -> Result<Tensor> {
+    let ((o, _), (r, width)) = (w.dims2()?, d.dims2()?);
+    if r == 0 || width != o {
+        bail!("shared_block_merged: expected a block [r, {o}], got {:?}", d.dims())
+    }
+    match fused(&[w, d]) {
+        true => w.contiguous()?.apply_op2_no_bwd(&d.contiguous()?, &SharedBlock),
+        false => reference_shared_block(w, d),
+    }
+}
+
+/// `W_pq + W_pq B_p + B_p` for `w: [O, I]` and `b: [O/r, r, r]`, r dividing O and I.
+pub fn block_affine_merged(w: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let ((o, i), r) = (w.dims2()?, b.dims().last().copied().unwrap_or(0));
+    if r == 0 || o % r != 0 || i % r != 0 || b.dims() != [o / r, r, r] {
+        bail!("block_affine_merged: expected b [{o}/r, r, r] with r dividing {o} and {i}, got {:?}", b.dims())
+    }
+    match fused(&[w, b]) {
+        true => w.contiguous()?.apply_op2_no_bwd(&b.contiguous()?, &BlockAffine),
+        false => reference_block_affine(w, b),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::*;
+    use super::*;
+
+    fn case(shape: &[usize], seed: u64) -> Tensor {
+        values(shape, seed).to_dtype(DType::F32).unwrap()
+    }
+
+    /// Fused, where nothing is tracked, against candle's ops and their gradients, where everything is.
+    fn check(
+        inputs: &[Tensor],
+        op: &dyn Fn(&[Tensor]) -> Result<Tensor>,
+        reference: &dyn Fn(&[Tensor]) -> Result<Tensor>,
+    ) {
+        let want = run(inputs, reference);
+        close("merged", &op(inputs).unwrap(), &want[0], F32);
+        for (i, (got, want)) in run(inputs, op).iter().zip(&want).enumerate() {
+            close(&format!("result (0) or gradient of input {i}"), got, want, F32);
+        }
+    }
+
+    #[test]
+    fn low_rank_follows_the_reference() {
+        for (o, i, r) in [(1, 1, 1), (3, 5, 2), (70, 130, 16)] {
+            let inputs = [case(&[o, i], 1), case(&[r, i], 2), case(&[o, r], 3)];
+            check(&inputs, &|t| low_rank_merged(&t[0], &t[1], &t[2], 0.5), &|t| {
+                reference_low_rank(&t[0], &t[1], &t[2], 0.5)
+            });
+        }
+    }
+
+    #[test]
+    fn shared_block_follows_the_reference() {
+        for (o, i, r) in [(1, 1, 1), (3, 5, 2), (70, 130, 16), (4, 7, 7)] {
+            let inputs = [case(&[o, i], 1), case(&[r, o], 2)];
+            check(&inputs, &|t| shared_block_merged(&t[0], &t[1]), &|t| reference_shared_block(&t[0], &t[1]));
+        }
+    }
+
+    #[test]
+    fn block_affine_follows_the_reference() {
+        for (o, i, r) in [(1, 1, 1), (4, 6, 2), (66, 132, 33)] {
+            let inputs = [case(&[o, i], 1), case(&[o / r, r, r], 2)];
+            check(&inputs, &|t| block_affine_merged(&t[0], &t[1]), &|t| reference_block_affine(&t[0], &t[1]));
+        }
+    }
+
+    #[test]
+    fn views_are_read_as_what_they_show() {
+        let w = case(&[6, 4], 1).t().unwrap();
+        let b = case(&[2, 2, 2], 2);
+        let want = reference_block_affine(&w.contiguous().unwrap(), &b).unwrap();
+        close("of a transpose", &block_affine_merged(&w, &b).unwrap(), &want, F32);
+    }
+
+    #[test]
+    fn shapes_that_do_not_fit_are_named() {
+        let w = case(&[4, 6], 1);
+        let message = |r: Result<Tensor>| r.unwrap_err().to_string();
+        assert!(message(low_rank_merged(&w, &case(&[2, 5], 2), &case(&[4, 2], 3), 1.0)).contains("[2, 5]"));
+        assert!(message(shared_block_merged(&w, &case(&[2, 5], 2))).contains("[2, 5]"));
+        assert!(message(block_affine_merged(&w, &case(&[1, 4, 4], 2))).contains("[1, 4, 4]"));
+    }
+}
