@@ -117,11 +117,9 @@ struct Python {
 
 impl Python {
     fn start(program: &std::ffi::OsStr, threads: usize) -> Result<Self, Failure> {
-        let mut child = Command::new(program)
-            .args(["-c", PYTHON, &threads.to_string()])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()?;
+        let mut command = Command::new(program);
+        command.args(["-c", PYTHON, &threads.to_string()]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = qtune::threads::free(|| command.spawn())?;
         let (ask, answers) = (child.stdin.take(), child.stdout.take());
         let (Some(ask), Some(answers)) = (ask, answers) else { return Err("Python: found no pipes".into()) };
         Ok(Python { child, ask, answers: BufReader::new(answers) })

@@ -44,6 +44,7 @@ pub mod random;
 pub mod recipe;
 pub mod report;
 pub mod select;
+pub mod threads;
 pub mod train;
 pub mod transform;
 pub mod weights;

@@ -164,6 +164,7 @@ pub fn each_number_of_threads(
     bench: impl Fn(&Options, usize) -> Result<(), Failure>,
 ) -> Result<(), Failure> {
     if let Ok(threads) = std::env::var(THREADS) {
+        qtune::threads::start(None)?;
         return bench(options, threads.parse()?);
     }
     let mut text = format!("# {what}\n\n{}\n", machine());

@@ -155,6 +155,7 @@ fn main() -> Result<(), Failure> {
     if let [flag, case, data] = args.as_slice() {
         if flag == "--ours" {
             qtune::memory::keep();
+            qtune::threads::start(None)?;
             return steps(case, data);
         }
     }

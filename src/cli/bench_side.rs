@@ -104,7 +104,7 @@ impl Process {
         let program: PathBuf = std::env::current_exe().map_err(|e| Error::io("this program", e))?;
         let mut command = Command::new(program);
         command.args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().map_err(|e| Error::io("this program", e))?;
+        let mut child = qtune::threads::free(|| command.spawn()).map_err(|e| Error::io("this program", e))?;
         let (ask, answers) = (child.stdin.take(), child.stdout.take());
         let Some(answers) = answers else { return Err(Error::Run(format!("{what}: found no stdout"))) };
         let ready = Ready {

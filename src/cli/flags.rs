@@ -102,13 +102,7 @@ impl Common {
         if self.dtype == Dtype::Bf16 {
             qtune::kernels::set_arithmetic(qtune::kernels::Arithmetic::Bf16);
         }
-        if let Some(threads) = self.threads {
-            if !(1..=1024).contains(&threads) {
-                return Err(Error::usage(format!("--threads {threads}: expected 1 to 1024")));
-            }
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
-            pool.map_err(|e| Error::usage(format!("--threads {threads}: {e}")))?;
-        }
+        qtune::threads::start(self.threads)?;
         let name = self.device.as_deref();
         let (kind, ordinal) = match name {
             None => return default_device(),

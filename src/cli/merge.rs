@@ -32,13 +32,7 @@ pub struct Writing {
 impl Writing {
     /// Sets up threads; says where notes go.
     pub fn start(&self) -> qtune::Result<Lines> {
-        if let Some(threads) = self.threads {
-            if !(1..=1024).contains(&threads) {
-                return Err(Error::usage(format!("--threads {threads}: expected 1 to 1024")));
-            }
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
-            pool.map_err(|e| Error::usage(format!("--threads {threads}: {e}")))?;
-        }
+        qtune::threads::start(self.threads)?;
         Ok(Lines::new(if self.quiet { Verbosity::Quiet } else { Verbosity::Normal }))
     }
 }

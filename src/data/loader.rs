@@ -126,7 +126,8 @@ impl Loader {
             let (send, receive) = sync_channel(AHEAD - 1); // and one in the making
             let job = loader.job.clone();
             let work = move || job.work(worker, batches, &send);
-            match std::thread::Builder::new().name(format!("loader-{worker}")).spawn(work) {
+            let thread = std::thread::Builder::new().name(format!("loader-{worker}"));
+            match crate::threads::free(|| thread.spawn(work)) {
                 Ok(thread) => loader.threads.push(thread),
                 Err(e) => loader.failed = Some(Error::Run(format!("cannot start a loader thread: {e}"))),
             }

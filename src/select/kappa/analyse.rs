@@ -171,9 +171,11 @@ pub fn analyse(
         }
     };
     std::thread::scope(|scope| {
-        for _ in 1..threads {
-            scope.spawn(work);
-        }
+        crate::threads::free(|| {
+            for _ in 1..threads {
+                scope.spawn(work);
+            }
+        });
         work();
     });
     progress.finish();
