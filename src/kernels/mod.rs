@@ -36,6 +36,7 @@ mod patchify;
 mod plackett_luce;
 mod pool;
 mod product;
+mod qk_product;
 mod rectified;
 mod relu;
 mod rms_norm;
@@ -75,6 +76,7 @@ pub use packed::{
 pub use patchify::patchify;
 pub use plackett_luce::plackett_luce;
 pub use pool::max_pool2;
+pub use qk_product::qk_product;
 pub use rectified::rectified_moments;
 pub use relu::relu;
 pub use rms_norm::rms_norm;
@@ -113,6 +115,7 @@ pub mod reference {
     pub use super::packed::reference as packed_matmul;
     pub use super::plackett_luce::reference as plackett_luce;
     pub use super::pool::reference as max_pool2;
+    pub use super::qk_product::reference as qk_product;
     pub use super::rectified::reference as rectified_moments;
     pub use super::relu::reference as relu;
     pub use super::rms_norm::reference as rms_norm;

@@ -126,6 +126,8 @@ pub(super) enum Source<'a> {
     F16(&'a [f16]),
     BF16(&'a [bf16]),
     Packed(&'a PackedRows),
+    /// Their whole numbers, without steps.
+    Whole(&'a PackedRows),
 }
 
 impl Source<'_> {
@@ -137,6 +139,7 @@ impl Source<'_> {
             Source::F16(w) => out.iter_mut().zip(&w[at]).for_each(|(o, w)| *o = w.to_f32()),
             Source::BF16(w) => out.iter_mut().zip(&w[at]).for_each(|(o, w)| *o = w.to_f32()),
             Source::Packed(rows) => rows.values(row, out),
+            Source::Whole(rows) => rows.whole(row, out),
         }
     }
 
@@ -183,7 +186,7 @@ impl<'a> Panels<'a> {
         }
         let block = self.edit.map_or(BLOCK, |(block, _)| block);
         let most = (PANEL / self.cols / block * block).max(block).min(self.rows);
-        let mut panel = vec![0f32; most * self.cols];
+        let mut panel: Vec<f32> = cpu::unwritten(most * self.cols);
         for first in (0..self.rows).step_by(most) {
             let panel = &mut panel[..most.min(self.rows - first) * self.cols];
             panel.par_chunks_mut(block * self.cols).enumerate().for_each(|(i, out)| {

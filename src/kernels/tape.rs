@@ -264,6 +264,23 @@ pub(crate) fn apply<C: Many + 'static>(x: Vec<Tensor>, op: C) -> Result<Tensor> 
     write_down((storage, shape), Applied::Many(Box::new(op)), &x.iter().collect::<Vec<_>>(), reads)
 }
 
+/// A scalar whose gradient in x is given: what candle's walk begins from. Its value is nobody's.
+struct Seed(Tensor);
+
+impl CustomOp1 for Seed {
+    fn name(&self) -> &'static str {
+        "seed"
+    }
+
+    fn cpu_fwd(&self, _x: &CpuStorage, _layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(vec![0.0]), Shape::from(())))
+    }
+
+    fn bwd(&self, _x: &Tensor, _y: &Tensor, _grad: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(self.0.clone()))
+    }
+}
+
 /// Gradients by tensor.
 #[derive(Default)]
 pub struct Gradients {
@@ -319,7 +336,11 @@ impl Tape {
         let mut ending: HashMap<usize, Vec<Tensor>> = HashMap::new();
         let mut gradients = Gradients::default();
         let walk = |x: &Tensor, gradient: &Tensor, gradients: &mut Gradients| -> Result<()> {
-            let found = (x * gradient)?.sum_all()?.backward()?;
+            let start = match x.device().is_cpu() {
+                true => x.apply_op1(Seed(gradient.detach()))?,
+                false => (x * gradient)?.sum_all()?,
+            };
+            let found = start.backward()?;
             for id in leaves.iter() {
                 if let Some(gradient) = found.get_id(*id) {
                     gradients.add(*id, gradient.clone())?;

@@ -16,6 +16,14 @@ pub(super) struct Split {
     groups: Groups,
 }
 
+/// `w` in another shape; itself where it has that one, so that no op of candle's stands behind it.
+fn shaped(w: &Tensor, shape: &[usize]) -> Result<Tensor> {
+    match w.dims() == shape {
+        true => Ok(w.clone()),
+        false => Ok(w.reshape(shape)?),
+    }
+}
+
 impl Split {
     /// Of `w [rows, ..]`, `group` columns each; none: the whole row is one. A group of 0 columns and a
     /// weight without elements are errors.
@@ -38,18 +46,18 @@ impl Split {
 
     /// `w` as matrices with a group in each row: the full ones, then the shorter ones where there are any.
     pub fn parts(&self, w: &Tensor) -> Result<Vec<Tensor>> {
-        let flat = w.reshape((self.rows, self.groups.cols()))?;
         let (full, width, rest) = (self.full(), self.groups.width(), self.groups.rest());
         if rest == 0 {
-            return Ok(vec![flat.reshape((self.rows * full, width))?]);
+            return Ok(vec![shaped(w, &[self.rows * full, width])?]);
         }
+        let flat = shaped(w, &[self.rows, self.groups.cols()])?;
         let main = flat.narrow(1, 0, full * width)?.contiguous()?.reshape((self.rows * full, width))?;
         Ok(vec![main, flat.narrow(1, full * width, rest)?.contiguous()?])
     }
 
     /// The way back from [`Split::parts`].
     pub fn join(&self, parts: &[Tensor]) -> Result<Tensor> {
-        Ok(self.side_by_side(parts, self.full() * self.groups.width())?.reshape(self.shape.as_slice())?)
+        shaped(&self.side_by_side(parts, self.full() * self.groups.width())?, &self.shape)
     }
 
     /// Steps `[rows, groups]`, or `[rows]` where a row is one group, as those of each part: `[groups]`.

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use candle_core::Tensor;
 
 use crate::weights::{Expr, Transform, Weight, Weights};
-use crate::{Error, On, Result};
+use crate::{kernels, Error, On, Result};
 
 /// The product of a query and a key, both `[heads d, in]`.
 #[derive(Clone, Copy, Debug)]
@@ -25,8 +25,8 @@ impl QkProduct {
         QkProduct { heads }
     }
 
-    /// `[heads d, in]` as `[heads, d, in]`.
-    fn by_head(&self, w: &Tensor) -> Result<Tensor> {
+    /// d and in of a weight `[heads d, in]`.
+    fn depth(&self, w: &Tensor) -> Result<(usize, usize)> {
         let (rows, inputs) = w.dims2().on("query or key")?;
         if self.heads == 0 || rows % self.heads != 0 {
             let heads = self.heads;
@@ -34,7 +34,7 @@ impl QkProduct {
                 "query or key: found {rows} rows, expected a multiple of {heads}"
             )));
         }
-        Ok(w.reshape((self.heads, rows / self.heads, inputs))?)
+        Ok((rows / self.heads, inputs))
     }
 }
 
@@ -47,9 +47,10 @@ impl Transform for QkProduct {
         let [query, key] = inputs else {
             return Err(Error::Run(format!("qk: found {} inputs, expected query and key", inputs.len())));
         };
-        let (query, key) = (self.by_head(query)?, self.by_head(key)?);
-        let product = query.transpose(1, 2)?.contiguous()?.matmul(&key)?; // [heads, in, in]
-        Ok(product.flatten(0, 1)?)
+        for w in [query, key] {
+            self.depth(w)?;
+        }
+        Ok(kernels::qk_product(query, key, self.heads)?)
     }
 
     fn parts(&self) -> &'static [&'static str] {
@@ -75,7 +76,9 @@ pub fn reparameterize(weights: &mut Weights, inner: &str, heads: usize, keep_bia
     let bias = format!("{inner}.query.bias");
     if keep_bias && weights.contains(&bias) {
         let bq = weights.get(&bias)?.tensor()?.detach();
-        let by_head = QkProduct::new(heads).by_head(&wk.tensor()?.detach())?;
+        let wk = wk.tensor()?.detach();
+        let (depth, width) = QkProduct::new(heads).depth(&wk)?;
+        let by_head = wk.reshape((heads, depth, width))?;
         let bq = bq.reshape((heads, 1, bq.elem_count() / heads.max(1)))?;
         let r = bq.matmul(&by_head)?.flatten_all()?; // [heads in]
         let r = match wq.expr() {

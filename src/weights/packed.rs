@@ -230,7 +230,7 @@ impl Packed {
 
     /// The codes `k` as whole f32 numbers, in the weight's shape.
     pub fn codes(&self) -> Result<Tensor> {
-        self.read(|rows, row, out| rows.unpack_row(row, out, |k| k as f32))
+        self.read(|rows, row, out| rows.codes_of(row, out))
     }
 
     /// The dense f32 weight: exactly the values that fake quantization gives.

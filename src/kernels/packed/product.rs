@@ -79,8 +79,8 @@ impl CodeMatrix {
         let mut fields = vec![0u8; rows * cols];
         let mut row = vec![0f32; cols];
         for (r, fields) in fields.chunks_exact_mut(cols).enumerate() {
-            weight.unpack_row(r, &mut row, |k| (k - lo) as f32);
-            fields.iter_mut().zip(&row).for_each(|(field, &u)| *field = u as u8);
+            weight.codes_of(r, &mut row);
+            fields.iter_mut().zip(&row).for_each(|(field, &code)| *field = (code - lo as f32) as u8);
         }
         let mut half = weight.levels.half;
         let mut lo = lo;

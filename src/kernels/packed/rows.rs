@@ -10,6 +10,7 @@ use super::gemm8::Gemm8Weights;
 use super::gemv::GemvWeights;
 use super::isa::Isa;
 use super::table::{TableWeights, WeightGrid};
+use super::unpack::unpack;
 
 use crate::kernels::Levels;
 
@@ -214,49 +215,16 @@ impl PackedRows {
         &self.step[row * count..(row + 1) * count]
     }
 
-    /// Writes `of(code)` for every code of one row.
-    #[inline]
-    pub fn unpack_row(&self, row: usize, out: &mut [f32], of: impl Fn(i32) -> f32) {
-        self.unpack(row, 0, out, of);
+    /// Writes the codes of one row.
+    pub fn codes_of(&self, row: usize, out: &mut [f32]) {
+        self.unpack(row, 0, (0.0, 1.0), out);
     }
 
-    /// Writes `of(code)` for as many codes of one row as `out` holds, from column `from` on.
-    #[inline]
-    fn unpack(&self, row: usize, from: usize, out: &mut [f32], of: impl Fn(i32) -> f32) {
+    /// Writes `scale (code + offset)` for as many codes of one row as `out` holds, from column `from` on.
+    fn unpack(&self, row: usize, from: usize, (offset, scale): (f32, f32), out: &mut [f32]) {
         let bytes = Self::row_bytes(self.cols, self.bits);
-        let (bits, lo) = (u32::from(self.bits), self.levels.lo);
-        // Every value that a field can take, once: unpacking is then a look-up.
-        let mut table = [0f32; 256];
-        let mask = (1u32 << bits) - 1;
-        for (u, value) in table.iter_mut().enumerate().take(mask as usize + 1) {
-            *value = of(u as i32 + lo);
-        }
-        let first = from * bits as usize;
-        let source = &self.codes[row * bytes + first / 8..(row + 1) * bytes];
-        let skipped = (first % 8) as u32;
-        if 8 % bits == 0 && skipped == 0 {
-            let fields = (8 / bits) as usize;
-            for (out, &byte) in out.chunks_mut(fields).zip(source) {
-                for (i, out) in out.iter_mut().enumerate() {
-                    *out = table[((u32::from(byte) >> (i as u32 * bits)) & mask) as usize];
-                }
-            }
-            return;
-        }
-        let mut source = source.iter();
-        let (mut buffer, mut filled) = (0u32, 0u32);
-        if skipped > 0 {
-            buffer = u32::from(source.next().copied().unwrap_or(0)) >> skipped;
-            filled = 8 - skipped;
-        }
-        for out in out.iter_mut() {
-            if filled < bits {
-                buffer |= u32::from(source.next().copied().unwrap_or(0)) << filled;
-                filled += 8;
-            }
-            *out = table[(buffer & mask) as usize];
-            (buffer, filled) = (buffer >> bits, filled - bits);
-        }
+        let codes = &self.codes[row * bytes..(row + 1) * bytes];
+        unpack(Isa::best(), codes, self.bits, from, self.levels.lo, offset, scale, out);
     }
 
     /// Writes the values `step (code + offset)` of one row.
@@ -266,18 +234,18 @@ impl PackedRows {
 
     /// Writes the values of some columns of one row; `out` has their number.
     pub fn values_of(&self, row: usize, columns: Range<usize>, out: &mut [f32]) {
-        let offset = self.offset();
-        let steps = self.steps(row);
+        let (offset, steps) = (self.offset(), self.steps(row));
         if let [step] = steps {
-            return self.unpack(row, columns.start, out, |k| step * (k as f32 + offset));
+            return self.unpack(row, columns.start, (offset, *step), out);
         }
-        self.unpack(row, columns.start, out, |k| k as f32 + offset);
+        let mut from = columns.start;
         // The first of the columns may lie inside a group.
-        let head = (self.group - columns.start % self.group).min(out.len());
+        let head = (self.group - from % self.group).min(out.len());
         let (head, rest) = out.split_at_mut(head);
-        let mut steps = steps[columns.start / self.group..].iter();
+        let mut steps = steps[from / self.group..].iter();
         for (out, step) in std::iter::once(head).chain(rest.chunks_mut(self.group)).zip(&mut steps) {
-            out.iter_mut().for_each(|v| *v *= step);
+            self.unpack(row, from, (offset, *step), out);
+            from += out.len();
         }
     }
 
@@ -290,9 +258,9 @@ impl PackedRows {
     }
 
     /// Writes the whole numbers `2 code + 1`, or `code` on a grid with a zero.
-    pub(super) fn whole(&self, row: usize, out: &mut [f32]) {
-        let half = self.levels.half;
-        self.unpack_row(row, out, |k| if half { (2 * k + 1) as f32 } else { k as f32 });
+    pub(in crate::kernels) fn whole(&self, row: usize, out: &mut [f32]) {
+        // Twice a code and a half is exact.
+        self.unpack(row, 0, (self.offset(), 1.0 / self.unit()), out);
     }
 
     /// What one of the whole numbers of [`PackedRows::whole`] is worth, in steps.
@@ -362,7 +330,7 @@ pub(super) mod tests {
                     let what = format!("{bits} bits {rows}x{cols} in groups of {group:?}");
                     let mut out = vec![0f32; cols];
                     for (row, codes) in codes.chunks_exact(cols).enumerate() {
-                        packed.unpack_row(row, &mut out, |k| k as f32);
+                        packed.codes_of(row, &mut out);
                         assert!(out.iter().zip(codes).all(|(&o, &c)| o as i64 == c), "{what}, row {row}");
                         packed.values(row, &mut out);
                         for (column, (value, &code)) in out.iter().zip(codes).enumerate() {
