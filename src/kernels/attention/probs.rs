@@ -167,9 +167,11 @@ impl Sizes {
         let (qs, ks, ps) = (n * self.q_cols(), m * heads * d, heads * n * m);
         let (groups, rows) = self.bias.unwrap_or((1, 0));
         let size = groups * heads * rows * m;
-        let mut out = vec![T::ZERO; q.len() + k.len() + size];
+        // The products write all of dq and dk before they read it.
+        let mut out = cpu::unwritten(q.len() + k.len() + size);
         let (dq, rest) = out.split_at_mut(q.len());
         let (dk, dbias) = rest.split_at_mut(k.len());
+        dbias.fill(T::ZERO);
         let operands = |b: usize| {
             let at = |size: usize| b * size..(b + 1) * size;
             [&q[at(qs)], &k[at(ks)], &p[at(ps)], &g[at(ps)]]

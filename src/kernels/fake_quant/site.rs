@@ -163,13 +163,11 @@ impl Site {
             .for_each(|(i, ((((dx, x), g), dshift), ds))| {
                 let (dshift, dout) = dshift.split_at_mut(whole);
                 if self.per_column {
-                    lsq_columns_grad(x, shift, &se, lo, hi, g, dx, ds, dshift);
+                    lsq_columns_grad(x, shift, &se, lo, hi, g, dx, ds, dshift, dout);
                 } else {
                     let mut slope = vec![T::ZERO; width];
-                    lsq_rows_grad(x, shift, width, &se[i * rows..], lo, hi, g, dx, ds, dshift, &mut slope);
-                }
-                if with_out {
-                    cpu::add_rows(g, dout);
+                    let se = &se[i * rows..];
+                    lsq_rows_grad(x, shift, width, se, lo, hi, g, dx, ds, dshift, dout, &mut slope);
                 }
             });
         let factor = self.grad_scale();
@@ -244,18 +242,29 @@ fn element_grad<T: Real>(x: T, shift: T, se: T, lo: T, hi: T, g: T) -> (T, T) {
 simd! {
     fn lsq_rows_grad<T>(
         x: &[T], shift: &[T], width: usize, se: &[T], lo: T, hi: T, g: &[T],
-        dx: &mut [T], ds: &mut [T], dshift: &mut [T], slope: &mut [T],
+        dx: &mut [T], ds: &mut [T], dshift: &mut [T], dout: &mut [T], slope: &mut [T],
     ) {
         let slope = &mut slope[..width];
         let rows = x.chunks_exact(width).zip(g.chunks_exact(width)).zip(dx.chunks_exact_mut(width));
         let mut at = 0;
         for ((((x, g), dx), &se), ds) in rows.zip(se).zip(ds) {
             let (shift_of_row, dshift) = (&shift[at..at + width], &mut dshift[at..at + width]);
-            for c in 0..width {
-                let (d, t) = element_grad(x[c], shift_of_row[c], se, lo, hi, g[c]);
-                dx[c] = d;
-                dshift[c] += d;
-                slope[c] = t;
+            if dout.is_empty() {
+                for c in 0..width {
+                    let (d, t) = element_grad(x[c], shift_of_row[c], se, lo, hi, g[c]);
+                    dx[c] = d;
+                    dshift[c] += d;
+                    slope[c] = t;
+                }
+            } else {
+                let dout = &mut dout[at..at + width];
+                for c in 0..width {
+                    let (d, t) = element_grad(x[c], shift_of_row[c], se, lo, hi, g[c]);
+                    dx[c] = d;
+                    dshift[c] += d;
+                    slope[c] = t;
+                    dout[c] += g[c];
+                }
             }
             *ds = cpu::sum(slope);
             at = if at + width == shift.len() { 0 } else { at + width };
@@ -266,7 +275,7 @@ simd! {
 simd! {
     fn lsq_columns_grad<T>(
         x: &[T], shift: &[T], se: &[T], lo: T, hi: T, g: &[T],
-        dx: &mut [T], ds: &mut [T], dshift: &mut [T],
+        dx: &mut [T], ds: &mut [T], dshift: &mut [T], dout: &mut [T],
     ) {
         let width = shift.len();
         let (se, ds, dshift) = (&se[..width], &mut ds[..width], &mut dshift[..width]);
@@ -277,6 +286,9 @@ simd! {
                 dx[c] = d;
                 dshift[c] += d;
                 ds[c] += t;
+            }
+            for (d, &g) in dout.iter_mut().zip(g) {
+                *d += g;
             }
         }
     }

@@ -16,6 +16,9 @@ const DEPTH: usize = 400;
 const ROWS: usize = 256;
 const COLUMNS: usize = 192;
 
+/// Elements from one row of b to the next up to which b is read where it lies.
+const NEAR: usize = 4096;
+
 /// Buffer space in whole cache lines, so that a vector load never crosses one.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
@@ -224,6 +227,14 @@ impl<T: Element, U: Element> Job<'_, T, U> {
         });
     }
 
+    /// Whether b is read where it lies: its rows in whole vectors, near enough to each other that a block of them is
+    /// as good as packed.
+    fn reads_right(&self, columns: usize) -> bool {
+        let plain = self.how.word == Word::Plain && U::PLAIN && self.b.cs == 1;
+        let here = matches!(self.b_packed, Packed::Here);
+        plain && here && self.b.rs <= NEAR && columns.is_multiple_of(self.how.road.lanes())
+    }
+
     /// # Safety
     /// As for `run`, of these columns.
     unsafe fn strip(
@@ -237,9 +248,11 @@ impl<T: Element, U: Element> Job<'_, T, U> {
     ) {
         let how = self.how;
         let width = how.padded(columns.len());
+        let direct = self.reads_right(columns.len());
         for k in how.blocks(self.k) {
             let (at, words) = (k.start / how.depth(), k.len().div_ceil(how.depth()));
             let b: &[u32] = match self.b_packed {
+                Packed::Here if direct => &[],
                 Packed::Here => {
                     let dst = bbuf.words(width * words);
                     pack_right(how, dst, self.b, columns.clone(), k.clone());
@@ -270,6 +283,17 @@ impl<T: Element, U: Element> Job<'_, T, U> {
                 for (j, vectors) in panels(how, columns.len()) {
                     let lanes = how.road.lanes();
                     let last = (columns.len() - j - (vectors - 1) * lanes).min(lanes);
+                    let (b, b_k) = match direct {
+                        true => {
+                            // A product of plain words: `reads_right` saw that U is f32.
+                            let from = &self.b.data[k.start * self.b.rs + columns.start + j..];
+                            (from.as_ptr().cast(), self.b.rs)
+                        }
+                        false => {
+                            let panel = &b[j * words..(j + vectors * lanes) * words];
+                            (panel.as_ptr(), vectors * lanes)
+                        }
+                    };
                     for r in rows.clone().step_by(how.road.rows()) {
                         let i = r - first;
                         let (offset, a_row, a_k) = match self.left {
@@ -281,7 +305,8 @@ impl<T: Element, U: Element> Job<'_, T, U> {
                             a: a.wrapping_add(offset),
                             a_row,
                             a_k,
-                            b: b[j * words..(j + vectors * lanes) * words].as_ptr(),
+                            b,
+                            b_k,
                             words,
                             c: c.wrapping_add((r - self.rows.0) * stride + j),
                             stride,
@@ -291,7 +316,8 @@ impl<T: Element, U: Element> Job<'_, T, U> {
                             base: unsafe { base.on((r - self.rows.0) * stride, j) },
                         };
                         // SAFETY: `How` is only made for a road that is there; b's slice was just
-                        // checked to hold the panel; a holds the rows and words by the caller's
+                        // checked to hold the panel, or b holds whole vectors of the rows and columns by the caller's
+                        // contract; a holds the rows and words by the caller's
                         // contract, or packed by `pack_left` (blocks of rows and panels begin at
                         // multiples of the tile's rows, so a tile lies within a panel); c by the
                         // caller's contract.

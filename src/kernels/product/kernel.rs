@@ -3,7 +3,7 @@
 //!
 //! Operands come in words of 32 bits. A word is one f32, or a pair of bf16 that are neighbours
 //! along k; the loop is the same and only the multiply-add differs. b is packed, `N` vectors per
-//! word of k; a is read by strides, one word broadcast at a time, so a row-major a needs no packing.
+//! word of k, or lies in whole vectors as it is; a is read by strides, one word broadcast at a time, so a row-major a needs no packing.
 //!
 //! Every element of c is one chain of fused multiply-adds in the order of k, whatever the width of
 //! the vectors: the f32 roads agree to the bit.
@@ -55,8 +55,9 @@ pub(super) struct Tile {
     pub a: *const u32,
     pub a_row: usize,
     pub a_k: usize,
-    /// Words of b: vector v of word p lies at `b + (p * N + v) * LANES`.
+    /// Words of b: vector v of word p lies at `b + p * b_k + v * LANES`.
     pub b: *const u32,
+    pub b_k: usize,
     pub words: usize,
     pub c: *mut f32,
     /// Elements from one row of c to the next.
@@ -131,7 +132,7 @@ unsafe fn body<L: Lane, const M: usize, const N: usize>(t: &Tile) {
                 }
             }
             a = a.wrapping_add(t.a_k);
-            b = b.add(N * L::LANES);
+            b = b.wrapping_add(t.b_k);
         }
         // All of the base before the first store: a load waits for stores to the same place of another page, and rows
         // often lie whole pages apart.

@@ -183,8 +183,8 @@ pub(in crate::kernels) fn tiled((m, n, r): (usize, usize, usize), base: &[f32], 
                         let base = Base::Matrix { at, row: Some(row[j..].as_ptr()), past, ahead };
                         // No words: nothing is multiplied, and a and b are not read.
                         let (none, words) = (std::ptr::null(), 0);
-                        let (a, a_row, a_k, b, scale) = (none, 0, 0, none, 1.0);
-                        let tile = Tile { a, a_row, a_k, b, words, c, stride, last, scale, base };
+                        let (a, a_row, a_k, b, b_k, scale) = (none, 0, 0, none, 0, 1.0);
+                        let tile = Tile { a, a_row, a_k, b, b_k, words, c, stride, last, scale, base };
                         // SAFETY: `How` is only made for a road that is there; `out` and `base` hold this many slices
                         // from `first` on, `wide` elements each, `out` exclusively, and `row` one.
                         unsafe { kernel::run(how.road, most.min(slices - first), vectors, &tile) }
