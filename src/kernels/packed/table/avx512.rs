@@ -337,13 +337,12 @@ impl Place<'_> {
             // SAFETY: the offsets are filled up to whole panels.
             offset[quarter] = unsafe { _mm512_loadu_si512(w.offset.as_ptr().add(row).cast()) };
             if REAL {
-                // SAFETY: `product` asserted a step and a bias for each row, and the lanes end at the last.
-                unsafe {
-                    let of =
-                        |rows: &[f32]| _mm512_maskz_loadu_ps(lanes[quarter], rows.as_ptr().wrapping_add(row));
-                    steps[quarter] = of(scales.w);
-                    // Without a bias 0 is added, as on the other roads: -0 becomes 0.
-                    bias[quarter] = scales.bias.map_or(_mm512_setzero_ps(), of);
+                // Without a bias 0 is added, as on the other roads: -0 becomes 0.
+                let each = [(&mut steps[quarter], Some(scales.w)), (&mut bias[quarter], scales.bias)];
+                for (to, rows) in each {
+                    let Some(rows) = rows else { continue };
+                    // SAFETY: `product` asserted a step and a bias for each row, and the lanes end at the last.
+                    *to = unsafe { _mm512_maskz_loadu_ps(lanes[quarter], rows.as_ptr().wrapping_add(row)) };
                 }
             }
         }
