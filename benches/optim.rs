@@ -33,6 +33,39 @@ fn plain(count: usize) -> Contestant<'static> {
     })
 }
 
+/// `b = a + 1`: read, written, and past the caches where it does not fit them: what a merge is measured by.
+fn copy(count: usize) -> Contestant<'static> {
+    let (a, mut b) = (vec![1f32; count], vec![0f32; count]);
+    Contestant::new("plain copy, b = a + 1", 1, 8 * count, move |_| {
+        b.par_chunks_mut(GRAIN).zip(a.par_chunks(GRAIN)).for_each(|(b, a)| {
+            #[cfg(target_arch = "x86_64")]
+            if count > 1 << 21 {
+                use std::arch::x86_64::*;
+                // SAFETY: both vectors of four lie within their slices, and SSE is part of x86_64; what is written is at
+                // a multiple of 16 bytes, or copied plainly.
+                unsafe {
+                    let (head, whole, _) = b.align_to_mut::<__m128>();
+                    let skip = head.len();
+                    head.iter_mut().zip(a).for_each(|(b, a)| *b = a + 1.0);
+                    for (i, to) in whole.iter_mut().enumerate() {
+                        let from = a.as_ptr().add(skip + 4 * i);
+                        _mm_stream_ps(
+                            (to as *mut __m128).cast(),
+                            _mm_add_ps(_mm_loadu_ps(from), _mm_set1_ps(1.0)),
+                        );
+                    }
+                    let rest = skip + 4 * whole.len();
+                    b[rest..].iter_mut().zip(&a[rest..]).for_each(|(b, a)| *b = a + 1.0);
+                    _mm_sfence();
+                }
+                return;
+            }
+            b.iter_mut().zip(a).for_each(|(b, a)| *b = a + 1.0);
+        });
+        Ok(())
+    })
+}
+
 fn adamw(count: usize) -> Result<Contestant<'static>, Failure> {
     let (p, g) = (vector(count, 1.0)?, vector(count, 1e-3)?);
     let mut moments = Moments::zeros(count, &Device::Cpu)?;
@@ -111,11 +144,12 @@ fn merge_bone(count: usize, rank: usize) -> Result<Contestant<'static>, Failure>
 fn bench(options: &Options, threads: usize) -> Result<(), Failure> {
     head(
         &format!("Optimizers and merges, {}", of_threads(threads)),
-        &["tensor", "what", "µs", "GB/s", "of the plain pass"],
+        &["tensor", "what", "µs", "GB/s", "of the plain pass", "of the plain copy"],
     );
     for (of, count) in shapes::TENSORS.iter().filter(|(of, _)| options.wants(&[of])) {
         let mut contestants = vec![
             plain(*count),
+            copy(*count),
             adamw(*count)?,
             adamw_of_candle(*count)?,
             classp(*count, 1.0)?,
@@ -134,6 +168,7 @@ fn bench(options: &Options, threads: usize) -> Result<(), Failure> {
                 micros(seconds[i]),
                 format!("{:.1}", rate(i)),
                 format!("{:.0} %", 100.0 * rate(i) / rate(0)),
+                format!("{:.0} %", 100.0 * rate(i) / rate(1)),
             ]);
         }
     }

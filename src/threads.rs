@@ -23,6 +23,8 @@ pub fn start(threads: Option<usize>) -> Result<()> {
         // With the caller alone nobody would work for other threads while it waits for them.
         return pool.build_global().map_err(failed);
     }
+    // candle's own pool, which it makes when it first needs it, would be kept to one core.
+    let _ = candle_core::utils::barrier_pool();
     let pin = std::env::var("QTUNE_PIN").map_or(true, |pin| pin != "0") && cores::keep(count);
     pool.use_current_thread()
         .start_handler(move |thread| {

@@ -300,11 +300,11 @@ impl IntegerAttention {
         let fields = &meeting.value[entry * tokens * wide + head * channels..];
         let value = Elements { fields, rs: 1, cs: wide, lo: self.value_out.lo };
         let bias = &meeting.bias[entry * tokens * self.heads..(entry + 1) * tokens * self.heads];
-        // Together, since a small batch has fewer heads than there are threads.
-        let (key, value) = rayon::join(
-            || CodeMatrix::of_codes(tokens, depth, key, self.isa),
-            || CodeMatrix::of_codes(channels, tokens, value, self.isa),
-        );
+        let key = || CodeMatrix::of_codes(tokens, depth, key, self.isa);
+        let value = || CodeMatrix::of_codes(channels, tokens, value, self.isa);
+        // Together where a small batch has too few heads for the threads.
+        let few = meeting.bias.len() / tokens < 4 * rayon::current_num_threads();
+        let (key, value) = if few { rayon::join(key, value) } else { (key(), value()) };
         let mut unit: Vec<f32> =
             (0..tokens).map(|m| self.scale * self.key_out.step(m, self.group(head))).collect();
         let mut bias: Vec<f32> = bias.iter().skip(head).step_by(self.heads).copied().collect();

@@ -15,8 +15,8 @@ use crate::models::nn::LayerNorm;
 use crate::models::vit::Mlp;
 use crate::Result;
 
-/// Tokens that a task takes through a layer, of few and of many: whole tiles of the products, few enough that
-/// an image falls into a task for each of several cores.
+/// Tokens that a task takes through a layer, of few and of many, about: enough to be worth reading the weights for, few
+/// enough that an image falls into a task for each of several cores.
 const TOKENS: [usize; 2] = [24, 48];
 /// What is many.
 pub(super) const MANY: usize = 1024;
@@ -79,7 +79,9 @@ impl IntegerBlock {
         assert!(blocks.iter().all(|block| block.width() == width), "integer blocks of one width");
         let rows = x.len() / width;
         let batch = rows / tokens;
-        let block = TOKENS[usize::from(rows > MANY)];
+        // Of one size, since a task of a few tokens that are left costs nearly what a whole one does.
+        let about = TOKENS[usize::from(rows > MANY)];
+        let block = tokens.div_ceil(((tokens + about / 2) / about).max(1));
         // (entry, first token, tokens) of each task.
         let places: Vec<(usize, usize, usize)> = (0..batch)
             .flat_map(|entry| (0..tokens).step_by(block).map(move |t| (entry, t, block.min(tokens - t))))
