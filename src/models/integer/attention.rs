@@ -290,8 +290,14 @@ impl IntegerAttention {
         sum
     }
 
-    /// A head of an entry, ready to be met.
-    pub fn head(&self, meeting: &Meeting, entry: usize, head: usize, tokens: usize) -> Head {
+    /// A head of an entry, ready to be met; its keys and values are made `together`, or one after the other.
+    pub fn head(
+        &self,
+        meeting: &Meeting,
+        (entry, head): (usize, usize),
+        tokens: usize,
+        together: bool,
+    ) -> Head {
         let (width, depth) = (self.width(), self.depth());
         let (wide, deep) = (code_stride(width), code_stride(depth * self.heads));
         let channels = width / self.heads;
@@ -302,9 +308,7 @@ impl IntegerAttention {
         let bias = &meeting.bias[entry * tokens * self.heads..(entry + 1) * tokens * self.heads];
         let key = || CodeMatrix::of_codes(tokens, depth, key, self.isa);
         let value = || CodeMatrix::of_codes(channels, tokens, value, self.isa);
-        // Together where a small batch has too few heads for the threads.
-        let few = meeting.bias.len() / tokens < 4 * rayon::current_num_threads();
-        let (key, value) = if few { rayon::join(key, value) } else { (key(), value()) };
+        let (key, value) = if together { rayon::join(key, value) } else { (key(), value()) };
         let mut unit: Vec<f32> =
             (0..tokens).map(|m| self.scale * self.key_out.step(m, self.group(head))).collect();
         let mut bias: Vec<f32> = bias.iter().skip(head).step_by(self.heads).copied().collect();
@@ -319,6 +323,7 @@ impl IntegerAttention {
         meeting: &Meeting,
         heads: &[Head],
         (entry, first, count): (usize, usize, usize),
+        entries_before: usize,
         scratch: &mut Scratch,
         see: See<'_>,
     ) {
@@ -352,7 +357,8 @@ impl IntegerAttention {
                     out,
                 );
             }
-            see("softmax", (entry * self.heads + h) * tokens + first, probabilities.view());
+            let row = ((entries_before + entry) * self.heads + h) * tokens + first;
+            see("softmax", row, probabilities.view());
             let mixed = room(sums, count * head.value.stride());
             head.value.sums(probabilities.view(), mixed);
             let columns = h * channels..(h + 1) * channels;

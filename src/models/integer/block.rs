@@ -73,64 +73,19 @@ impl IntegerBlock {
     /// [`IntegerBlock::takes`] tokens and one width in all; `see` is shown the codes behind each tap.
     pub fn forward(blocks: &[&IntegerBlock], x: &[f32], tokens: usize, see: See<'_>) -> Vec<f32> {
         let mut y = x.to_vec();
-        let Some(first) = blocks.first() else { return y };
-        let (width, heads) = (first.width(), first.attention.heads());
+        let Some(width) = blocks.first().map(|first| first.width()) else { return y };
         assert!(tokens > 0 && x.len().is_multiple_of(tokens * width), "integer block: rows of {width}");
         assert!(blocks.iter().all(|block| block.width() == width), "integer blocks of one width");
-        let rows = x.len() / width;
-        let batch = rows / tokens;
-        // Of one size, since a task of a few tokens that are left costs nearly what a whole one does.
-        let about = TOKENS[usize::from(rows > MANY)];
-        let block = tokens.div_ceil(((tokens + about / 2) / about).max(1));
-        // (entry, first token, tokens) of each task.
-        let places: Vec<(usize, usize, usize)> = (0..batch)
-            .flat_map(|entry| (0..tokens).step_by(block).map(move |t| (entry, t, block.min(tokens - t))))
-            .collect();
-        // Two, since what the next block's tokens meet with is made while those of this block still meet.
-        let (mut meeting, mut coming) = (Meeting::default(), Meeting::default());
-        first.attention.make_room(&mut meeting, batch, tokens);
-        let parts = first.attention.parts(&mut meeting, tokens, block);
-        places.par_iter().zip(parts).with_max_len(1).for_each(|(&place, part)| {
-            let row = place.0 * tokens + place.1;
-            let x = &x[row * width..(row + place.2) * width];
-            SCRATCH.with_borrow_mut(|scratch| first.project(x, part, (place.1, row), scratch, see));
-        });
-        for (i, this) in blocks.iter().enumerate() {
-            let met: Vec<Head> = (0..batch * heads)
-                .into_par_iter()
+        let entry = tokens * width;
+        let (batch, threads) = (x.len() / entry, rayon::current_num_threads());
+        // Where every thread has entries of its own, none waits for another before the end.
+        if batch >= 4 * threads || (batch > 0 && batch.is_multiple_of(threads)) {
+            y.par_chunks_mut(entry)
                 .with_max_len(1)
-                .map(|i| this.attention.head(&meeting, i / heads, i % heads, tokens))
-                .collect();
-            let next = blocks.get(i + 1);
-            let mut parts: Vec<Option<MeetingPart>> = match next {
-                None => Vec::new(),
-                Some(next) => {
-                    next.attention.make_room(&mut coming, batch, tokens);
-                    next.attention.parts(&mut coming, tokens, block).into_iter().map(Some).collect()
-                }
-            };
-            parts.resize_with(places.len(), || None);
-            let out: Vec<&mut [f32]> = cut(&mut y, width, tokens, block).collect();
-            places.par_iter().zip(out).zip(parts).with_max_len(1).for_each(|((&place, y), part)| {
-                SCRATCH.with_borrow_mut(|scratch| {
-                    let (entry, first, _) = place;
-                    let row = entry * tokens + first;
-                    let met = &met[entry * heads..(entry + 1) * heads];
-                    this.attention.mix(&meeting, met, place, scratch, see);
-                    see("context", row, scratch.codes.view());
-                    this.add(&this.attention.output, &this.attention.context, first, scratch, y);
-                    this.normalize(&this.norm_after, &this.up_in, y, first, scratch);
-                    see("up", row, scratch.codes.view());
-                    this.widen(first, scratch);
-                    see("down", row, scratch.codes.view());
-                    this.add(&this.down, &this.down_in, first, scratch, y);
-                    // What these tokens do next on their own needs no other's.
-                    if let (Some(next), Some(part)) = (next, part) {
-                        next.project(y, part, (first, row), scratch, see);
-                    }
-                })
-            });
-            std::mem::swap(&mut meeting, &mut coming);
+                .enumerate()
+                .for_each(|(first, y)| Walk { tokens, first, alone: true }.run(blocks, y, see));
+        } else {
+            Walk { tokens, first: 0, alone: false }.run(blocks, &mut y, see);
         }
         y
     }
@@ -190,6 +145,92 @@ impl IntegerBlock {
             y.chunks_exact_mut(width).zip(sums.chunks_exact(layer.matrix.stride())).enumerate()
         {
             edges::accumulate(self.isa, sums, &affine(layer, from, first + t), y);
+        }
+    }
+}
+
+/// Entries on their way through blocks.
+struct Walk {
+    /// Of each entry.
+    tokens: usize,
+    /// Which of all the first entry is.
+    first: usize,
+    /// Whether all is done by the thread that asks.
+    alone: bool,
+}
+
+impl Walk {
+    /// `work` for each item.
+    fn each<T: Send>(&self, items: Vec<T>, work: impl Fn(T) + Sync + Send) {
+        match self.alone {
+            true => items.into_iter().for_each(work),
+            false => items.into_par_iter().with_max_len(1).for_each(work),
+        }
+    }
+
+    /// Takes `y [entries, tokens, width]` through the blocks.
+    fn run(&self, blocks: &[&IntegerBlock], y: &mut [f32], see: See<'_>) {
+        let Some(first) = blocks.first() else { return };
+        let (tokens, width, heads) = (self.tokens, first.width(), first.attention.heads());
+        let rows = y.len() / width;
+        let batch = rows / tokens;
+        // Of one size, since a task of a few tokens that are left costs nearly what a whole one does.
+        let about = TOKENS[usize::from(self.alone || rows > MANY)];
+        let block = tokens.div_ceil(((tokens + about / 2) / about).max(1));
+        // (entry, first token, tokens) of each task.
+        let places: Vec<(usize, usize, usize)> = (0..batch)
+            .flat_map(|entry| (0..tokens).step_by(block).map(move |t| (entry, t, block.min(tokens - t))))
+            .collect();
+        // Two, since what the next block's tokens meet with is made while those of this block still meet.
+        let (mut meeting, mut coming) = (Meeting::default(), Meeting::default());
+        first.attention.make_room(&mut meeting, batch, tokens);
+        let parts = first.attention.parts(&mut meeting, tokens, block);
+        let x = &*y;
+        self.each(places.iter().copied().zip(parts).collect(), |((entry, from, count), part)| {
+            let row = entry * tokens + from;
+            let x = &x[row * width..(row + count) * width];
+            let seen = self.first * tokens + row;
+            SCRATCH.with_borrow_mut(|scratch| first.project(x, part, (from, seen), scratch, see));
+        });
+        for (i, this) in blocks.iter().enumerate() {
+            // Keys and values of a head together, where there are too few heads for the threads.
+            let together = !self.alone && batch * heads < 4 * rayon::current_num_threads();
+            let head = |i: usize| this.attention.head(&meeting, (i / heads, i % heads), tokens, together);
+            let met: Vec<Head> = match self.alone {
+                true => (0..batch * heads).map(head).collect(),
+                false => (0..batch * heads).into_par_iter().with_max_len(1).map(head).collect(),
+            };
+            let next = blocks.get(i + 1);
+            let mut parts: Vec<Option<MeetingPart>> = match next {
+                None => Vec::new(),
+                Some(next) => {
+                    next.attention.make_room(&mut coming, batch, tokens);
+                    next.attention.parts(&mut coming, tokens, block).into_iter().map(Some).collect()
+                }
+            };
+            parts.resize_with(places.len(), || None);
+            let out: Vec<&mut [f32]> = cut(y, width, tokens, block).collect();
+            let items = places.iter().copied().zip(out).zip(parts).collect();
+            self.each(items, |((place, y), part)| {
+                SCRATCH.with_borrow_mut(|scratch| {
+                    let (entry, from, _) = place;
+                    let row = (self.first + entry) * tokens + from;
+                    let met = &met[entry * heads..(entry + 1) * heads];
+                    this.attention.mix(&meeting, met, place, self.first, scratch, see);
+                    see("context", row, scratch.codes.view());
+                    this.add(&this.attention.output, &this.attention.context, from, scratch, y);
+                    this.normalize(&this.norm_after, &this.up_in, y, from, scratch);
+                    see("up", row, scratch.codes.view());
+                    this.widen(from, scratch);
+                    see("down", row, scratch.codes.view());
+                    this.add(&this.down, &this.down_in, from, scratch, y);
+                    // What these tokens do next on their own needs no other's.
+                    if let (Some(next), Some(part)) = (next, part) {
+                        next.project(y, part, (from, row), scratch, see);
+                    }
+                })
+            });
+            std::mem::swap(&mut meeting, &mut coming);
         }
     }
 }
