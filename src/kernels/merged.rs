@@ -6,14 +6,15 @@
 //! block affine   W'_pq = W_pq + W_pq B_p + B_p       B [O/r, r, r]                     arXiv 2409.15371
 //! ```
 //!
-//! Fused in f32 on the CPU, where no variable stands behind an operand: nothing but W is read from memory and nothing
-//! but W' is written. Elsewhere these are candle ops, differentiable in every operand.
+//! Differentiable in every operand. In f32 on the CPU nothing but W is read from memory and nothing but W' is written,
+//! and a weight in training is to the bit the one that is merged; elsewhere, and backward, these are candle ops.
 
 use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor};
 
 use super::linear::View;
 use super::product::{onto, tiled, turned};
 use super::rows::floats;
+use super::tape::{self, Reads};
 
 /// [`low_rank_merged`] in plain candle ops.
 pub fn reference_low_rank(w: &Tensor, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
@@ -39,7 +40,7 @@ pub fn reference_block_affine(w: &Tensor, b: &Tensor) -> Result<Tensor> {
 
 /// Whether the fused form takes these operands.
 fn fused(operands: &[&Tensor]) -> bool {
-    operands.iter().all(|t| t.device().is_cpu() && t.dtype() == DType::F32 && !t.track_op())
+    operands.iter().all(|t| t.device().is_cpu() && t.dtype() == DType::F32)
 }
 
 /// (W, A, B) to W'.
@@ -64,6 +65,20 @@ impl CustomOp3 for LowRank {
         let merged = onto((o, i, r), w, View::rows(b, r), View::rows(a, i), self.0);
         Ok((CpuStorage::F32(merged), wl.shape().clone()))
     }
+
+    fn bwd(
+        &self,
+        _w: &Tensor,
+        a: &Tensor,
+        b: &Tensor,
+        _merged: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let (a, b, scale) = (a.detach(), b.detach(), f64::from(self.0));
+        let da = (b.t()?.matmul(grad)? * scale)?;
+        let db = (grad.matmul(&a.t()?)? * scale)?;
+        Ok((Some(grad.clone()), Some(da), Some(db)))
+    }
 }
 
 /// (W, D) to W'.
@@ -86,6 +101,17 @@ impl CustomOp2 for SharedBlock {
         let merged = tiled((o, i, r), floats(self.name(), w, wl)?, d.t());
         Ok((CpuStorage::F32(merged), wl.shape().clone()))
     }
+
+    fn bwd(
+        &self,
+        _w: &Tensor,
+        d: &Tensor,
+        _merged: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let dd = super::block_sum::reference(grad, d.dim(0)?)?.t()?.contiguous()?;
+        Ok((Some(grad.clone()), Some(dd)))
+    }
 }
 
 /// (W, B) to W'.
@@ -107,6 +133,23 @@ impl CustomOp2 for BlockAffine {
         let merged = turned((o, i, r), floats(self.name(), w, wl)?, floats(self.name(), b, bl)?);
         Ok((CpuStorage::F32(merged), wl.shape().clone()))
     }
+
+    fn bwd(
+        &self,
+        w: &Tensor,
+        b: &Tensor,
+        _merged: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let ((o, i), (p, r, _)) = (w.dims2()?, b.dims3()?);
+        let (w, b) = (w.detach().reshape((p, i, r))?, b.detach());
+        let g = grad.contiguous()?.reshape((p, i, r))?;
+        // dW_pq = G_pq + G_pq B_p^T, dB_p = sum over q of W_pq^T G_pq + G_pq
+        let dw = (&g + g.matmul(&b.transpose(1, 2)?.contiguous()?)?)?.reshape((o, i))?;
+        let db = w.transpose(1, 2)?.contiguous()?.matmul(&g)?;
+        let db = (db + g.reshape((p, r, i / r, r))?.sum(2)?)?;
+        Ok((Some(dw), Some(db)))
+    }
 }
 
 /// `W + scale B A` for `w: [O, I]`, `a: [r, I]` and `b: [O, r]`.
@@ -116,7 +159,10 @@ pub fn low_rank_merged(w: &Tensor, a: &Tensor, b: &Tensor, scale: f64) -> Result
         bail!("low_rank_merged: expected a [r, {i}] and b [{o}, r], got {:?} and {:?}", a.dims(), b.dims())
     }
     match fused(&[w, a, b]) {
-        true => w.contiguous()?.apply_op3_no_bwd(&a.contiguous()?, &b.contiguous()?, &LowRank(scale as f32)),
+        true => {
+            let (w, a, b) = (w.contiguous()?, a.contiguous()?, b.contiguous()?);
+            tape::apply3(&w, &a, &b, LowRank(scale as f32), Reads::OPERANDS)
+        }
         false => reference_low_rank(w, a, b, scale),
     }
 }
@@ -128,7 +174,7 @@ pub fn shared_block_merged(w: &Tensor, d: &Tensor) -> Result<Tensor> {
         bail!("shared_block_merged: expected a block [r, {o}], got {:?}", d.dims())
     }
     match fused(&[w, d]) {
-        true => w.contiguous()?.apply_op2_no_bwd(&d.contiguous()?, &SharedBlock),
+        true => tape::apply2(&w.contiguous()?, &d.contiguous()?, SharedBlock, Reads::OPERANDS),
         false => reference_shared_block(w, d),
     }
 }
@@ -140,7 +186,7 @@ pub fn block_affine_merged(w: &Tensor, b: &Tensor) -> Result<Tensor> {
         bail!("block_affine_merged: expected b [{o}/r, r, r] with r dividing {o} and {i}, got {:?}", b.dims())
     }
     match fused(&[w, b]) {
-        true => w.contiguous()?.apply_op2_no_bwd(&b.contiguous()?, &BlockAffine),
+        true => tape::apply2(&w.contiguous()?, &b.contiguous()?, BlockAffine, Reads::OPERANDS),
         false => reference_block_affine(w, b),
     }
 }
@@ -154,7 +200,7 @@ mod tests {
         values(shape, seed).to_dtype(DType::F32).unwrap()
     }
 
-    /// Fused, where nothing is tracked, against candle's ops and their gradients, where everything is.
+    /// Values and gradients against candle's.
     fn check(
         inputs: &[Tensor],
         op: &dyn Fn(&[Tensor]) -> Result<Tensor>,
