@@ -53,7 +53,9 @@ mod tests {
 
     #[test]
     fn the_change_is_turned_and_nothing_else() {
-        let (w, a, b) = (ramp(&[3, 5]), ramp(&[2, 3]), ramp(&[5, 2]));
+        // Whole numbers: every sum of them is exact, in whatever order it is taken.
+        let whole = |shape: &[usize]| (ramp(shape) * 8.0).unwrap().round().unwrap();
+        let (w, a, b) = (whole(&[3, 5]), whole(&[2, 3]), whole(&[5, 2]));
         let rule = Arc::new(Lora::new(&a, &b, 0.5, None, None, true).unwrap());
         let turned = Weight::dense(w.clone()).wrap(Arc::new(Turned::new(rule)));
         let want = (w + (b.matmul(&a).unwrap() * 0.5).unwrap().t().unwrap()).unwrap();
