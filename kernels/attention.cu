@@ -466,6 +466,7 @@ __device__ __forceinline__ void grad_kv(const T* q, const T* k, const T* v, cons
   // Turns are tiles of queries, head after head; those that see none of these keys are left out.
   const int from = first_query(k0, s.queries, s.keys, starts != nullptr) / QUERIES;
   const int tall = (s.queries + QUERIES - 1) / QUERIES, turns = each * tall;
+  int largest = 0;  // start of a query of the turn that `next` found
   const auto next = [&](int turn) {
     for (; turn < turns; turn++) {
       const int tile = turn % tall;
@@ -474,7 +475,9 @@ __device__ __forceinline__ void grad_kv(const T* q, const T* k, const T* v, cons
         continue;
       }
       const int q0 = tile * QUERIES, to = q0 + QUERIES < s.queries ? q0 + QUERIES : s.queries;
-      if (starts_of(starts, s, b, q0, to).least < k0 + there) break;
+      const Starts of_tile = starts_of(starts, s, b, q0, to);
+      largest = of_tile.largest;
+      if (of_tile.least < k0 + there) break;
     }
     return turn;
   };
@@ -504,12 +507,13 @@ __device__ __forceinline__ void grad_kv(const T* q, const T* k, const T* v, cons
   clear(out_k);
   clear(out_v);
   for (int stage = 0; turn < turns; stage ^= 1) {
+    const int h = g * each + turn / tall, q0 = turn % tall * QUERIES;
+    const bool edge = k0 + KEYS - 1 > s.last(q0, starts) || largest > k0;
     const int following = next(turn + 1);
     if (following < turns) fetch(following, stage ^ 1);
     copy_commit();
     copy_wait<1>();
     __syncthreads();
-    const int h = g * each + turn / tall, q0 = turn % tall * QUERIES;
     const T* tile = queries + stage * QUERIES * LD<DP>;
     const T* grad = grads + stage * QUERIES * LD<DP>;
     const Statistics& numbers = statistics[stage];
@@ -517,20 +521,29 @@ __device__ __forceinline__ void grad_kv(const T* q, const T* k, const T* v, cons
     rows_by_rows<DP, 1, QUERIES>(p, keys + own * LD<DP>, tile);
     rows_by_rows<DP, 1, QUERIES>(ds, values + own * LD<DP>, grad);
     const float factor = bias ? 1.0f : s.scale * LOG2_E;
+    // Entry (n, j) of a thread is of query q0 + column + 8 n + j % 2 and of key row + 8 (j / 2).
+    const int column_of = lane_of() % 4 * 2, row_of = k0 + own + lane_of() / 4;
+    if (bias || edge) {
+#pragma unroll
+      for (int n = 0; n < QUERIES / 8; n++) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          const int i = column_of + n * 8 + j % 2, t = q0 + i, key = row_of + j / 2 * 8;
+          if (bias) {
+            const bool real = t < s.queries && key < s.keys;
+            const float add = real ? to_float(bias[s.bias_row(b, h, t) + key]) : 0.0f;
+            p[0][n][j] = (p[0][n][j] * s.scale + add) * LOG2_E;
+          }
+          if (key < numbers.start[i] || key > s.last(t, starts)) p[0][n][j] = -INFINITY;
+        }
+      }
+    }
 #pragma unroll
     for (int n = 0; n < QUERIES / 8; n++) {
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        const int i = n * 8 + lane_of() % 4 * 2 + j % 2, t = q0 + i;
-        const int key = k0 + own + lane_of() / 4 + j / 2 * 8;
-        float z = p[0][n][j];
-        if (bias) {
-          const bool real = t < s.queries && key < s.keys;
-          const float add = real ? to_float(bias[s.bias_row(b, h, t) + key]) : 0.0f;
-          z = (z * s.scale + add) * LOG2_E;
-        }
-        const bool seen = key >= numbers.start[i] && key <= s.last(t, starts);
-        p[0][n][j] = seen ? exp2_fast(fmaf(z, factor, -numbers.low[i])) : 0.0f;
+        const int i = column_of + n * 8 + j % 2;
+        p[0][n][j] = exp2_fast(fmaf(p[0][n][j], factor, -numbers.low[i]));
         ds[0][n][j] = logit_grad(p[0][n][j], ds[0][n][j], numbers.delta[i]);
       }
     }

@@ -453,7 +453,7 @@ __device__ __forceinline__ void grad_bias(const float* q, const float* k, const 
       const float* g, const float* lse, const float* delta, float* dq, const Attention s) {                  \
     grad_q<DP>(q, k, v, bias, starts, g, lse, delta, dq, s);                                                 \
   }                                                                                                          \
-  extern "C" __global__ void __launch_bounds__(THREADS) attention_grad_kv_d##DP##_f32(                       \
+  extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_grad_kv_d##DP##_f32(                       \
       const float* q, const float* k, const float* v, const float* bias, const uint32_t* starts,             \
       const float* g, const float* lse, const float* delta, float* dk, float* dv, const Attention s) {       \
     grad_kv<DP>(q, k, v, bias, starts, g, lse, delta, dk, dv, s);                                            \

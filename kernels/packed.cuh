@@ -23,7 +23,7 @@
 //
 // Numbers. A weight enters a tensor core as the whole number u or u + zero, exactly, and an activation as a half that
 // was lifted by a power of two to the token's largest: exact for f16 and bf16 but for what is below 2^-33 of the
-// largest (`packed_lift`). f32 is the sum of two such halves, hi + lo / 2048, to half a unit in its last place;
+// largest (`packed_lift`). f32 is the sum of two such halves, hi + lo / 2048, to a unit in its last place;
 // they take two columns of the right operand, 2 t and 2 t + 1, which end in the same lane. Sums are f32; after each
 // group of columns, and at most 256 columns, the tensor core's sum is multiplied by the step and added in f32 with
 // rounding to nearest (the tensor core cuts). An infinite activation may give NaN; a NaN gives NaN for its token.

@@ -86,7 +86,7 @@ __device__ __forceinline__ void walk(const Work<T>& work) {
       const unsigned row = unit / groups;
       const int column = int(unit - row * groups) * group;
       base = int64_t(row) * cols + column;
-      length = min(length, cols - column);
+      if (length > cols - column) length = cols - column;
     }
     Pack<T, V> kept[COUNT];
     double total = 0.0;
