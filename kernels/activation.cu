@@ -2,7 +2,8 @@
 // swiglu.rs, relu.rs).
 //
 //     gelu     y = x Phi(x)             dx = dy (Phi(x) + x exp(-x^2/2) / sqrt(2 pi))
-//     swiglu   y = silu(gate) up        dgate = dy up s (1 + gate (1 - s))    dup = dy gate s    s = sigmoid(gate)
+//     swiglu   y = silu(gate) up        dgate = dy up s (1 + gate (1 - s)), dup = dy gate s
+//              s = sigmoid(gate), silu(gate) = gate s
 //     relu     y = x < 0 ? 0 : x        dx = x > 0 ? dy : 0                   NaN stays NaN
 //
 // A thread takes 16 bytes of each operand at a time; what is left at the end, or all where an operand is not
@@ -59,8 +60,8 @@ __device__ __forceinline__ void binary(const T* a, const T* b, T* y, int64_t cou
 template <typename T>
 __device__ __forceinline__ void swiglu_backward(const T* gate, const T* up, const T* g, T* dgate, T* dup,
                                                 int64_t count) {
-  const bool wide = aligned(gate, 16) && aligned(up, 16) && aligned(g, 16) && aligned(dgate, 16) &&
-                    aligned(dup, 16);
+  const bool wide =
+      aligned(gate, 16) && aligned(up, 16) && aligned(g, 16) && aligned(dgate, 16) && aligned(dup, 16);
   each<T>(count, wide, [&](int64_t at, auto run) {
     constexpr int N = decltype(run)::COUNT;
     float a[N], b[N], dy[N];
@@ -78,28 +79,28 @@ __device__ __forceinline__ void swiglu_backward(const T* gate, const T* up, cons
   });
 }
 
-#define ACTIVATIONS(suffix, T)                                                                               \
-  extern "C" __global__ void __launch_bounds__(256) gelu_##suffix(const T* x, T* y, int64_t count) {         \
-    unary(x, y, count, [](float v) { return gelu(v); });                                                     \
-  }                                                                                                          \
-  extern "C" __global__ void __launch_bounds__(256) gelu_grad_##suffix(const T* x, const T* g, T* dx,        \
-                                                                       int64_t count) {                      \
-    binary(x, g, dx, count, [](float v, float dy) { return gelu_grad(v, dy); });                             \
-  }                                                                                                          \
-  extern "C" __global__ void __launch_bounds__(256) relu_##suffix(const T* x, T* y, int64_t count) {         \
-    unary(x, y, count, [](float v) { return relu(v); });                                                     \
-  }                                                                                                          \
-  extern "C" __global__ void __launch_bounds__(256) relu_grad_##suffix(const T* x, const T* g, T* dx,        \
-                                                                       int64_t count) {                      \
-    binary(x, g, dx, count, [](float v, float dy) { return relu_grad(v, dy); });                             \
-  }                                                                                                          \
-  extern "C" __global__ void __launch_bounds__(256) swiglu_##suffix(const T* gate, const T* up, T* y,        \
-                                                                    int64_t count) {                         \
-    binary(gate, up, y, count, [](float a, float b) { return swiglu(a, b); });                               \
-  }                                                                                                          \
-  extern "C" __global__ void __launch_bounds__(256) swiglu_grad_##suffix(                                    \
-      const T* gate, const T* up, const T* g, T* dgate, T* dup, int64_t count) {                             \
-    swiglu_backward(gate, up, g, dgate, dup, count);                                                         \
+#define ACTIVATIONS(suffix, T)                                                                        \
+  extern "C" __global__ void __launch_bounds__(256) gelu_##suffix(const T* x, T* y, int64_t count) {  \
+    unary(x, y, count, [](float v) { return gelu(v); });                                              \
+  }                                                                                                   \
+  extern "C" __global__ void __launch_bounds__(256)                                                   \
+      gelu_grad_##suffix(const T* x, const T* g, T* dx, int64_t count) {                              \
+    binary(x, g, dx, count, [](float v, float dy) { return gelu_grad(v, dy); });                      \
+  }                                                                                                   \
+  extern "C" __global__ void __launch_bounds__(256) relu_##suffix(const T* x, T* y, int64_t count) {  \
+    unary(x, y, count, [](float v) { return relu(v); });                                              \
+  }                                                                                                   \
+  extern "C" __global__ void __launch_bounds__(256)                                                   \
+      relu_grad_##suffix(const T* x, const T* g, T* dx, int64_t count) {                              \
+    binary(x, g, dx, count, [](float v, float dy) { return relu_grad(v, dy); });                      \
+  }                                                                                                   \
+  extern "C" __global__ void __launch_bounds__(256)                                                   \
+      swiglu_##suffix(const T* gate, const T* up, T* y, int64_t count) {                              \
+    binary(gate, up, y, count, [](float a, float b) { return swiglu(a, b); });                        \
+  }                                                                                                   \
+  extern "C" __global__ void __launch_bounds__(256)                                                   \
+      swiglu_grad_##suffix(const T* gate, const T* up, const T* g, T* dgate, T* dup, int64_t count) { \
+    swiglu_backward(gate, up, g, dgate, dup, count);                                                  \
   }
 
 FOR_EACH_TYPE(ACTIVATIONS)

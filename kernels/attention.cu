@@ -24,7 +24,8 @@
 //     attention_delta       256 threads; blocks batch * queries * heads / 8
 //     attention_grad_q      128 threads; blocks batch * heads * ceil(queries / QUERIES)
 //     attention_grad_kv     128 threads; blocks (batch * groups * ceil(keys / 64), ceil(padded depth / 128))
-//     attention_grad_bias   128 threads; blocks (bias_groups * heads * ceil(queries / 64) * ceil(keys / 32), parts)
+//     attention_grad_bias   128 threads; blocks (bias_groups * heads * ceil(queries / 64) * ceil(keys / 32),
+//                           parts of batch / bias_groups)
 //
 //     padded depth          32      64      96      128     256
 //     QUERIES   forward     128     128     128     128     64
@@ -161,8 +162,9 @@ __device__ __forceinline__ void clear(float (&c)[M][N][4]) {
 
 // Writes 16 M rows of OUT columns, times a factor for each row, by way of the warp's own rows of a tile.
 template <int DP, int OUT, int M, typename T>
-__device__ __forceinline__ void store_rows(const float (&c)[M][OUT / 8][4], const float (&factor)[M][2], T* tile,
-                                           T* to, int64_t stride, int there, int columns, bool wide) {
+__device__ __forceinline__ void store_rows(const float (&c)[M][OUT / 8][4], const float (&factor)[M][2],
+                                           T* tile, T* to, int64_t stride, int there, int columns,
+                                           bool wide) {
   const int lane = lane_of();
   __syncwarp();
 #pragma unroll
@@ -182,7 +184,8 @@ __device__ __forceinline__ void store_rows(const float (&c)[M][OUT / 8][4], cons
 #pragma unroll 1
     for (int at = lane; at < 16 * M * OUT / 8; at += WARP) {
       const int row = at / (OUT / 8), column = at % (OUT / 8) * 8;
-      if (row < there && column < columns) store(to + row * stride + column, load<8>(tile + row * LD<DP> + column));
+      if (row < there && column < columns)
+        store(to + row * stride + column, load<8>(tile + row * LD<DP> + column));
     }
   } else {
 #pragma unroll 1
@@ -217,8 +220,9 @@ struct Queries {
 // Adds the bias, if there is one, and hides what is not seen. With a bias logits are scaled and times log2 e
 // from here on; without, the factor that does both is left to the exponential: the return value.
 template <int M, int N, typename T>
-__device__ __forceinline__ float finish_logits(float (&c)[M][N][4], const Queries<M>& rows, int k0, const T* bias,
-                                               const uint32_t* starts, const Attention& s, int b, int h) {
+__device__ __forceinline__ float finish_logits(float (&c)[M][N][4], const Queries<M>& rows, int k0,
+                                               const T* bias, const uint32_t* starts, const Attention& s,
+                                               int b, int h) {
   const int column = k0 + lane_of() % 4 * 2;
 #pragma unroll
   for (int i = 0; i < M; i++) {
@@ -270,8 +274,10 @@ __device__ __forceinline__ void forward(const T* q, const T* k, const T* v, cons
   const int first = starts_of(starts, s, b, q0, q0 + there).least, end = s.last(q0 + there - 1, starts) + 1;
   const auto fetch = [&](int k0, int stage) {
     const int count = end - k0;
-    copy_rows<KEYS, DP>(keys + stage * KEYS * LD<DP>, s.key(k, b, g, k0), s.key_stride(), count, s.depth, wide);
-    copy_rows<KEYS, DP>(values + stage * KEYS * LD<DP>, s.key(v, b, g, k0), s.key_stride(), count, s.depth, wide);
+    copy_rows<KEYS, DP>(keys + stage * KEYS * LD<DP>, s.key(k, b, g, k0), s.key_stride(), count, s.depth,
+                        wide);
+    copy_rows<KEYS, DP>(values + stage * KEYS * LD<DP>, s.key(v, b, g, k0), s.key_stride(), count, s.depth,
+                        wide);
   };
   copy_rows<QUERIES, DP>(queries, s.query(q, b, h, q0), s.query_stride(), there, s.depth, wide);
   fetch(first, 0);
@@ -374,9 +380,9 @@ __device__ __forceinline__ void logit_grads(float (&ds)[M][KEYS / 8][4], const T
 
 // log2 of the rows' sums and their deltas. Behind the last query the sum is infinite and P nothing.
 template <int M>
-__device__ __forceinline__ void load_statistics(float (&low)[M][2], float (&delta)[M][2], const Queries<M>& rows,
-                                                const float* lse, const float* deltas, const Attention& s,
-                                                int b, int h) {
+__device__ __forceinline__ void load_statistics(float (&low)[M][2], float (&delta)[M][2],
+                                                const Queries<M>& rows, const float* lse, const float* deltas,
+                                                const Attention& s, int b, int h) {
 #pragma unroll
   for (int i = 0; i < M; i++) {
 #pragma unroll
@@ -408,8 +414,10 @@ __device__ __forceinline__ void grad_q(const T* q, const T* k, const T* v, const
   const int first = starts_of(starts, s, b, q0, q0 + there).least, end = s.last(q0 + there - 1, starts) + 1;
   const auto fetch = [&](int k0, int stage) {
     const int count = end - k0;
-    copy_rows<KEYS, DP>(keys + stage * KEYS * LD<DP>, s.key(k, b, g, k0), s.key_stride(), count, s.depth, wide);
-    copy_rows<KEYS, DP>(values + stage * KEYS * LD<DP>, s.key(v, b, g, k0), s.key_stride(), count, s.depth, wide);
+    copy_rows<KEYS, DP>(keys + stage * KEYS * LD<DP>, s.key(k, b, g, k0), s.key_stride(), count, s.depth,
+                        wide);
+    copy_rows<KEYS, DP>(values + stage * KEYS * LD<DP>, s.key(v, b, g, k0), s.key_stride(), count, s.depth,
+                        wide);
   };
   copy_rows<QUERIES, DP>(queries, s.query(q, b, h, q0), s.query_stride(), there, s.depth, wide);
   copy_rows<QUERIES, DP>(grads, s.query(g_o, b, h, q0), s.query_stride(), there, s.depth, wide);
@@ -555,10 +563,10 @@ __device__ __forceinline__ void grad_kv(const T* q, const T* k, const T* v, cons
   copy_wait<0>();
   __syncthreads();
   const float scale[1][2] = {{s.scale, s.scale}}, one[1][2] = {{1.0f, 1.0f}};
-  store_rows<DP, OUT, 1>(out_k, scale, keys + own * LD<DP>, s.key(dk, b, g, k0 + own) + column, s.key_stride(),
-                         there - own, s.depth - column, wide);
-  store_rows<DP, OUT, 1>(out_v, one, values + own * LD<DP>, s.key(dv, b, g, k0 + own) + column, s.key_stride(),
-                         there - own, s.depth - column, wide);
+  store_rows<DP, OUT, 1>(out_k, scale, keys + own * LD<DP>, s.key(dk, b, g, k0 + own) + column,
+                         s.key_stride(), there - own, s.depth - column, wide);
+  store_rows<DP, OUT, 1>(out_v, one, values + own * LD<DP>, s.key(dv, b, g, k0 + own) + column,
+                         s.key_stride(), there - own, s.depth - column, wide);
 }
 
 // partial [parts, rows, bias_groups, heads, bias_rows, keys]: block (tile, part) sums dS of one tile over the
@@ -597,8 +605,8 @@ __device__ __forceinline__ void grad_bias(const T* q, const T* k, const T* v, co
     load_statistics(low, delta, rows, lse, deltas, s, b, h);
     copy_wait<0>();
     __syncthreads();
-    logit_grads<DP, 1, KEYS>(ds, queries + own * LD<DP>, grads + own * LD<DP>, keys, values, rows, low, delta, k0,
-                             bias, starts, s, b, h);
+    logit_grads<DP, 1, KEYS>(ds, queries + own * LD<DP>, grads + own * LD<DP>, keys, values, rows, low, delta,
+                             k0, bias, starts, s, b, h);
 #pragma unroll
     for (int n = 0; n < KEYS / 8; n++) {
 #pragma unroll
@@ -639,38 +647,37 @@ __device__ __forceinline__ void grad_bias(const T* q, const T* k, const T* v, co
   }
 }
 
-#define ATTENTION(suffix, T, DP)                                                                             \
-  extern "C" __global__ void __launch_bounds__(THREADS) attention_forward_d##DP##_##suffix(                  \
-      const T* q, const T* k, const T* v, const T* bias, const uint32_t* starts, T* o, float* lse,           \
-      const Attention s) {                                                                                   \
-    forward<DP>(q, k, v, bias, starts, o, lse, s);                                                           \
-  }                                                                                                          \
-  extern "C" __global__ void __launch_bounds__(THREADS) attention_grad_q_d##DP##_##suffix(                   \
-      const T* q, const T* k, const T* v, const T* bias, const uint32_t* starts, const T* g,                 \
-      const float* lse, const float* delta, T* dq, const Attention s) {                                      \
-    grad_q<DP>(q, k, v, bias, starts, g, lse, delta, dq, s);                                                 \
-  }                                                                                                          \
-  extern "C" __global__ void __launch_bounds__(THREADS) attention_grad_kv_d##DP##_##suffix(                  \
-      const T* q, const T* k, const T* v, const T* bias, const uint32_t* starts, const T* g,                 \
-      const float* lse, const float* delta, T* dk, T* dv, const Attention s) {                               \
-    grad_kv<DP>(q, k, v, bias, starts, g, lse, delta, dk, dv, s);                                            \
-  }                                                                                                          \
-  extern "C" __global__ void __launch_bounds__(THREADS) attention_grad_bias_d##DP##_##suffix(                \
-      const T* q, const T* k, const T* v, const T* bias, const uint32_t* starts, const T* g,                 \
-      const float* lse, const float* delta, float* partial, int each, const Attention s) {                   \
-    grad_bias<DP>(q, k, v, bias, starts, g, lse, delta, partial, each, s);                                   \
+#define ATTENTION(suffix, T, DP)                                                                        \
+  extern "C" __global__ void __launch_bounds__(THREADS)                                                 \
+      attention_forward_d##DP##_##suffix(const T* q, const T* k, const T* v, const T* bias,             \
+                                         const uint32_t* starts, T* o, float* lse, const Attention s) { \
+    forward<DP>(q, k, v, bias, starts, o, lse, s);                                                      \
+  }                                                                                                     \
+  extern "C" __global__ void __launch_bounds__(THREADS) attention_grad_q_d##DP##_##suffix(              \
+      const T* q, const T* k, const T* v, const T* bias, const uint32_t* starts, const T* g,            \
+      const float* lse, const float* delta, T* dq, const Attention s) {                                 \
+    grad_q<DP>(q, k, v, bias, starts, g, lse, delta, dq, s);                                            \
+  }                                                                                                     \
+  extern "C" __global__ void __launch_bounds__(THREADS) attention_grad_kv_d##DP##_##suffix(             \
+      const T* q, const T* k, const T* v, const T* bias, const uint32_t* starts, const T* g,            \
+      const float* lse, const float* delta, T* dk, T* dv, const Attention s) {                          \
+    grad_kv<DP>(q, k, v, bias, starts, g, lse, delta, dk, dv, s);                                       \
+  }                                                                                                     \
+  extern "C" __global__ void __launch_bounds__(THREADS) attention_grad_bias_d##DP##_##suffix(           \
+      const T* q, const T* k, const T* v, const T* bias, const uint32_t* starts, const T* g,            \
+      const float* lse, const float* delta, float* partial, int each, const Attention s) {              \
+    grad_bias<DP>(q, k, v, bias, starts, g, lse, delta, partial, each, s);                              \
   }
 
-#define DEPTHS(suffix, T)                                                                                    \
-  ATTENTION(suffix, T, 32)                                                                                   \
-  ATTENTION(suffix, T, 64)                                                                                   \
-  ATTENTION(suffix, T, 96)                                                                                   \
-  ATTENTION(suffix, T, 128)                                                                                  \
-  ATTENTION(suffix, T, 256)                                                                                  \
-  extern "C" __global__ void __launch_bounds__(256) attention_delta_##suffix(const T* o, const T* g,         \
-                                                                             float* delta,                   \
-                                                                             const Attention s) {            \
-    attention_delta(o, g, delta, s);                                                                         \
+#define DEPTHS(suffix, T)                                                                 \
+  ATTENTION(suffix, T, 32)                                                                \
+  ATTENTION(suffix, T, 64)                                                                \
+  ATTENTION(suffix, T, 96)                                                                \
+  ATTENTION(suffix, T, 128)                                                               \
+  ATTENTION(suffix, T, 256)                                                               \
+  extern "C" __global__ void __launch_bounds__(256)                                       \
+      attention_delta_##suffix(const T* o, const T* g, float* delta, const Attention s) { \
+    attention_delta(o, g, delta, s);                                                      \
   }
 
 DEPTHS(f16, __half)

@@ -50,8 +50,8 @@ struct Starts {
   int least, largest;
 };
 
-static __device__ __forceinline__ Starts starts_of(const uint32_t* starts, const Attention& s, int b, int from,
-                                                   int to) {
+static __device__ __forceinline__ Starts starts_of(const uint32_t* starts, const Attention& s, int b,
+                                                   int from, int to) {
   if (!starts) return {0, 0};
   unsigned least = ~0u, largest = 0;
   for (int t = from + lane_of(); t < to; t += WARP) {

@@ -14,7 +14,8 @@
 //     attention_delta       256 threads; blocks batch * queries * heads / 8
 //     attention_grad_q      256 threads; blocks batch * heads * ceil(queries / SIDE)
 //     attention_grad_kv     256 threads; blocks batch * groups * ceil(keys / SIDE)
-//     attention_grad_bias   256 threads; blocks (bias_groups * heads * ceil(queries / SIDE) * ceil(keys / SIDE), parts)
+//     attention_grad_bias   256 threads; blocks (bias_groups * heads * ceil(queries / SIDE) *
+//                           ceil(keys / SIDE), parts of batch / bias_groups)
 //
 //     padded depth          32      64      128     256
 //     SIDE                  64      64      64      32
@@ -39,8 +40,8 @@ static __device__ __forceinline__ int x_of() { return int(threadIdx.x) % ACROSS;
 static __device__ __forceinline__ int y_of() { return int(threadIdx.x) / ACROSS; }
 
 template <int DP>
-__device__ __forceinline__ void copy_rows(float* tile, const float* from, int64_t stride, int there, int depth,
-                                          bool wide) {
+__device__ __forceinline__ void copy_rows(float* tile, const float* from, int64_t stride, int there,
+                                          int depth, bool wide) {
 #pragma unroll 2
   for (int at = int(threadIdx.x) * 4; at < SIDE<DP> * DP; at += THREADS * 4) {
     const int row = at / DP, column = at % DP;
@@ -142,8 +143,8 @@ __device__ __forceinline__ void clear(float (&c)[R][C]) {
 }
 
 template <int DP, int R>
-__device__ __forceinline__ void store_rows(const float (&c)[R][DP / ACROSS], const float (&factor)[R], float* to,
-                                           int64_t stride, int there, int depth) {
+__device__ __forceinline__ void store_rows(const float (&c)[R][DP / ACROSS], const float (&factor)[R],
+                                           float* to, int64_t stride, int there, int depth) {
   constexpr int V = Out<DP>::V, RUNS = Out<DP>::RUNS;
 #pragma unroll
   for (int i = 0; i < R; i++) {
@@ -442,26 +443,26 @@ __device__ __forceinline__ void grad_bias(const float* q, const float* k, const 
   }
 }
 
-#define ATTENTION(DP)                                                                                        \
-  extern "C" __global__ void __launch_bounds__(THREADS) attention_forward_d##DP##_f32(                       \
-      const float* q, const float* k, const float* v, const float* bias, const uint32_t* starts, float* o,   \
-      float* lse, const Attention s) {                                                                       \
-    forward<DP>(q, k, v, bias, starts, o, lse, s);                                                           \
-  }                                                                                                          \
-  extern "C" __global__ void __launch_bounds__(THREADS) attention_grad_q_d##DP##_f32(                        \
-      const float* q, const float* k, const float* v, const float* bias, const uint32_t* starts,             \
-      const float* g, const float* lse, const float* delta, float* dq, const Attention s) {                  \
-    grad_q<DP>(q, k, v, bias, starts, g, lse, delta, dq, s);                                                 \
-  }                                                                                                          \
-  extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_grad_kv_d##DP##_f32(                       \
-      const float* q, const float* k, const float* v, const float* bias, const uint32_t* starts,             \
-      const float* g, const float* lse, const float* delta, float* dk, float* dv, const Attention s) {       \
-    grad_kv<DP>(q, k, v, bias, starts, g, lse, delta, dk, dv, s);                                            \
-  }                                                                                                          \
-  extern "C" __global__ void __launch_bounds__(THREADS) attention_grad_bias_d##DP##_f32(                     \
-      const float* q, const float* k, const float* v, const float* bias, const uint32_t* starts,             \
-      const float* g, const float* lse, const float* delta, float* partial, int each, const Attention s) {   \
-    grad_bias<DP>(q, k, v, bias, starts, g, lse, delta, partial, each, s);                                   \
+#define ATTENTION(DP)                                                                                      \
+  extern "C" __global__ void __launch_bounds__(THREADS)                                                    \
+      attention_forward_d##DP##_f32(const float* q, const float* k, const float* v, const float* bias,     \
+                                    const uint32_t* starts, float* o, float* lse, const Attention s) {     \
+    forward<DP>(q, k, v, bias, starts, o, lse, s);                                                         \
+  }                                                                                                        \
+  extern "C" __global__ void __launch_bounds__(THREADS) attention_grad_q_d##DP##_f32(                      \
+      const float* q, const float* k, const float* v, const float* bias, const uint32_t* starts,           \
+      const float* g, const float* lse, const float* delta, float* dq, const Attention s) {                \
+    grad_q<DP>(q, k, v, bias, starts, g, lse, delta, dq, s);                                               \
+  }                                                                                                        \
+  extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_grad_kv_d##DP##_f32(                  \
+      const float* q, const float* k, const float* v, const float* bias, const uint32_t* starts,           \
+      const float* g, const float* lse, const float* delta, float* dk, float* dv, const Attention s) {     \
+    grad_kv<DP>(q, k, v, bias, starts, g, lse, delta, dk, dv, s);                                          \
+  }                                                                                                        \
+  extern "C" __global__ void __launch_bounds__(THREADS) attention_grad_bias_d##DP##_f32(                   \
+      const float* q, const float* k, const float* v, const float* bias, const uint32_t* starts,           \
+      const float* g, const float* lse, const float* delta, float* partial, int each, const Attention s) { \
+    grad_bias<DP>(q, k, v, bias, starts, g, lse, delta, partial, each, s);                                 \
   }
 
 ATTENTION(32)
@@ -469,7 +470,7 @@ ATTENTION(64)
 ATTENTION(128)
 ATTENTION(256)
 
-extern "C" __global__ void __launch_bounds__(256) attention_delta_f32(const float* o, const float* g,
-                                                                      float* delta, const Attention s) {
+extern "C" __global__ void __launch_bounds__(256)
+    attention_delta_f32(const float* o, const float* g, float* delta, const Attention s) {
   attention_delta(o, g, delta, s);
 }

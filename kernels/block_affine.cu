@@ -11,14 +11,14 @@
 // B_p that is added to it. W' is made and G is read by panels of whole blocks, so that neither is ever there
 // as a whole: the launcher walks panels, with y = x W'^T and dx = dy W' by cuBLAS between.
 //
-// Both products run on tensor cores in TF32, whose 11 bits hold a half of either kind whole. An f32 operand is
-// the sum of two such numbers, 22 bits, and f32 weights times f32 are three products, so a term is off by 2^-21
-// of its size at most, less than the rounding of the sums; an infinity may become NaN. What is added
-// (W, B, G) is added in f32, G as a product with ones, which is exact.
+// Both products run on tensor cores in TF32, whose 11 bits hold a half of either kind whole. An f32 operand
+// is the sum of two such numbers, 22 bits, and f32 weights times f32 are three products, so a term is off by
+// 2^-20 of its size at most, about as much as the rounding of the sums; an infinity may become NaN. W and B
+// are added in f32, G as a product with ones.
 //
 // block_affine: a block has 128 slices and TILE columns, the least of 16, 32, 64 that holds r, else 64 at a
-// time; a warp 32 slices. block_affine_grad: a block has TILE by TILE entries of dB_p; 4 warps share a tile of
-// 64, and smaller ones are taken by each warp over its share of the slices, added in order. The sums of
+// time; a warp 32 slices. block_affine_grad: a block has TILE by TILE entries of dB_p; 4 warps share a tile
+// of 64, and smaller ones are taken by each warp over its share of the slices, added in order. The sums of
 // `parts` of the slices are added by `fold_columns` of elementwise.cu. block_sum gives each thread every so
 // many elements of a row, a multiple of r apart.
 //
@@ -26,8 +26,8 @@
 //
 //     block_affine        128 threads; blocks (blocks of the panel * ceil(I / 128), ceil(r / TILE))
 //     block_affine_grad   128 threads; blocks (blocks of the panel, ceil(r / TILE)^2, parts)
-//     block_sum           threads (x, y), x = 32 for rows up to 1024 elements with y = 4, else 256 with y = 1;
-//                         blocks tokens / y; r up to I; shared x * y * (16 / size of an element) floats
+//     block_sum           threads (32, 4) for rows up to 1024 elements, else (256, 1); blocks tokens / y; r
+//                         up to I; shared x * y * (16 / size of an element) floats
 //     block_sum_grad      as add_bias of elementwise.cu
 #include "arith/functions.h"
 #include "row.cuh"
@@ -177,12 +177,12 @@ __device__ __forceinline__ void block_affine(const T* w, const float* b, O* out,
 
 // db [parts, blocks, r, r]: each part over the slices [part * each, + each).
 template <typename T, int TILE>
-__device__ __forceinline__ void gradient(float* scratch, const T* w, const float* g, float* db, int64_t slices,
-                                         int r, int64_t each) {
+__device__ __forceinline__ void gradient(float* scratch, const T* w, const float* g, float* db,
+                                         int64_t slices, int r, int64_t each) {
   // A warp's tile; with one warp to a tile the others take other slices of a step.
   constexpr int SIDE = TILE < 32 ? TILE : 32, TEAMS = TILE == 64 ? 1 : WARPS, M = SIDE / 16, N = SIDE / 8;
-  float* left = scratch;                                                          // [STEP, LD_COLUMN]
-  float2* right = reinterpret_cast<float2*>(scratch + STEP * LD_COLUMN<TILE>);    // [STEP, LD_PAIR]
+  float* left = scratch;                                                        // [STEP, LD_COLUMN]
+  float2* right = reinterpret_cast<float2*>(scratch + STEP * LD_COLUMN<TILE>);  // [STEP, LD_PAIR]
   __shared__ int lies[STEP];  // the row of the block that a slice is part of
   const int64_t p = blockIdx.x;
   const int tiles = (r + TILE - 1) / TILE;
@@ -284,8 +284,8 @@ __device__ __forceinline__ void gradient(float* scratch, const T* w, const float
 }
 
 template <typename T>
-__device__ __forceinline__ void block_affine_grad(const T* w, const float* g, float* db, int64_t slices, int r,
-                                                  int64_t each) {
+__device__ __forceinline__ void block_affine_grad(const T* w, const float* g, float* db, int64_t slices,
+                                                  int r, int64_t each) {
   __shared__ __align__(16) float scratch[STEP * LD_COLUMN<64> + 2 * STEP * LD_PAIR<64>];
   if (r <= 16) return gradient<T, 16>(scratch, w, g, db, slices, r, each);
   if (r <= 32) return gradient<T, 32>(scratch, w, g, db, slices, r, each);
@@ -346,34 +346,32 @@ __device__ __forceinline__ void tile_slices(const T* ds, T* dx, int64_t tokens, 
   }
 }
 
-#define MERGE(suffix, T, O)                                                                                  \
-  extern "C" __global__ void __launch_bounds__(THREADS) block_affine_##suffix(const T* w, const float* b,    \
-                                                                              O* out, int64_t slices,        \
-                                                                              int r) {                       \
-    block_affine(w, b, out, slices, r);                                                                      \
+#define MERGE(suffix, T, O)                                                              \
+  extern "C" __global__ void __launch_bounds__(THREADS)                                  \
+      block_affine_##suffix(const T* w, const float* b, O* out, int64_t slices, int r) { \
+    block_affine(w, b, out, slices, r);                                                  \
   }
 
-#define BLOCKS(suffix, T)                                                                                    \
-  extern "C" __global__ void __launch_bounds__(THREADS) block_affine_grad_##suffix(                          \
-      const T* w, const float* g, float* db, int64_t slices, int r, int64_t each) {                          \
-    block_affine_grad(w, g, db, slices, r, each);                                                            \
-  }                                                                                                          \
-  extern "C" __global__ void __launch_bounds__(256) block_sum_##suffix(const T* x, T* s, int64_t tokens,     \
-                                                                       int width, int r) {                   \
-    if (r % WIDE<T> == 0 && width % WIDE<T> == 0 && aligned(x, 16) && aligned(s, 16)) {                      \
-      sum_slices<WIDE<T>>(x, s, tokens, width, r);                                                           \
-    } else {                                                                                                 \
-      sum_slices<1>(x, s, tokens, width, r);                                                                 \
-    }                                                                                                        \
-  }                                                                                                          \
-  extern "C" __global__ void __launch_bounds__(256) block_sum_grad_##suffix(const T* ds, T* dx,              \
-                                                                            int64_t tokens, int width,       \
-                                                                            int r) {                         \
-    if (r % WIDE<T> == 0 && width % WIDE<T> == 0 && aligned(ds, 16) && aligned(dx, 16)) {                    \
-      tile_slices<WIDE<T>>(ds, dx, tokens, width, r);                                                        \
-    } else {                                                                                                 \
-      tile_slices<1>(ds, dx, tokens, width, r);                                                              \
-    }                                                                                                        \
+#define BLOCKS(suffix, T)                                                                 \
+  extern "C" __global__ void __launch_bounds__(THREADS) block_affine_grad_##suffix(       \
+      const T* w, const float* g, float* db, int64_t slices, int r, int64_t each) {       \
+    block_affine_grad(w, g, db, slices, r, each);                                         \
+  }                                                                                       \
+  extern "C" __global__ void __launch_bounds__(256)                                       \
+      block_sum_##suffix(const T* x, T* s, int64_t tokens, int width, int r) {            \
+    if (r % WIDE<T> == 0 && width % WIDE<T> == 0 && aligned(x, 16) && aligned(s, 16)) {   \
+      sum_slices<WIDE<T>>(x, s, tokens, width, r);                                        \
+    } else {                                                                              \
+      sum_slices<1>(x, s, tokens, width, r);                                              \
+    }                                                                                     \
+  }                                                                                       \
+  extern "C" __global__ void __launch_bounds__(256)                                       \
+      block_sum_grad_##suffix(const T* ds, T* dx, int64_t tokens, int width, int r) {     \
+    if (r % WIDE<T> == 0 && width % WIDE<T> == 0 && aligned(ds, 16) && aligned(dx, 16)) { \
+      tile_slices<WIDE<T>>(ds, dx, tokens, width, r);                                     \
+    } else {                                                                              \
+      tile_slices<1>(ds, dx, tokens, width, r);                                           \
+    }                                                                                     \
   }
 
 FOR_EACH_TYPE(BLOCKS)

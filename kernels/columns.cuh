@@ -44,7 +44,8 @@ __device__ __forceinline__ void fold_parts(const float* partial, int64_t parts, 
   double sum = 0.0;
   if (column < columns) {
 #pragma unroll 4
-    for (int64_t part = threadIdx.y; part < parts; part += SIDE) sum += double(partial[part * columns + column]);
+    for (int64_t part = threadIdx.y; part < parts; part += SIDE)
+      sum += double(partial[part * columns + column]);
   }
   sums[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();

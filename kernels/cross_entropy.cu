@@ -171,16 +171,15 @@ __device__ __forceinline__ void of_stats(const T* z, int64_t ld, int64_t rows, i
   });
 }
 
-extern "C" __global__ void __launch_bounds__(1024) cross_entropy_mean(const float* top, const float* sum,
-                                                                      const float* own, int64_t rows,
-                                                                      float* out) {
+extern "C" __global__ void __launch_bounds__(1024)
+    cross_entropy_mean(const float* top, const float* sum, const float* own, int64_t rows, float* out) {
   mean_of(rows, out, [&](int64_t row) {
     return cross_entropy(own[row], top[row], softmax_sum(softmax_of(top[row], sum[row])));
   });
 }
 
-extern "C" __global__ void __launch_bounds__(1024) soft_cross_entropy_mean(const float* loss, int64_t rows,
-                                                                           float* out) {
+extern "C" __global__ void __launch_bounds__(1024)
+    soft_cross_entropy_mean(const float* loss, int64_t rows, float* out) {
   mean_of(rows, out, [&](int64_t row) { return loss[row]; });
 }
 

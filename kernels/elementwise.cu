@@ -7,8 +7,9 @@
 //     fold_columns    y[j] = sum_part partial[part, j], in f64
 //
 // The gradient of a bias is column_sums and fold_columns (columns.cuh); `each` depends on the shape alone, so
-// that the sum does not depend on the card. dropout draws the bits of src/random.rs, four elements from one block of Philox, so the backward
-// pass and the CPU see the same mask; `hash` is FNV-1a of name and pass, `below` = ceil(p * 2^24).
+// that the sum does not depend on the card. dropout draws the bits of src/random.rs, four elements from one
+// block of Philox, so the backward pass and the CPU see the same mask; `hash` is FNV-1a of name and pass,
+// `below` = ceil(p * 2^24).
 //
 // A thread takes 16 bytes at a time where rows and operands allow it. Results may be operands.
 //
@@ -41,7 +42,7 @@ template <typename T>
 __device__ __forceinline__ void add_bias(const T* x, const T* b, T* y, int64_t rows, int width) {
   constexpr int N = WIDE<T>;
   const bool wide = wide_rows(x, width) && aligned(y, 16) && aligned(b, 16);
-  each_part(x, y, rows, width, wide, [&](int64_t, int at, float(&v)[N]) {
+  each_part(x, y, rows, width, wide, [&](int64_t, int at, float (&v)[N]) {
     float bs[N];
     floats_of(load_part<N>(b, at, width, wide, 0.0f), bs);
 #pragma unroll
@@ -53,7 +54,7 @@ template <typename T>
 __device__ __forceinline__ void scale_leading(const T* x, const T* f, T* y, int64_t rows, int width) {
   constexpr int N = WIDE<T>;
   const bool wide = wide_rows(x, width) && aligned(y, 16);
-  each_part(x, y, rows, width, wide, [&](int64_t row, int, float(&v)[N]) {
+  each_part(x, y, rows, width, wide, [&](int64_t row, int, float (&v)[N]) {
     const float factor = to_float(f[row]);
 #pragma unroll
     for (int i = 0; i < N; i++) v[i] *= factor;
@@ -88,7 +89,7 @@ __device__ __forceinline__ void column_sums(const T* x, float* partial, int64_t 
                                             int64_t each) {
   constexpr int N = WIDE<T>;
   const bool wide = wide_rows(x, width);
-  sum_columns<N>(partial, rows, width, each, [&](int64_t row, int at, float(&sum)[N]) {
+  sum_columns<N>(partial, rows, width, each, [&](int64_t row, int at, float (&sum)[N]) {
     float v[N];
     floats_of(load_part<N>(x + row * width, at, width, wide, 0.0f), v);
 #pragma unroll
@@ -97,26 +98,25 @@ __device__ __forceinline__ void column_sums(const T* x, float* partial, int64_t 
 }
 
 #define ELEMENTWISE(suffix, T)                                                                               \
-  extern "C" __global__ void __launch_bounds__(256) add_bias_##suffix(const T* x, const T* b, T* y,          \
-                                                                      int64_t rows, int width) {             \
+  extern "C" __global__ void __launch_bounds__(256)                                                          \
+      add_bias_##suffix(const T* x, const T* b, T* y, int64_t rows, int width) {                             \
     add_bias(x, b, y, rows, width);                                                                          \
   }                                                                                                          \
-  extern "C" __global__ void __launch_bounds__(256) scale_leading_##suffix(const T* x, const T* f, T* y,     \
-                                                                           int64_t rows, int width) {        \
+  extern "C" __global__ void __launch_bounds__(256)                                                          \
+      scale_leading_##suffix(const T* x, const T* f, T* y, int64_t rows, int width) {                        \
     scale_leading(x, f, y, rows, width);                                                                     \
   }                                                                                                          \
   extern "C" __global__ void __launch_bounds__(256) dropout_##suffix(                                        \
       const T* x, T* y, int64_t count, uint64_t seed, uint64_t hash, uint32_t below, float kept) {           \
     dropout(x, y, count, seed, hash, below, kept);                                                           \
   }                                                                                                          \
-  extern "C" __global__ void __launch_bounds__(256) column_sums_##suffix(const T* x, float* partial,         \
-                                                                         int64_t rows, int width,            \
-                                                                         int64_t each) {                     \
+  extern "C" __global__ void __launch_bounds__(256)                                                          \
+      column_sums_##suffix(const T* x, float* partial, int64_t rows, int width, int64_t each) {              \
     column_sums(x, partial, rows, width, each);                                                              \
   }                                                                                                          \
-  extern "C" __global__ void __launch_bounds__(256) fold_columns_##suffix(const float* partial, T* y,        \
-                                                                          int64_t parts, int64_t columns) {  \
-    fold_parts(partial, parts, columns, [&](int64_t column, float sum) { y[column] = from_float<T>(sum); });       \
+  extern "C" __global__ void __launch_bounds__(256)                                                          \
+      fold_columns_##suffix(const float* partial, T* y, int64_t parts, int64_t columns) {                    \
+    fold_parts(partial, parts, columns, [&](int64_t column, float sum) { y[column] = from_float<T>(sum); }); \
   }
 
 FOR_EACH_TYPE(ELEMENTWISE)

@@ -1,7 +1,8 @@
 // What DoRA adds to LoRA (src/kernels/magnitude.rs): the length of a weight's rows, and columns scaled to
 // another.
 //
-//     row_norms       n[o] = |W[o, :] + (up A)[o, :]|, 1 for a row of zeros    W [rows, I], A [r, I], up = s B [rows, r]
+//     row_norms       n[o] = |W[o, :] + (up A)[o, :]|, 1 for a row of zeros    W [rows, I], A [r, I]
+//                     up = s B [rows, r]
 //     scale_columns   y[t, o] = z[t, o] (m[o] / n[o])                          dz: the same of dy
 //     magnitude       dm[o] = (sum_t dy[t, o] z[t, o]) / n[o]
 //
@@ -81,7 +82,7 @@ __device__ __forceinline__ void products(const T* z, const T* g, float* partial,
                                          int64_t each) {
   constexpr int N = WIDE<T>;
   const bool wide = wide_rows(z, width) && aligned(g, 16);
-  sum_columns<N>(partial, rows, width, each, [&](int64_t row, int at, float(&sum)[N]) {
+  sum_columns<N>(partial, rows, width, each, [&](int64_t row, int at, float (&sum)[N]) {
     float v[N], gs[N];
     floats_of(load_part<N>(z + row * width, at, width, wide, 0.0f), v);
     floats_of(load_part<N>(g + row * width, at, width, wide, 0.0f), gs);
@@ -90,23 +91,23 @@ __device__ __forceinline__ void products(const T* z, const T* g, float* partial,
   });
 }
 
-extern "C" __global__ void __launch_bounds__(256) magnitude_fold(const float* partial, const float* n,
-                                                                 float* dm, int64_t parts, int64_t width) {
+extern "C" __global__ void __launch_bounds__(256)
+    magnitude_fold(const float* partial, const float* n, float* dm, int64_t parts, int64_t width) {
   fold_parts(partial, parts, width, [&](int64_t column, float sum) { dm[column] = sum / n[column]; });
 }
 
-#define MAGNITUDE(suffix, T)                                                                                 \
-  extern "C" __global__ void __launch_bounds__(NORM_THREADS) row_norms_##suffix(                             \
-      const T* w, const float* a, const float* up, float* norms, int64_t rows, int width, int rank) {        \
-    row_norms(w, a, up, norms, rows, width, rank);                                                           \
-  }                                                                                                          \
-  extern "C" __global__ void __launch_bounds__(256) scale_columns_##suffix(                                  \
-      const T* z, const float* m, const float* n, T* y, int64_t rows, int width) {                           \
-    scale_columns(z, m, n, y, rows, width);                                                                  \
-  }                                                                                                          \
-  extern "C" __global__ void __launch_bounds__(256) magnitude_products_##suffix(                             \
-      const T* z, const T* g, float* partial, int64_t rows, int width, int64_t each) {                       \
-    products(z, g, partial, rows, width, each);                                                              \
+#define MAGNITUDE(suffix, T)                                                                              \
+  extern "C" __global__ void __launch_bounds__(NORM_THREADS) row_norms_##suffix(                          \
+      const T* w, const float* a, const float* up, float* norms, int64_t rows, int width, int rank) {     \
+    row_norms(w, a, up, norms, rows, width, rank);                                                        \
+  }                                                                                                       \
+  extern "C" __global__ void __launch_bounds__(256)                                                       \
+      scale_columns_##suffix(const T* z, const float* m, const float* n, T* y, int64_t rows, int width) { \
+    scale_columns(z, m, n, y, rows, width);                                                               \
+  }                                                                                                       \
+  extern "C" __global__ void __launch_bounds__(256) magnitude_products_##suffix(                          \
+      const T* z, const T* g, float* partial, int64_t rows, int width, int64_t each) {                    \
+    products(z, g, partial, rows, width, each);                                                           \
   }
 
 FOR_EACH_TYPE(MAGNITUDE)

@@ -9,12 +9,12 @@
 // is stored, so the variance is taken in two passes over no memory; `_long` reads it again from the cache.
 //
 // Backward, block p takes the rows [p * each, + each) and writes its sums of dw and db, which no thread
-// shares, to partial [parts, 2 or 1, width]; `fold_columns` of elementwise.cu adds the parts. `each` depends on
-// the shape alone, so that a result does not depend on the card.
+// shares, to partial [parts, 2 or 1, width]; `fold_columns` of elementwise.cu adds the parts. `each` depends
+// on the shape alone, so that a result does not depend on the card.
 //
 // Bytes moved of an f16 element: forward 4, backward 6 and 16 * parts / rows of the partial sums.
 //
-//     threads x   the least multiple of 32 with parts * 16 bytes * x >= a row, parts 4 forward and 2 backward;
+//     threads x   the least multiple of 32 with 4 * 16 bytes * x >= a row, backward 2 * 16 bytes * x;
 //                 32 means 4 rows a block (y)
 //     shared      forward none; backward y * (2 or 1) * 2 * 4 * x * (16 / size of an element) bytes
 //     held        rows of up to 16384 elements forward, 8192 backward, else `_long` with 1024 threads and no
@@ -230,33 +230,33 @@ __device__ __forceinline__ void backward(const T* x, const T* w, const T* g, T* 
   }
 }
 
-#define NORMS(suffix, T, held, HELD, THREADS)                                                                \
-  extern "C" __global__ void __launch_bounds__(THREADS) layer_norm##held##_##suffix(                         \
-      const T* x, const T* w, const T* b, T* y, int64_t rows, int width, float eps) {                        \
-    forward<T, HELD, true>(x, w, b, y, rows, width, eps);                                                    \
-  }                                                                                                          \
-  extern "C" __global__ void __launch_bounds__(THREADS) rms_norm##held##_##suffix(                           \
-      const T* x, const T* w, T* y, int64_t rows, int width, float eps) {                                    \
-    forward<T, HELD, false>(x, w, nullptr, y, rows, width, eps);                                             \
+#define NORMS(suffix, T, held, HELD, THREADS)                                                       \
+  extern "C" __global__ void __launch_bounds__(THREADS) layer_norm##held##_##suffix(                \
+      const T* x, const T* w, const T* b, T* y, int64_t rows, int width, float eps) {               \
+    forward<T, HELD, true>(x, w, b, y, rows, width, eps);                                           \
+  }                                                                                                 \
+  extern "C" __global__ void __launch_bounds__(THREADS)                                             \
+      rms_norm##held##_##suffix(const T* x, const T* w, T* y, int64_t rows, int width, float eps) { \
+    forward<T, HELD, false>(x, w, nullptr, y, rows, width, eps);                                    \
   }
 
-#define GRADS(suffix, T, held, HELD, THREADS)                                                                \
-  extern "C" __global__ void __launch_bounds__(THREADS) layer_norm_grad##held##_##suffix(                    \
-      const T* x, const T* w, const T* g, T* dx, float* partial, int64_t rows, int width, int64_t each,      \
-      float eps) {                                                                                           \
-    backward<T, HELD, true>(x, w, g, dx, partial, rows, width, each, eps);                                   \
-  }                                                                                                          \
-  extern "C" __global__ void __launch_bounds__(THREADS) rms_norm_grad##held##_##suffix(                      \
-      const T* x, const T* w, const T* g, T* dx, float* partial, int64_t rows, int width, int64_t each,      \
-      float eps) {                                                                                           \
-    backward<T, HELD, false>(x, w, g, dx, partial, rows, width, each, eps);                                  \
+#define GRADS(suffix, T, held, HELD, THREADS)                                                     \
+  extern "C" __global__ void __launch_bounds__(THREADS)                                           \
+      layer_norm_grad##held##_##suffix(const T* x, const T* w, const T* g, T* dx, float* partial, \
+                                       int64_t rows, int width, int64_t each, float eps) {        \
+    backward<T, HELD, true>(x, w, g, dx, partial, rows, width, each, eps);                        \
+  }                                                                                               \
+  extern "C" __global__ void __launch_bounds__(THREADS)                                           \
+      rms_norm_grad##held##_##suffix(const T* x, const T* w, const T* g, T* dx, float* partial,   \
+                                     int64_t rows, int width, int64_t each, float eps) {          \
+    backward<T, HELD, false>(x, w, g, dx, partial, rows, width, each, eps);                       \
   }
 
 // Backward keeps two rows, so half as much of each.
-#define ENTRIES(suffix, T)                                                                                   \
-  NORMS(suffix, T, , HELD_PARTS, 256 * int(sizeof(T)))                                                       \
-  NORMS(suffix, T, _long, 0, 1024)                                                                           \
-  GRADS(suffix, T, , HELD_PARTS / 2, 256 * int(sizeof(T)))                                                   \
+#define ENTRIES(suffix, T)                                 \
+  NORMS(suffix, T, , HELD_PARTS, 256 * int(sizeof(T)))     \
+  NORMS(suffix, T, _long, 0, 1024)                         \
+  GRADS(suffix, T, , HELD_PARTS / 2, 256 * int(sizeof(T))) \
   GRADS(suffix, T, _long, 0, 1024)
 
 FOR_EACH_TYPE(ENTRIES)

@@ -41,15 +41,15 @@ __device__ __forceinline__ void rotate(const T* x, const uint32_t* positions, co
 }
 
 // sign: 1, or -1 for the gradient.
-#define ROPE(suffix, T)                                                                                      \
-  extern "C" __global__ void __launch_bounds__(256) rope_##suffix(                                           \
-      const T* x, const uint32_t* positions, const float* cos, const float* sin, T* y, int64_t tokens,       \
-      int heads, int half, float sign) {                                                                     \
-    if (half % WIDE<T> == 0 && aligned(x, 16) && aligned(y, 16)) {                                           \
-      rotate<WIDE<T>>(x, positions, cos, sin, y, tokens, heads, half, sign);                                 \
-    } else {                                                                                                 \
-      rotate<1>(x, positions, cos, sin, y, tokens, heads, half, sign);                                       \
-    }                                                                                                        \
+#define ROPE(suffix, T)                                                                              \
+  extern "C" __global__ void __launch_bounds__(256)                                                  \
+      rope_##suffix(const T* x, const uint32_t* positions, const float* cos, const float* sin, T* y, \
+                    int64_t tokens, int heads, int half, float sign) {                               \
+    if (half % WIDE<T> == 0 && aligned(x, 16) && aligned(y, 16)) {                                   \
+      rotate<WIDE<T>>(x, positions, cos, sin, y, tokens, heads, half, sign);                         \
+    } else {                                                                                         \
+      rotate<1>(x, positions, cos, sin, y, tokens, heads, half, sign);                               \
+    }                                                                                                \
   }
 
 FOR_EACH_TYPE(ROPE)

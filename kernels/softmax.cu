@@ -81,7 +81,7 @@ __device__ __forceinline__ void forward(const T* x, T* y, int64_t rows, int widt
   if (which >= rows) return;
   const bool wide = wide_rows(x, width) && aligned(y, 16);
   const T* from = x + which * width;
-  const auto logits = [&](int, int at, float(&v)[N]) {
+  const auto logits = [&](int, int at, float (&v)[N]) {
     floats_of(load_part<N>(from, at, width, wide, -INFINITY), v);
   };
   softmax_row<T, HELD>(logits, y + which * width, width, wide);
@@ -99,7 +99,7 @@ __device__ __forceinline__ void probs(const T* z, const T* bias, T* p, int64_t r
   const int64_t place = which / n;
   const int64_t head = place / heads % groups * heads + place % heads;
   const T* add = bias ? bias + (head * bias_rows + (bias_rows > 1 ? which % n : 0)) * width : nullptr;
-  const auto logits = [&](int, int at, float(&v)[N]) {
+  const auto logits = [&](int, int at, float (&v)[N]) {
     floats_of(load_part<N>(from, at, width, wide, -INFINITY), v);
 #pragma unroll
     for (int i = 0; i < N; i++) v[i] *= scale;
@@ -165,28 +165,28 @@ __device__ __forceinline__ void bias_grad(const T* ds, float* partial, int batch
   partial[blockIdx.y * size + i] = sum;
 }
 
-#define SOFTMAX(suffix, T, held, HELD, THREADS)                                                              \
-  extern "C" __global__ void __launch_bounds__(THREADS) softmax##held##_##suffix(const T* x, T* y,           \
-                                                                                 int64_t rows, int width) {  \
-    forward<T, HELD>(x, y, rows, width);                                                                     \
-  }                                                                                                          \
-  extern "C" __global__ void __launch_bounds__(THREADS) softmax_grad##held##_##suffix(                       \
-      const T* y, const T* g, T* dx, int64_t rows, int width, float factor) {                                \
-    backward<T, HELD>(y, g, dx, rows, width, factor);                                                        \
-  }                                                                                                          \
-  extern "C" __global__ void __launch_bounds__(THREADS) attention_probs##held##_##suffix(                    \
-      const T* z, const T* bias, T* p, int64_t rows, int width, int heads, int n, int groups, int bias_rows, \
-      float scale) {                                                                                         \
-    probs<T, HELD>(z, bias, p, rows, width, heads, n, groups, bias_rows, scale);                             \
+#define SOFTMAX(suffix, T, held, HELD, THREADS)                                                             \
+  extern "C" __global__ void __launch_bounds__(THREADS)                                                     \
+      softmax##held##_##suffix(const T* x, T* y, int64_t rows, int width) {                                 \
+    forward<T, HELD>(x, y, rows, width);                                                                    \
+  }                                                                                                         \
+  extern "C" __global__ void __launch_bounds__(THREADS)                                                     \
+      softmax_grad##held##_##suffix(const T* y, const T* g, T* dx, int64_t rows, int width, float factor) { \
+    backward<T, HELD>(y, g, dx, rows, width, factor);                                                       \
+  }                                                                                                         \
+  extern "C" __global__ void __launch_bounds__(THREADS)                                                     \
+      attention_probs##held##_##suffix(const T* z, const T* bias, T* p, int64_t rows, int width, int heads, \
+                                       int n, int groups, int bias_rows, float scale) {                     \
+    probs<T, HELD>(z, bias, p, rows, width, heads, n, groups, bias_rows, scale);                            \
   }
 
 #define HELD_SOFTMAX(suffix, T) SOFTMAX(suffix, T, , HELD_PARTS, 256 * int(sizeof(T)))
 #define LONG_SOFTMAX(suffix, T) SOFTMAX(suffix, T, _long, 0, 1024)
-#define BIAS_GRAD(suffix, T)                                                                                 \
-  extern "C" __global__ void __launch_bounds__(256) attention_bias_grad_##suffix(                            \
-      const T* ds, float* partial, int batch, int heads, int n, int m, int groups, int bias_rows,            \
-      int each) {                                                                                            \
-    bias_grad(ds, partial, batch, heads, n, m, groups, bias_rows, each);                                     \
+#define BIAS_GRAD(suffix, T)                                                                        \
+  extern "C" __global__ void __launch_bounds__(256)                                                 \
+      attention_bias_grad_##suffix(const T* ds, float* partial, int batch, int heads, int n, int m, \
+                                   int groups, int bias_rows, int each) {                           \
+    bias_grad(ds, partial, batch, heads, n, m, groups, bias_rows, each);                            \
   }
 
 FOR_EACH_TYPE(HELD_SOFTMAX)

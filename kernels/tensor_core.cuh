@@ -1,5 +1,5 @@
-// Products of 16-bit tiles that lie in shared memory, on the tensor cores of sm_80 and later. The fragments of
-// an instruction, with g = lane / 4 and t = lane % 4:
+// Products of tiles on the tensor cores of sm_80 and later, and how 16-bit tiles come to them from shared
+// memory. The fragments of an instruction, with g = lane / 4 and t = lane % 4:
 //
 //     a [16, 16]   a0 (g, 2t)  a1 (g + 8, 2t)  a2 (g, 2t + 8)  a3 (g + 8, 2t + 8)   two columns in each
 //     b [16, 8]    b0 (2t, g)  b1 (2t + 8, g)                                       two rows in each
@@ -27,9 +27,10 @@ __device__ __forceinline__ void mma<__nv_bfloat16>(float (&c)[4], const uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// c += a b of TF32, 8 long, a (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4) and b (t, g), (t + 4, g). The lower
+// c += a b of TF32, 8 long: a (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4), b (t, g), (t + 4, g). The lower
 // 13 bits of each are 0.
-static __device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+static __device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                uint32_t b1) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])

@@ -1,6 +1,7 @@
 /* Checks arith/rows.h, random.h, relu.h and attention.h on the host, against f64 and known answers:
  *
- *     cc -std=c99 -O1 -ffp-contract=off -Ikernels kernels/arith/check_rows.c -lm -o check_rows && ./check_rows */
+ *     cc -std=c99 -O1 -ffp-contract=off -Ikernels kernels/arith/check_rows.c -lm -o check_rows
+ *     ./check_rows */
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -11,14 +12,14 @@
 #include "arith/relu.h"
 #include "arith/rows.h"
 
-#define CHECK(what, ...)                 \
-  do {                                   \
-    if (!(what)) {                       \
-      printf("%s: ", #what);             \
-      printf(__VA_ARGS__);               \
-      printf("\n");                      \
-      exit(1);                           \
-    }                                    \
+#define CHECK(what, ...)     \
+  do {                       \
+    if (!(what)) {           \
+      printf("%s: ", #what); \
+      printf(__VA_ARGS__);   \
+      printf("\n");          \
+      exit(1);               \
+    }                        \
   } while (0)
 
 static double uniform(void) {
@@ -63,14 +64,8 @@ static void draws_of_the_library(void) {
     uint64_t element;
     uint32_t draw;
   } KNOWN[] = {
-      {0u, 0x58f9fd91u},
-      {1u, 0x432686b4u},
-      {7u, 0x6d9386b9u},
-      {16383u, 0x83bab40cu},
-      {16384u, 0x2823f891u},
-      {16389u, 0xec35d821u},
-      {49150u, 0x973e40a3u},
-      {11468803u, 0x37efdfa9u},
+      {0u, 0x58f9fd91u},     {1u, 0x432686b4u},     {7u, 0x6d9386b9u},     {16383u, 0x83bab40cu},
+      {16384u, 0x2823f891u}, {16389u, 0xec35d821u}, {49150u, 0x973e40a3u}, {11468803u, 0x37efdfa9u},
   };
   for (size_t i = 0; i < sizeof KNOWN / sizeof *KNOWN; i++) {
     const uint64_t at = KNOWN[i].element;
@@ -158,11 +153,11 @@ static void losses(void) {
     CHECK(near(cross_entropy(z[label], t, s), log(sum) + top - z[label], 1e-6), "label %d", label);
     for (int k = 0; k < K; k++) {
       const double q = exp(z[k] - top) / sum;
-      CHECK(near(cross_entropy_grad(z[k], t, 0.5f / s, k == label, 0.5f), 0.5 * (q - (k == label)), 1e-6), "%d",
-            k);
+      CHECK(near(cross_entropy_grad(z[k], t, 0.5f / s, k == label, 0.5f), 0.5 * (q - (k == label)), 1e-6),
+            "%d", k);
       CHECK(near(soft_cross_entropy(z[k], p[k], t, logf(s)), p[k] * (log(sum) + top - z[k]), 2e-6), "%d", k);
-      CHECK(near(soft_cross_entropy_grad(z[k], p[k], t, mass / s, 0.5f), 0.5 * (q * weight - p[k]), 2e-6), "%d",
-            k);
+      CHECK(near(soft_cross_entropy_grad(z[k], p[k], t, mass / s, 0.5f), 0.5 * (q * weight - p[k]), 2e-6),
+            "%d", k);
     }
   }
   CHECK(soft_cross_entropy(-INFINITY, 0.0f, 0.0f, 1.0f) == 0.0f, "no probability, no loss");
@@ -234,7 +229,8 @@ static void rotations_turn_back(void) {
 
 static void relu_keeps_nan(void) {
   CHECK(relu(-1.0f) == 0.0f && relu(2.0f) == 2.0f && isnan(relu(NAN)), "relu");
-  CHECK(relu_grad(0.0f, 3.0f) == 0.0f && relu_grad(1.0f, 3.0f) == 3.0f && relu_grad(NAN, 3.0f) == 0.0f, "grad");
+  CHECK(relu_grad(0.0f, 3.0f) == 0.0f && relu_grad(1.0f, 3.0f) == 3.0f && relu_grad(NAN, 3.0f) == 0.0f,
+        "grad");
 }
 
 /* Query t sees key k exactly if it is not before the first query that sees k. */
@@ -243,8 +239,10 @@ static void who_sees_whom(void) {
     for (int keys = queries; keys < 10; keys++) {
       for (int k = 0; k < keys; k++) {
         for (int t = 0; t < queries; t++) {
-          CHECK((k <= last_key(t, queries, keys, 1)) == (k <= t + keys - queries), "%d %d %d %d", queries, keys, t, k);
-          CHECK((k <= last_key(t, queries, keys, 1)) == (t >= first_query(k, queries, keys, 1)), "%d %d", t, k);
+          CHECK((k <= last_key(t, queries, keys, 1)) == (k <= t + keys - queries), "%d %d %d %d", queries,
+                keys, t, k);
+          CHECK((k <= last_key(t, queries, keys, 1)) == (t >= first_query(k, queries, keys, 1)), "%d %d", t,
+                k);
           CHECK(last_key(t, queries, keys, 0) == keys - 1 && first_query(k, queries, keys, 0) == 0, "%d", t);
         }
       }

@@ -1,4 +1,4 @@
-/* The rectifier and its gradient, as src/kernels/relu.rs: a NaN stays one, hence comparisons and not fmaxf. */
+/* The rectifier and its gradient, as src/kernels/relu.rs. A NaN stays one: comparisons, not fmaxf. */
 #ifndef QTUNE_ARITH_RELU_H
 #define QTUNE_ARITH_RELU_H
 

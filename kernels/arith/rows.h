@@ -67,9 +67,7 @@ QT_FN float soft_cross_entropy_grad(float z, float p, float top, float share, fl
 }
 
 /* 1 / sqrt(mean square + eps): of deviations for layer normalization. */
-QT_FN float norm_scale(float squares, float count, float eps) {
-  return 1.0f / sqrtf(squares / count + eps);
-}
+QT_FN float norm_scale(float squares, float count, float eps) { return 1.0f / sqrtf(squares / count + eps); }
 
 /* c = x - mean. */
 QT_FN float layer_norm(float c, float r, float w, float b) { return fmaf(c * r, w, b); }
