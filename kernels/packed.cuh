@@ -1,32 +1,33 @@
-// What the products with packed weights share: which kernel for what, tiles, numbers as halves, and sums of slices.
+// What the products with packed weights share: which kernel for what, tiles, numbers as halves, slices.
 //
-//     y[t, o] = sum_k x[t, k] w[o, k]    w[o, k] = step[o, k / group] (u[o, k] + zero)    zero = lo + 0 or 1/2
+//     y[t, o] = sum_k x[t, k] w[o, k]    w[o, k] = step[o, k / group] (u[o, k] + zero)    zero = lo + offset
 //
-// Which kernel (tokens: rows of activations; f32 counts double, since it enters as two halves, see below):
+// Which kernel (tokens: rows of activations; those of f32 count twice, since they enter as two halves):
 //
-//     tokens        kernel                                               file
-//     1 .. 8        packed_gemv_w{2,3,4,8}_n8_<type>                     packed_gemv.cu
-//     9 .. 16       packed_gemv_w{2,3,4,8}_n16_<type>                    packed_gemv.cu
-//     17 .. 32      packed_prepare_<type>, packed_gemm_w{..}_n32         packed_gemm.cu
-//     33 .. 64      packed_prepare_<type>, packed_gemm_w{..}_n64         packed_gemm.cu
-//     65 .. 512     packed_prepare_<type>, packed_gemm_w{..}_n128        packed_gemm.cu
-//     more          packed_values_<type>, then a dense product           packed.cu
-//     codes         packed_int8_w{2,3,4,8}_n{16,64}_<type>               packed_int8.cu, one step a row
-//     dx = dy W     packed_prepare_<type>, packed_back_w{..}_<type>      packed_back.cu, more than 512 tokens: values
-//                   and a dense product
+//     tokens        kernel                                                        file
+//     1 .. 8        packed_gemv_w{2,3,4,8}_n8_<type>                              packed_gemv.cu
+//     9 .. 16       packed_gemv_w{2,3,4,8}_n16_<type>                             packed_gemv.cu
+//     17 .. 32      packed_prepare_<type>, packed_gemm_w{2,3,4,8}_n32             packed_gemm.cu
+//     33 .. 64      packed_prepare_<type>, packed_gemm_w{2,3,4,8}_n64             packed_gemm.cu
+//     65 .. 512     packed_prepare_<type>, packed_gemm_w{2,3,4,8}_n128            packed_gemm.cu
+//     more          packed_values_<type>, then a dense product                    packed.cu
+//     codes         packed_int8_w{2,3,4,8}_n{16,64}_<type>, one step a row        packed_int8.cu
+//     dx = dy W     packed_prepare_<type>, packed_back_w{2,3,4,8}_<type>          packed_back.cu
+//                   more than 512 tokens: packed_values_<type>, then a dense product
 //     embedding     packed_gather_<type> of rows as they come, packed_values_<type> of tiles
-//     groups that are no multiple of 32 columns and not the row: packed_plain_<type>, or packed_gather_<type> of all
-//                   rows and a dense product
+//     other groups  packed_plain_<type>, or packed_gather_<type> of all rows and a dense product
 //
-// All but the last line and packed_gather read the tiled layout of arith/packed.h, which packed_repack and
-// packed_repack_steps make once; rows as they come are then no longer needed.
+// Other groups are those of several a row that are no multiple of 32 columns. All but packed_gather and
+// packed_plain read the tiled layout of arith/packed.h, which packed_repack and packed_repack_steps make
+// once; rows as they come are then no longer needed. Fields of 1 bit become 2, those of 5 to 7 bits 8.
 //
-// Numbers. A weight enters a tensor core as the whole number u or u + zero, exactly, and an activation as a half that
-// was lifted by a power of two to the token's largest: exact for f16 and bf16 but for what is below 2^-33 of the
-// largest (`packed_lift`). f32 is the sum of two such halves, hi + lo / 2048, to a unit in its last place;
-// they take two columns of the right operand, 2 t and 2 t + 1, which end in the same lane. Sums are f32; after each
-// group of columns, and at most 256 columns, the tensor core's sum is multiplied by the step and added in f32 with
-// rounding to nearest (the tensor core cuts). An infinite activation may give NaN; a NaN gives NaN for its token.
+// Numbers. A weight enters a tensor core as the whole number u or u + zero, exactly, and an activation as a
+// half that was lifted by a power of two to the token's largest: exact for f16 and bf16 but for what is below
+// 2^-33 of the largest (`packed_lift`). f32 is the sum of two such halves, hi + lo / 2048, to a unit in its
+// last place; they take two columns of the right operand, 2 t and 2 t + 1, which end in the same lane. Sums
+// are f32; after each group of columns, and at most 256 columns, the tensor core's sum is multiplied by the
+// step and added in f32 with rounding to nearest (the tensor core cuts). An infinite activation may give NaN;
+// a NaN gives NaN for its token.
 #pragma once
 
 #include "arith/packed.h"
@@ -96,8 +97,8 @@ static __device__ __forceinline__ Centre centre(float zero, int power) {
   return Centre{half_twice(packed_two_to(15 - power)), half_twice(zero * (1.0f / 512.0f))};
 }
 
-// Elements [at, at + 8) of a row of activations, zeros from `width` on. `wide` says that rows can be read 16 bytes
-// at a time.
+// Elements [at, at + 8) of a row of activations, zeros from `width` on. `wide` says that rows can be read 16
+// bytes at a time.
 template <typename T>
 __device__ __forceinline__ void eight_of(const T* row, int at, int width, bool wide, float (&x)[8]) {
   if (wide && at + 8 <= width) return load_floats<8>(row + at, x);
@@ -116,8 +117,8 @@ static __device__ __forceinline__ uint32_t top_of(const float (&x)[8]) {
   return top;
 }
 
-// The last of the blocks that share a ticket, each having written its part: true in all its threads. The tickets
-// are 0 before a kernel and after it. Every thread calls.
+// The last of the blocks that share a ticket, each having written its part: true in all its threads. The
+// tickets are 0 before a kernel and after it. Every thread calls.
 static __device__ __forceinline__ bool last_of(unsigned* ticket, unsigned blocks) {
   __shared__ unsigned before;
   __threadfence();

@@ -2,29 +2,39 @@
 //
 //     y[t, o] = sum_k x[t, k] step[o, k / group] (u[o, k] + zero)        x [tokens, cols], y [tokens, rows]
 //
-// `packed_prepare_<type>` writes the activations as lifted halves, one row for a token, for f32 two (packed.cuh);
-// `packed_gemm_w{2,3,4,8}_n{32,64,128}` multiplies them: the type matters only for how results are stored.
+// `packed_prepare_<type>` writes the activations as lifted halves, one row for a token, for f32 two
+// (packed.cuh); `packed_gemm_w{2,3,4,8}_n{32,64,128}` multiplies them: the type matters only for how results
+// are stored.
 //
-// A block has WM tiles of 32 weight rows and N columns of activations; a warp one tile of rows and N / WN columns.
-// Weights and 64 columns of activations at a time come by asynchronous copies, STAGES - 1 stages ahead, the weights
-// a whole tile whenever one begins. A weight becomes (u + zero) / 512 in a half, exactly, by two instructions for two.
-// The right operand is swizzled by 64 bytes in every second row, so that eight lanes meet in no bank.
+// A block has WM tiles of 32 weight rows and N columns of activations; a warp one tile of rows and N / WN
+// columns. Weights and activations come by asynchronous copies, 64 columns a stage and STAGES - 1 stages
+// ahead, the weights a pad of columns (a tile; of 8 bits two) whenever one begins. A weight becomes (u +
+// zero) / 512 in a half, exactly, by two instructions for two. The right operand is swizzled by 64 bytes in
+// every second row, so that eight lanes meet in no bank.
 //
-// Bytes moved by a block: its weights once for each of gridDim.y, its activations once for each of gridDim.x; both
-// from the second-level cache where the other dimension is more than one block.
+// Bytes moved by a block: its rows of weights and its activations; all weights gridDim.y times, all
+// activations gridDim.x times, from the second-level cache but for the first.
 //
-//     packed_prepare    threads 256, grid tokens (x), no dynamic shared memory; stride: a multiple of 8, at least cols
-//     packed_gemm       threads 256
-//     grid              x ceil(rows / (32 * WM)), y ceil(columns / N), z slices up to rows of pads (64 to 256 columns)
-//     N, WM, WN, STAGES 32: 8, 1, 6    64: 8, 1, 4    128: 4, 2, 4
-//     shared            STAGES * (128 * N + 256 * WM) + SLOTS * WM * BYTES; at 2, 3, 4, 8 bits BYTES = 1024, 3072, 1024,
-//                       2048 and SLOTS = 2 + (STAGES - 2) / Q with Q = 2, 4, 1, 1 (integer division)
-//     partial           slices * tokens * 32 * ceil(rows / 32) floats where slices > 1
-//     tickets           gridDim.x * gridDim.y zeros where slices > 1, zeros again afterwards
-//     takes             rows, cols, columns up to 2^30; pitch as packed_gemv; kind of y: 0 f32, 1 f16, 2 bf16
+// packed_prepare_T: halves [tokens (f32: 2 tokens), stride], or null for the powers alone; powers [tokens].
+//     threads 256, grid x tokens; stride a multiple of 8, at least cols
+// packed_gemm_w{bits}_n{N}: x and stride as above; kind of y 0 f32, 1 f16, 2 bf16.
+//     threads     256
+//     grid        x ceil(rows / (32 * WM)), y ceil(columns / N), z slices, 1 <= slices <= ceil(cols / PAD);
+//                 columns = tokens, for f32 twice that
+//     N           32             64   128
+//     WM          8              8    4
+//     STAGES      8 (w8: 6)      4    4
+//     bits        2       3      4       8
+//     PAD         128     256    64      64       columns of a pad
+//     BYTES       1024    3072   1024    2048     of a pad of 32 rows
+//     shared      STAGES * (128 * N + 256 * WM) + (2 + (STAGES - 2) / (PAD / 64)) * WM * BYTES bytes, with
+//                 integer division
+//     partial     slices * tokens * 32 * ceil(rows / 32) floats where slices > 1
+//     tickets     gridDim.x * gridDim.y zeros where slices > 1, zeros again afterwards
+//     takes       rows, cols, columns up to 2^30; pitch as packed_gemv
 //
-// f16 activations may be given as they are, with their stride and powers null, where cols is a multiple of 8 and x
-// is aligned to 16 bytes: what is lost then is what halves lose, nothing.
+// f16 activations may be given as they are, with stride = cols and powers null, where cols is a multiple of 8
+// and x is aligned to 16 bytes.
 #include "packed.cuh"
 
 constexpr int WARPS = 8;
@@ -67,8 +77,8 @@ __device__ __forceinline__ void prepare(const T* __restrict__ x, __half* __restr
     if (PARTS<T> == 2) {
 #pragma unroll
       for (int i = 0; i < 8; i++) v[i] = below_half(v[i]);
-      to[(stride + c) / 8] = make_uint4(two_halves(v[0], v[1]), two_halves(v[2], v[3]), two_halves(v[4], v[5]),
-                                        two_halves(v[6], v[7]));
+      to[(stride + c) / 8] = make_uint4(two_halves(v[0], v[1]), two_halves(v[2], v[3]),
+                                        two_halves(v[4], v[5]), two_halves(v[6], v[7]));
     }
   }
 }
@@ -77,18 +87,19 @@ template <int BITS, int WM, int WN, int NT, int STAGES>
 __device__ __forceinline__ void gemm(const uint4* __restrict__ codes, const float* __restrict__ steps,
                                      const __half* __restrict__ x, const float* __restrict__ powers,
                                      void* __restrict__ y, float* __restrict__ partial,
-                                     unsigned* __restrict__ tickets, int rows, int cols, int columns, int stride,
-                                     int pitch, float zero, int kind) {
+                                     unsigned* __restrict__ tickets, int rows, int cols, int columns,
+                                     int stride, int pitch, float zero, int kind) {
   typedef Tile<BITS> Of;
   static_assert(WM * WN == WARPS, "a tile of rows for each warp along m");
   constexpr int N = 8 * NT * WN;
   // Weights come by pads: one tile, of 8 bits two; Q stages take one.
-  constexpr int PAD = packed_pad_cols(BITS), TILES = PAD / Of::COLS, CHUNKS = TILES * Of::CHUNKS, Q = PAD / DEEP;
+  constexpr int PAD = packed_pad_cols(BITS), TILES = PAD / Of::COLS, CHUNKS = TILES * Of::CHUNKS,
+                Q = PAD / DEEP;
   constexpr int SLOTS = 2 + (STAGES - 2) / Q;
   extern __shared__ uint4 shared[];
-  uint4* const staged = shared;                                                       // [STAGES, N, 8]
-  uint4* const step_ring = staged + STAGES * N * 8;                                   // [STAGES, WM, 2, 8]
-  uint4* const ring = step_ring + STAGES * WM * 16;                                   // [SLOTS, WM, CHUNKS]
+  uint4* const staged = shared;                      // [STAGES, N, 8]
+  uint4* const step_ring = staged + STAGES * N * 8;  // [STAGES, WM, 2, 8]
+  uint4* const ring = step_ring + STAGES * WM * 16;  // [SLOTS, WM, CHUNKS]
 
   const int lane = lane_of(), warp = warp_of(), g = lane / 4, q = lane % 4;
   const int wm = warp % WM, wn = warp / WM;
@@ -98,56 +109,71 @@ __device__ __forceinline__ void gemm(const uint4* __restrict__ codes, const floa
   const int stages = (last - first) * Q;
   const int span = pitch == 0 || pitch > 256 ? 256 : pitch;
   const int pitch_log = __ffs(pitch) - 1;
-  const int pitches = pitch == 0 ? 1 : (cols + pitch - 1) >> pitch_log;
+  const int pitches = int(packed_sets(uint64_t(cols), BITS, uint64_t(pitch)));
   const int first_column = int(blockIdx.y) * N;
 
-  auto fetch = [&](int stage) {
-    if (stage < stages) {
-      const int slot = stage % STAGES, col = first * PAD + stage * DEEP;
+  // What this thread copies: of every stage one 16 bytes of every 32nd row of activations, and the steps of
+  // some rows; of every pad a part of the weights of one tile of rows. A tile beyond the last is the last
+  // once more.
+  constexpr int ROWS = WARPS * WARP / 8, SHARE = CHUNKS * WM / WARPS;
+  const int row = int(threadIdx.x) / 8, chunk = int(threadIdx.x) % 8;
+  const __half* next_x = x + int64_t(first_column + row) * stride + first * PAD + chunk * 8;
+  const int in_row = stride - first * PAD - chunk * 8;
+  uint4* const to_x = staged + row * 8 + (chunk ^ (row & 1) << 2);
+  auto tile_of = [&](int i) {
+    const int tile = int(blockIdx.x) * WM + i;
+    return int64_t(tile < row_tiles ? tile : row_tiles - 1);
+  };
+  const float* const from_steps = steps + tile_of(int(threadIdx.x) / 16) * pitches * 32 + threadIdx.x % 8 * 4;
+  const uint4* next_codes = codes + (tile_of(wm) * pads + first) * CHUNKS + wn * SHARE + lane;
+  uint4* const to_codes = ring + wm * CHUNKS + wn * SHARE + lane;
+  int fetched = 0, fetch_slot = 0, fetch_pad = 0;
+
+  // The next stage; the first of a pad where `sub` is 0.
+  auto fetch = [&](int sub) {
+    if (fetched < stages) {
+      // Of a row or of columns that nobody has nothing is read, and zeros are written.
+      const bool there = fetched * DEEP < in_row;
 #pragma unroll
-      for (int i = 0; i < N * 8 / (WARPS * WARP); i++) {
-        const int chunk = i * WARPS * WARP + int(threadIdx.x), n = chunk / 8, c = chunk % 8;
-        const int left = (stride - col - c * 8) * 2;
-        const bool there = first_column + n < columns && left > 0;
-        // A row that nobody has is not read.
-        const __half* const from = there ? x + int64_t(first_column + n) * stride + col + c * 8 : x;
-        copy_async(staged + (slot * N + n) * 8 + (c ^ (n & 1) << 2), from, there ? 16 : 0);
+      for (int i = 0; i < N / ROWS; i++) {
+        copy_async(to_x + (fetch_slot * N + i * ROWS) * 8, next_x + int64_t(i * ROWS) * stride,
+                   there && first_column + row + i * ROWS < columns ? 16 : 0);
       }
       if (pitch != 0 && threadIdx.x < WM * 16) {
-        const int part = int(threadIdx.x);
-        int tile = int(blockIdx.x) * WM + part / 16, set = (col + part / 8 % 2 * 32) >> pitch_log;
-        tile = tile < row_tiles ? tile : row_tiles - 1;
-        set = set < pitches ? set : pitches - 1;
-        copy_async(step_ring + slot * WM * 16 + part, steps + (int64_t(tile) * pitches + set) * 32 + part % 8 * 4);
+        const int col = first * PAD + fetched * DEEP + int(threadIdx.x) / 8 % 2 * 32;
+        copy_async(step_ring + fetch_slot * WM * 16 + threadIdx.x, from_steps + (col >> pitch_log) * 32);
       }
-      if (stage % Q == 0) {
-        const int pad = stage / Q;
-        uint4* const to = ring + pad % SLOTS * WM * CHUNKS;
-        for (int chunk = int(threadIdx.x); chunk < WM * CHUNKS; chunk += WARPS * WARP) {
-          int tile = int(blockIdx.x) * WM + chunk / CHUNKS;
-          tile = tile < row_tiles ? tile : row_tiles - 1;
-          copy_async(to + chunk, codes + (int64_t(tile) * pads + first + pad) * CHUNKS + chunk % CHUNKS);
+      if (sub == 0) {
+#pragma unroll
+        for (int i = 0; i < SHARE / WARP; i++) {
+          copy_async(to_codes + fetch_pad * WM * CHUNKS + i * WARP, next_codes + i * WARP);
         }
+        next_codes += CHUNKS;
+        fetch_pad = fetch_pad + 1 == SLOTS ? 0 : fetch_pad + 1;
       }
     }
     copy_commit();
+    next_x += DEEP;
+    fetched++;
+    fetch_slot = fetch_slot + 1 == STAGES ? 0 : fetch_slot + 1;
   };
 #pragma unroll
-  for (int i = 0; i < STAGES - 1; i++) fetch(i);
+  for (int i = 0; i < STAGES - 1; i++) fetch(i % Q);
 
   float sums[NT][2][4] = {}, part[NT][2][4] = {};
   // Two swizzles: this lane's 16 bytes of the first and the second 32 columns of a stage.
-  const int at[2] = {(wn * NT * 8 + g) * 8 + (q ^ (g & 1) << 2), (wn * NT * 8 + g) * 8 + (q ^ 4 ^ (g & 1) << 2)};
+  const int at[2] = {(wn * NT * 8 + g) * 8 + (q ^ (g & 1) << 2),
+                     (wn * NT * 8 + g) * 8 + (q ^ 4 ^ (g & 1) << 2)};
   Words<BITS> words[TILES][2];
+  int slot = 0, pad_slot = 0;
   for (int pad = 0; pad < last - first; pad++) {
 #pragma unroll
     for (int sub = 0; sub < Q; sub++) {
-      const int stage = pad * Q + sub, slot = stage % STAGES;
       copy_wait<STAGES - 2>();
       __syncthreads();
-      fetch(stage + STAGES - 1);
+      fetch((sub + STAGES - 1) % Q);
       if (sub == 0) {
-        const uint4* const from = ring + (pad % SLOTS * WM + wm) * CHUNKS + lane;
+        const uint4* const from = ring + (pad_slot * WM + wm) * CHUNKS + lane;
 #pragma unroll
         for (int i = 0; i < CHUNKS / WARP; i++) {
           words[i / (2 * Of::VECTORS)][i / Of::VECTORS % 2].set(i % Of::VECTORS, from[i * WARP]);
@@ -166,15 +192,16 @@ __device__ __forceinline__ void gemm(const uint4* __restrict__ codes, const floa
           for (int band = 0; band < 2; band++) {
             uint32_t left[4];
 #pragma unroll
-            for (int i = 0; i < 4; i++) left[i] = fma_halves(words[tile][band].halves(step, i), c.times, c.plus);
+            for (int i = 0; i < 4; i++)
+              left[i] = fma_halves(words[tile][band].halves(step, i), c.times, c.plus);
 #pragma unroll
             for (int n = 0; n < NT; n++) {
               mma_halves(part[n][band], left, half ? right[n].z : right[n].x, half ? right[n].w : right[n].y);
             }
           }
         }
-        const int next = first * PAD + stage * DEEP + (j + 1) * 32;
-        if ((next & (span - 1)) == 0 || (j == 1 && stage == stages - 1)) {
+        const int next = (first + pad) * PAD + sub * DEEP + (j + 1) * 32;
+        if ((next & (span - 1)) == 0 || (sub == Q - 1 && j == 1 && pad == last - first - 1)) {
           float4 step = make_float4(1.0f, 1.0f, 1.0f, 1.0f);
           if (pitch != 0) {
             step = *reinterpret_cast<const float4*>(step_ring + ((slot * WM + wm) * 2 + j) * 8 + g);
@@ -190,7 +217,9 @@ __device__ __forceinline__ void gemm(const uint4* __restrict__ codes, const floa
           }
         }
       }
+      slot = slot + 1 == STAGES ? 0 : slot + 1;
     }
+    pad_slot = pad_slot + 1 == SLOTS ? 0 : pad_slot + 1;
   }
   copy_wait<0>();
 
@@ -223,33 +252,35 @@ __device__ __forceinline__ void gemm(const uint4* __restrict__ codes, const floa
     if (kind == 2) static_cast<__nv_bfloat16*>(y)[to] = from_float<__nv_bfloat16>(sum);
   };
   if (gridDim.z == 1) return results(put);
-  results([&](int t, int row, float sum) { partial[(int64_t(blockIdx.z) * tokens + t) * all_rows + row] = sum; });
+  results(
+      [&](int t, int row, float sum) { partial[(int64_t(blockIdx.z) * tokens + t) * all_rows + row] = sum; });
   if (!last_of(tickets + blockIdx.y * gridDim.x + blockIdx.x, gridDim.z)) return;
   results([&](int t, int row, float) {
     float sum = 0.0f;
-    for (int s = 0; s < int(gridDim.z); s++) sum += __ldcg(partial + (int64_t(s) * tokens + t) * all_rows + row);
+    for (int s = 0; s < int(gridDim.z); s++)
+      sum += __ldcg(partial + (int64_t(s) * tokens + t) * all_rows + row);
     put(t, row, sum);
   });
 }
 
 // halves: [tokens (f32: 2 tokens), stride], or null for the powers alone; powers: [tokens].
-#define PREPARE(SUFFIX, T)                                                                                        \
-  extern "C" __global__ void __launch_bounds__(256) packed_prepare_##SUFFIX(const T* x, __half* halves,           \
-                                                                            float* powers, int cols, int stride) { \
-    prepare<T>(x, halves, powers, cols, stride);                                                                  \
+#define PREPARE(SUFFIX, T)                                                                       \
+  extern "C" __global__ void __launch_bounds__(256)                                              \
+      packed_prepare_##SUFFIX(const T* x, __half* halves, float* powers, int cols, int stride) { \
+    prepare<T>(x, halves, powers, cols, stride);                                                 \
   }
 FOR_EACH_TYPE(PREPARE)
 
-#define GEMM(BITS, N, WM, WN, NT, STAGES)                                                                         \
-  extern "C" __global__ void __launch_bounds__(WARPS * WARP, 1) packed_gemm_w##BITS##_n##N(                       \
-      const uint4* codes, const float* steps, const __half* x, const float* powers, void* y, float* partial,      \
-      unsigned* tickets, int rows, int cols, int columns, int stride, int pitch, float zero, int kind) {          \
-    gemm<BITS, WM, WN, NT, STAGES>(codes, steps, x, powers, y, partial, tickets, rows, cols, columns, stride,     \
-                                   pitch, zero, kind);                                                            \
+#define GEMM(BITS, N, WM, WN, NT, STAGES)                                                                    \
+  extern "C" __global__ void __launch_bounds__(WARPS* WARP, 1) packed_gemm_w##BITS##_n##N(                   \
+      const uint4* codes, const float* steps, const __half* x, const float* powers, void* y, float* partial, \
+      unsigned* tickets, int rows, int cols, int columns, int stride, int pitch, float zero, int kind) {     \
+    gemm<BITS, WM, WN, NT, STAGES>(codes, steps, x, powers, y, partial, tickets, rows, cols, columns,        \
+                                   stride, pitch, zero, kind);                                               \
   }
-#define GEMM_BITS(N, WM, WN, NT, STAGES)                                                                          \
-  GEMM(2, N, WM, WN, NT, STAGES) GEMM(3, N, WM, WN, NT, STAGES) GEMM(4, N, WM, WN, NT, STAGES)                    \
-  GEMM(8, N, WM, WN, NT, STAGES)
-GEMM_BITS(32, 8, 1, 4, 6)
-GEMM_BITS(64, 8, 1, 8, 4)
-GEMM_BITS(128, 4, 2, 8, 4)
+#define GEMM_BITS(BITS, MOST) \
+  GEMM(BITS, 32, 8, 1, 4, MOST) GEMM(BITS, 64, 8, 1, 8, 4) GEMM(BITS, 128, 4, 2, 8, 4)
+GEMM_BITS(2, 8)
+GEMM_BITS(3, 8)
+GEMM_BITS(4, 8)
+GEMM_BITS(8, 6)

@@ -2,34 +2,40 @@
 //
 //     y[t, o] = sum_k x[t, k] step[o, k / group] (u[o, k] + zero)        x [tokens, cols], y [tokens, rows]
 //
-// Weights are read once, past the first-level cache, by asynchronous copies of 16 bytes a lane into a ring of tiles
-// that each warp has to itself, DEPTH - 1 of them under way while one is multiplied. A tensor core does the product
-// for eight columns of activations at the price of one; a register of two weights costs one AND, since fields stay
-// where they are in a subnormal half and each activation is divided by that power of two when it is staged. The
-// sum over u + zero is the sum over u plus zero times the sum of the activations of a group, from which its
-// accumulators start.
+// Weights are read once, past the first-level cache, by asynchronous copies of 16 bytes a lane into a ring of
+// tiles that each warp has to itself, DEPTH - 1 of them under way while one is multiplied. A tensor core does
+// the product for eight columns of activations at the price of one; a register of two weights costs one AND,
+// since fields stay where they are in a subnormal half and each activation is divided by that power of two
+// when it is staged. The sum over u + zero is the sum over u plus zero times the sum of the activations of a
+// group, from which the tensor core's sums start.
 //
-// A block is 8 warps: `split` of them share 32 rows, each taking every split-th tile of the block's columns, and their
-// sums are added in a fixed order; 8 / split tiles of rows side by side. The columns are cut into gridDim.y slices of
-// whole tiles; the last block to arrive of those of the same rows adds the slices' sums in their order.
+// A block is 8 warps: `split` of them share 32 rows, each taking every split-th tile of the block's columns,
+// and their sums are added in a fixed order; 8 / split tiles of rows side by side. The columns are cut into
+// gridDim.y slices of whole tiles; the last block to arrive of those of the same rows adds the slices' sums
+// in their order.
 //
-// Bytes moved: rows * cols * bits / 8, 4 for each step, and from the second-level cache for each block its slice
-// of the activations.
+// Bytes moved: rows * cols * bits / 8, 4 for each step, and from the second-level cache for each block its
+// slice of the activations, twice.
 //
 //     threads     256
 //     grid        x ceil(rows / (32 * 8 / split)), y slices, 1 <= slices <= tiles
 //     split       1, 2, 4 or 8
-//     shared      8 * DEPTH * (TILE + 128 * sets) + 4 * n * blocks + columns * 64 * (S / 32 | 1) bytes: DEPTH = 2 at
-//                 3 bits, else 4; TILE = 3072 at 3 bits, else 1024; sets = 0 for one step a row, else max(1, tile columns /
-//                 pitch); n = 8 or 16 as in the name; S = tile columns * ceil(tiles / slices); blocks = S / min(pitch,
-//                 tile columns), S / tile columns for one step; columns = tokens, for f32 twice that, n at most
+//     shared      8 * DEPTH * (TILE + 128 * sets) + 8 * n * blocks + columns * 64 * (S / 32 | 1) bytes
+//                 n         8 or 16, as in the name
+//                 columns   tokens, for f32 twice that: n at most
+//                 TILE      1024, at 3 bits 3072
+//                 DEPTH     4, at 3 bits 2; twice that for n = 16 at 2 and 3 bits
+//                 sets      max(1, tile columns / pitch), for one step a row 0
+//                 S         tile columns * ceil(tiles / slices)
+//                 blocks    S / min(pitch, tile columns), for one step a row S / tile columns
 //     partial     slices * tokens * 32 * ceil(rows / 32) floats where slices > 1
-//     tickets     gridDim.x zeros where slices > 1; zeros again afterwards, but two launches must not share them at once
+//     tickets     gridDim.x zeros where slices > 1; zeros again afterwards, but not for two launches at once
 //     takes       rows and cols up to 2^30; pitch = 0 for one step a row, else packed_pitch(group)
 //
-// What the launcher chooses: two blocks a multiprocessor or more, a power of two. Staging costs each thread some 12
-// instructions for every 8 activations, tokens * S / 2048 times, so that a large weight takes split = 1 and many
-// slices, and only a small one, which has too few rows for that, a larger split. For 132 multiprocessors at 2 bits:
+// What the launcher chooses: two blocks a multiprocessor or more. Staging costs each thread some 12
+// instructions for every 8 activations, tokens * S / 2048 times, so that a large weight takes split = 1 and
+// many slices, and only a small one, which has too few rows for that, a larger split. For 132 multiprocessors
+// at 2 bits:
 //
 //     rows x cols      tokens   split   slices   blocks   tiles of a warp
 //     4096 x 4096      1        8       1        128      4
@@ -39,23 +45,27 @@
 #include "packed.cuh"
 
 constexpr int WARPS = 8;
-template <int BITS>
-constexpr int DEPTH = BITS == 3 ? 2 : 4;
-// Blocks of a multiprocessor.
+// Blocks that a multiprocessor has the registers for, and tiles of a ring, so that some 50 KB are under way
+// on each.
 template <int BITS, int NT>
-constexpr int RESIDENT = NT == 1 && BITS > 3 ? 3 : 2;
+constexpr int RESIDENT = NT == 2 ? (BITS > 3 ? 2 : 1) : (BITS > 3 ? 3 : 2);
+template <int BITS, int NT>
+constexpr int DEPTH = (BITS == 3 ? 2 : 4) * (NT == 2 && BITS <= 3 ? 2 : 1);
 // From one column's sums of 32 rows to the next in the exchange between warps: no two lanes meet in a bank.
 constexpr int SUMS_APART = 36;
 
-template <int COLS>
+// Columns between two additions to the sums, and whether they have steps of their own.
+template <int COLS, bool STEPS>
 struct Span {
   static constexpr int VALUE = COLS;
+  static constexpr bool STEPPED = STEPS;
 };
 
 // Eight activations, lifted, as halves: each divided by the power of two of its step's fields.
 template <int BITS>
 __device__ __forceinline__ uint4 halves_of(const float (&x)[8], int step) {
-  const float even = packed_two_to(-packed_power(BITS, step)), odd = packed_two_to(-packed_power(BITS, step + 1));
+  const float even = packed_two_to(-packed_power(BITS, step)),
+              odd = packed_two_to(-packed_power(BITS, step + 1));
   return make_uint4(two_halves(x[0] * even, x[1] * even), two_halves(x[2] * even, x[3] * even),
                     two_halves(x[4] * odd, x[5] * odd), two_halves(x[6] * odd, x[7] * odd));
 }
@@ -63,10 +73,10 @@ __device__ __forceinline__ uint4 halves_of(const float (&x)[8], int step) {
 template <int BITS, int NT, typename T>
 __device__ __forceinline__ void gemv(const uint4* __restrict__ codes, const float* __restrict__ steps,
                                      const T* __restrict__ x, T* __restrict__ y, float* __restrict__ partial,
-                                     unsigned* __restrict__ tickets, int rows, int cols, int tokens, int pitch,
-                                     float zero, int split) {
+                                     unsigned* __restrict__ tickets, int rows, int cols, int tokens,
+                                     int pitch, float zero, int split) {
   typedef Tile<BITS> Of;
-  constexpr int COLS = Of::COLS, N = 8 * NT, RING = DEPTH<BITS>;
+  constexpr int COLS = Of::COLS, N = 8 * NT, RING = DEPTH<BITS, NT>;
   extern __shared__ uint4 shared[];
   __shared__ uint32_t tops[N];
 
@@ -81,22 +91,23 @@ __device__ __forceinline__ void gemv(const uint4* __restrict__ codes, const floa
   const int span = pitch == 0 || pitch > COLS ? COLS : pitch;
   const int span_log = __ffs(span) - 1, pitch_log = __ffs(pitch) - 1;
   const int sets = pitch == 0 ? 0 : COLS / span;
-  const int pitches = pitch == 0 ? 1 : (cols + pitch - 1) >> pitch_log;
+  const int pitches = int(packed_sets(uint64_t(cols), BITS, uint64_t(pitch)));
 
   uint4* const ring = shared + warp * RING * Of::CHUNKS;
   uint4* const step_ring = shared + WARPS * RING * Of::CHUNKS + warp * RING * sets * 8;
-  float* const starts = reinterpret_cast<float*>(shared + WARPS * RING * (Of::CHUNKS + sets * 8));
-  uint4* const staged = reinterpret_cast<uint4*>(starts + (held >> span_log) * N);
+  // What the sums of rows g and g + 8 and two columns start from.
+  float4* const starts = reinterpret_cast<float4*>(shared + WARPS * RING * (Of::CHUNKS + sets * 8));
+  uint4* const staged = reinterpret_cast<uint4*>(starts + (held >> span_log) * (N / 2));
 
   const int row_tile = int(blockIdx.x) * (WARPS / split) + warp / split;
   // A warp without rows has no tiles.
   const int end = row_tile * 32 < rows ? last : first;
   const int own = first + warp % split;
   const uint4* next_codes = codes + (int64_t(row_tile) * tiles + own) * Of::CHUNKS + lane;
-  const float* const row_steps = steps + int64_t(row_tile) * pitches * 32 + lane % 8 * 4;
+  const float* const row_steps = steps + int64_t(row_tile) * pitches * 32;
   int next = own;
 
-  auto fetch = [&](int slot) {
+  auto fetch = [&](unsigned slot) {
     if (next < end) {
 #pragma unroll
       for (int i = 0; i < Of::CHUNKS / WARP; i++) {
@@ -104,10 +115,10 @@ __device__ __forceinline__ void gemv(const uint4* __restrict__ codes, const floa
       }
 #pragma unroll
       for (int i = 0; i < (COLS / 4 + WARP - 1) / WARP; i++) {
-        const int of = i * WARP + lane, set = ((next * COLS) >> pitch_log) + of / 8;
-        // Beyond the last column activations are zero, and any step will do.
+        const int of = i * WARP + lane;
         if (of < sets * 8) {
-          copy_async(step_ring + slot * sets * 8 + of, row_steps + (set < pitches ? set : pitches - 1) * 32);
+          copy_async(step_ring + slot * sets * 8 + of,
+                     row_steps + (((next * COLS) >> pitch_log) * 32 + of * 4));
         }
       }
     }
@@ -158,10 +169,12 @@ __device__ __forceinline__ void gemv(const uint4* __restrict__ codes, const floa
           to[apart] = halves_of<BITS>(v, step);
         }
         if (lane % (span / 8) == 0) {
-          float* const start = starts + (at >> span_log) * N + t * PARTS<T>;
+          const int column = t * PARTS<T>;
+          float* const start =
+              reinterpret_cast<float*>(starts + (at >> span_log) * (N / 2) + column / 2) + column % 2;
           // As a sum of fields is: in units of the smallest half.
-          start[0] = zero * sum * (1.0f / 16777216.0f);
-          if (PARTS<T> == 2) start[1] = 0.0f;
+          start[0] = start[2] = zero * sum * (1.0f / 16777216.0f);
+          if (PARTS<T> == 2) start[1] = start[3] = 0.0f;
         }
       }
     }
@@ -171,33 +184,26 @@ __device__ __forceinline__ void gemv(const uint4* __restrict__ codes, const floa
   // A column that no token has repeats the last: nobody reads its sums.
   const uint4* operand[NT];
 #pragma unroll
-  for (int n = 0; n < NT; n++) operand[n] = staged + (n * 8 + g < columns ? n * 8 + g : columns - 1) * apart + q;
+  for (int n = 0; n < NT; n++)
+    operand[n] = staged + (n * 8 + g < columns ? n * 8 + g : columns - 1) * apart + q;
   float sums[NT][2][4] = {};
-  auto multiply = [&](auto columns_of_span) {
-    constexpr int SPAN = decltype(columns_of_span)::VALUE;
-    int slot = 0;
+  auto multiply = [&](auto each) {
+    constexpr int SPAN = decltype(each)::VALUE;
+    unsigned slot = 0;
     for (int tile = own; tile < end; tile += split) {
       copy_wait<RING - 2>();
       __syncwarp();
-      fetch((slot + RING - 1) % RING);
-      Words<BITS> words[2];
-#pragma unroll
-      for (int i = 0; i < Of::CHUNKS / WARP; i++) {
-        words[i / Of::VECTORS].set(i % Of::VECTORS, ring[slot * Of::CHUNKS + i * WARP + lane]);
-      }
+      fetch((slot + RING - 1) & (RING - 1));
+      const uint4* const from = ring + slot * Of::CHUNKS + lane;
+      // Of 3 bits a lane holds one of its three vectors at a time, and what it has of the sixteenth field.
+      uint32_t words[2][4], sixteenth[2][4];
       const int at = (tile - first) * COLS;
 #pragma unroll
       for (int part = 0; part < COLS / SPAN; part++) {
         float partial_sums[NT][2][4];
+        float4 start[NT];
 #pragma unroll
-        for (int n = 0; n < NT; n++) {
-          const float2 start = *reinterpret_cast<const float2*>(starts + (at / SPAN + part) * N + n * 8 + 2 * q);
-#pragma unroll
-          for (int band = 0; band < 2; band++) {
-            partial_sums[n][band][0] = partial_sums[n][band][2] = start.x;
-            partial_sums[n][band][1] = partial_sums[n][band][3] = start.y;
-          }
-        }
+        for (int n = 0; n < NT; n++) start[n] = starts[(at / SPAN + part) * (N / 2) + n * 4 + q];
 #pragma unroll
         for (int j = part * SPAN / 32; j < (part + 1) * SPAN / 32; j++) {
           uint4 right[NT];
@@ -205,21 +211,42 @@ __device__ __forceinline__ void gemv(const uint4* __restrict__ codes, const floa
           for (int n = 0; n < NT; n++) right[n] = operand[n][at / 8 + j * 4];
 #pragma unroll
           for (int half = 0; half < 2; half++) {
+            const int step_of = 2 * j + half, vector = packed_vector(BITS, step_of, 0);
 #pragma unroll
             for (int band = 0; band < 2; band++) {
+              if (step_of == 0 || (step_of < 15 && vector != packed_vector(BITS, step_of - 1, 0))) {
+                const uint4 w = from[(band * Of::VECTORS + vector) * WARP];
+                words[band][0] = w.x, words[band][1] = w.y, words[band][2] = w.z, words[band][3] = w.w;
+                if (BITS == 3) {
+#pragma unroll
+                  for (int i = 0; i < 4; i++) {
+                    const uint32_t bit = packed_sixteenth(words[band][i], vector);
+                    sixteenth[band][i] = vector == 0 ? bit : sixteenth[band][i] | bit;
+                  }
+                }
+              }
               uint32_t left[4];
 #pragma unroll
-              for (int i = 0; i < 4; i++) left[i] = words[band].halves(2 * j + half, i);
+              for (int i = 0; i < 4; i++) {
+                const uint32_t w = words[band][i];
+                left[i] = step_of == 15 ? sixteenth[band][i] : packed_halves(BITS, step_of, w, w, w);
+              }
 #pragma unroll
               for (int n = 0; n < NT; n++) {
-                mma_halves(partial_sums[n][band], left, half ? right[n].z : right[n].x,
-                           half ? right[n].w : right[n].y);
+                if (half == 0 && j == part * SPAN / 32) {
+                  mma_halves_from(partial_sums[n][band], start[n], left, right[n].x, right[n].y);
+                } else {
+                  mma_halves(partial_sums[n][band], left, half ? right[n].z : right[n].x,
+                             half ? right[n].w : right[n].y);
+                }
               }
             }
           }
         }
         float4 step = make_float4(1.0f, 1.0f, 1.0f, 1.0f);
-        if (sets > 0) step = *reinterpret_cast<const float4*>(step_ring + (slot * sets + part) * 8 + g);
+        if (decltype(each)::STEPPED) {
+          step = *reinterpret_cast<const float4*>(step_ring + (slot * sets + part) * 8 + g);
+        }
 #pragma unroll
         for (int n = 0; n < NT; n++) {
 #pragma unroll
@@ -229,18 +256,20 @@ __device__ __forceinline__ void gemv(const uint4* __restrict__ codes, const floa
           }
         }
       }
-      slot = (slot + 1) % RING;
+      slot = (slot + 1) & (RING - 1);
     }
   };
   // A loop for each span, so that no branch cuts the chain of products.
-  if (span == COLS) {
-    multiply(Span<COLS>());
+  if (sets == 0) {
+    multiply(Span<COLS, false>());
+  } else if (span == COLS) {
+    multiply(Span<COLS, true>());
   } else if (span == 32) {
-    multiply(Span<32>());
+    multiply(Span<32, true>());
   } else if (COLS > 64 && span == 64) {
-    multiply(Span<(COLS > 64 ? 64 : COLS)>());
+    multiply(Span<(COLS > 64 ? 64 : COLS), true>());
   } else if (COLS > 128) {
-    multiply(Span<(COLS > 128 ? 128 : COLS)>());
+    multiply(Span<(COLS > 128 ? 128 : COLS), true>());
   }
   copy_wait<0>();
 
@@ -266,7 +295,7 @@ __device__ __forceinline__ void gemv(const uint4* __restrict__ codes, const floa
     if (row >= rows) continue;
     float sum = 0.0f;
     for (int i = 0; i < split; i++) {
-      const float* const of = exchange + ((r / 32 * split + i) * N + t * PARTS<T>) * SUMS_APART + r % 32;
+      const float* const of = exchange + ((r / 32 * split + i) * N + t * PARTS<T>)*SUMS_APART + r % 32;
       sum += PARTS<T> == 2 ? fmaf(of[SUMS_APART], 1.0f / LOW_LIFT, of[0]) : of[0];
     }
     if (sets == 0) sum *= steps[row / 32 * 32 + packed_set_slot(row % 32)];
@@ -282,18 +311,22 @@ __device__ __forceinline__ void gemv(const uint4* __restrict__ codes, const floa
     const int t = e / block_rows, row = first_row + e % block_rows;
     if (row >= rows) continue;
     float sum = 0.0f;
-    for (int s = 0; s < int(gridDim.y); s++) sum += __ldcg(partial + (int64_t(s) * tokens + t) * all_rows + row);
+    for (int s = 0; s < int(gridDim.y); s++)
+      sum += __ldcg(partial + (int64_t(s) * tokens + t) * all_rows + row);
     y[int64_t(t) * rows + row] = from_float<T>(sum);
   }
 }
 
-#define GEMV(BITS, NT, N, SUFFIX, T)                                                                              \
-  extern "C" __global__ void __launch_bounds__(WARPS * WARP, RESIDENT<BITS, NT>) packed_gemv_w##BITS##_n##N##_##SUFFIX(            \
-      const uint4* codes, const float* steps, const T* x, T* y, float* partial, unsigned* tickets, int rows,      \
-      int cols, int tokens, int pitch, float zero, int split) {                                                   \
-    gemv<BITS, NT, T>(codes, steps, x, y, partial, tickets, rows, cols, tokens, pitch, zero, split);              \
+#define GEMV(BITS, NT, N, SUFFIX, T)                                                                  \
+  extern "C" __global__ void __launch_bounds__(WARPS* WARP, (RESIDENT<BITS, NT>))                     \
+      packed_gemv_w##BITS##_n##N##_##SUFFIX(const uint4* codes, const float* steps, const T* x, T* y, \
+                                            float* partial, unsigned* tickets, int rows, int cols,    \
+                                            int tokens, int pitch, float zero, int split) {           \
+    gemv<BITS, NT, T>(codes, steps, x, y, partial, tickets, rows, cols, tokens, pitch, zero, split);  \
   }
-#define GEMV_BITS(SUFFIX, T)                                                                                      \
-  GEMV(2, 1, 8, SUFFIX, T) GEMV(3, 1, 8, SUFFIX, T) GEMV(4, 1, 8, SUFFIX, T) GEMV(8, 1, 8, SUFFIX, T)             \
-  GEMV(2, 2, 16, SUFFIX, T) GEMV(3, 2, 16, SUFFIX, T) GEMV(4, 2, 16, SUFFIX, T) GEMV(8, 2, 16, SUFFIX, T)
+#define GEMV_BITS(SUFFIX, T)                                                                            \
+  GEMV(2, 1, 8, SUFFIX, T)                                                                              \
+  GEMV(3, 1, 8, SUFFIX, T)                                                                              \
+  GEMV(4, 1, 8, SUFFIX, T) GEMV(8, 1, 8, SUFFIX, T) GEMV(2, 2, 16, SUFFIX, T) GEMV(3, 2, 16, SUFFIX, T) \
+      GEMV(4, 2, 16, SUFFIX, T) GEMV(8, 2, 16, SUFFIX, T)
 FOR_EACH_TYPE(GEMV_BITS)

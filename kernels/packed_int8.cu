@@ -1,30 +1,31 @@
-// Products of codes with codes: whole sums on tensor cores, scaled at the end (src/kernels/packed/quantized.rs).
+// Products of codes with codes: whole sums on tensor cores, scaled at the end
+// (src/kernels/packed/quantized.rs).
 //
 //     q[t, k] = clamp(rne((x[t, k] + shift[k]) / step[t mod s]), lo, hi)     or q = x, codes already
-//     S[t, o] = sum_k q[t, k] w[o, k]      w = 2 (u + lo_w) + 1 where `twice` is 1, else u + lo_w; an i32, exact
-//     y[t, o] = S (step[t mod s] unit[o]) + bias[o]                          x [tokens, cols], y [tokens, rows]
+//     S[t, o] = sum_k q[t, k] w[o, k]      w = 2 (u + lo_w) + 1 where `twice` is 1, else u + lo_w; i32, exact
+//     y[t, o] = S (step[t mod s] unit[o]) + bias[o]                     x [tokens, cols], y [tokens, rows]
 //
-// A block takes N tokens and quantizes all their columns once, as bytes in shared memory in the order in which the
-// products read them; then its warps go through the weight, 32 rows each at a time, and meet no barrier. The weights
-// are fields from 0 on, read from the cache straight into registers, one tile ahead; four bytes of a register cost
-// two instructions for most. What a field lacks, low = 2 lo_w + 1 or lo_w, comes in at the end with the token's sum of
-// codes.
+// A block takes N tokens and quantizes all their columns once, as bytes in shared memory in the order in
+// which the products read them; then its warps go through the weight, 32 rows each at a time, and meet no
+// barrier. The weights are fields from 0 on, read from the cache straight into registers, at 2, 4 and 8 bits
+// one pad ahead; four bytes of a register cost two instructions for most. What a field lacks, low = 2 lo_w +
+// 1 or lo_w, comes in at the end with the token's sum of codes.
 //
-// A code is found by a product with the reciprocal, and by the quotient near a tie. A token with a NaN gets NaN
-// throughout. i32 sums are modulo 2^32, so a result that fits is right, whatever its parts did.
+// A code is found by a product with the reciprocal, and by the quotient near a tie. A token with a NaN gets
+// NaN throughout. i32 sums are modulo 2^32, so a result that fits is right, whatever its parts did.
 //
-// Bytes moved by a block: its activations, its rows of weights and its results. Weights are read gridDim.y times and
-// activations gridDim.x times, from the second-level cache but for the first.
+// Bytes moved by a block: its activations, its rows of weights and its results. Weights are read gridDim.y
+// times and activations gridDim.x times, from the second-level cache but for the first.
 //
 //     threads     256
-//     grid        x parts of the rows, at most ceil(rows / 256), y ceil(tokens / N) up to 65535: about as many
-//                 blocks as multiprocessors, x = 1 where y alone is enough
+//     grid        x parts of the rows, at most ceil(rows / 256), y ceil(tokens / N) up to 65535: about as
+//                 many blocks as multiprocessors, x = 1 where y alone is enough
 //     shared      N * (P + 64) bytes, P = cols filled up to a multiple of 128, for 3 bits of 256
-//     takes       N = 64 for cols up to 3456 (sm_80: 2432), N = 16 up to 14336 (10240), for 3 bits rounded down to 256;
-//                 one step a row; |q| at most 255, and cols * 255 * max(128, largest |w|) below 2^31
-//     x           f32, f16, bf16: values where `rounds` is 1, whose steps are lifted to 1e-5 at least, else whole
+//     takes       N = 64 for P up to 3456 (sm_80: 2432), N = 16 up to 14336 (sm_80: 10240); one step a row;
+//                 |q| at most 255, and cols * 255 * max(128, largest |w|) below 2^31
+//     x           f32, f16, bf16: values where `rounds` is 1, their steps lifted to 1e-5 at least, else whole
 //                 numbers; y of the same type. u8: fields, q = x + lo, not rounded; y f32
-//     step        [s], token t takes entry t mod s, s = `steps`; null: 1. shift [cols] and bias [rows], or null
+//     step        [s], s = `steps`, or null: 1; shift [cols] and bias [rows], or null
 //     unit        [rows], what 1 of w is worth; null: y gets the sums S as i32 (f32 and u8)
 //     lo, hi      the codes' range, within -128 .. 127 or 0 .. 255
 #include "arith/quantize.h"
@@ -40,8 +41,8 @@ struct Source {
   int rounds, lo, hi, cols;
   bool wide;
 
-  // Adds the four codes from column `at` of token `t` on into bytes `lane` and `lane` + 2 of two registers. Returns
-  // their sum; `nan` becomes true where one is none.
+  // Adds the four codes from column `at` of token `t` on into bytes `lane` and `lane` + 2 of two registers.
+  // Returns their sum; `nan` becomes true where one is none.
   __device__ __forceinline__ int four(int64_t t, int at, float step, float inverse, bool exact, int lane,
                                       uint32_t (&to)[2], bool& nan) const {
     const T* const row = x + t * cols + at;
@@ -77,29 +78,38 @@ struct Source {
   }
 };
 
-template <int BITS, int NT, bool SIGNED, typename F>
-__device__ __forceinline__ void sums_of(const uint4* __restrict__ codes, const uint4* staged, int apart, int rows,
-                                        int pads, F finish) {
+// Calls finish(n, row, sums) with the sums of column n of the block and the rows row, row + 8, row + 16, row
+// + 24, all of which begin(row) has been called for.
+template <int BITS, int NT, bool SIGNED, typename B, typename F>
+__device__ __forceinline__ void sums_of(const uint4* __restrict__ codes, const uint4* staged, int apart,
+                                        int rows, int pads, B begin, F finish) {
   typedef Tile<BITS> Of;
-  // Weights a pad at a time, which is a tile or, of 8 bits, two; products of 32 columns in a tile and in a pad.
+  // Weights a pad at a time, which is a tile or, of 8 bits, two; products of 32 columns in a tile and in a
+  // pad.
   constexpr int TILES = packed_pad_cols(BITS) / Of::COLS, VECTORS = TILES * Of::CHUNKS / WARP;
   constexpr int OF_TILE = Of::COLS / 32, PRODUCTS = TILES * OF_TILE;
+  // There are not the registers for two pads of 3 bits.
+  constexpr bool AHEAD = BITS != 3;
   const int lane = lane_of(), g = lane / 4, q = lane % 4;
   const int row_tiles = (rows + 31) / 32;
-  for (int row_tile = int(blockIdx.x) * WARPS + warp_of(); row_tile < row_tiles; row_tile += int(gridDim.x) * WARPS) {
+  for (int row_tile = int(blockIdx.x) * WARPS + warp_of(); row_tile < row_tiles;
+       row_tile += int(gridDim.x) * WARPS) {
     const uint4* from = codes + int64_t(row_tile) * pads * VECTORS * WARP + lane;
     int32_t sums[NT][2][4] = {};
     uint4 ahead[VECTORS];
+    if (AHEAD) {
 #pragma unroll
-    for (int i = 0; i < VECTORS; i++) ahead[i] = __ldg(from + i * WARP);
+      for (int i = 0; i < VECTORS; i++) ahead[i] = __ldg(from + i * WARP);
+    }
     for (int pad = 0; pad < pads; pad++) {
       Words<BITS> words[TILES][2];
 #pragma unroll
       for (int i = 0; i < VECTORS; i++) {
-        words[i / (2 * Of::VECTORS)][i / Of::VECTORS % 2].set(i % Of::VECTORS, ahead[i]);
+        words[i / (2 * Of::VECTORS)][i / Of::VECTORS % 2].set(i % Of::VECTORS,
+                                                              AHEAD ? ahead[i] : __ldg(from + i * WARP));
       }
-      if (pad + 1 < pads) {
-        from += VECTORS * WARP;
+      from += VECTORS * WARP;
+      if (AHEAD && pad + 1 < pads) {
 #pragma unroll
         for (int i = 0; i < VECTORS; i++) ahead[i] = __ldg(from + i * WARP);
       }
@@ -128,14 +138,14 @@ __device__ __forceinline__ void sums_of(const uint4* __restrict__ codes, const u
         }
       }
     }
+    const int row = row_tile * 32 + g;
+    begin(row);
 #pragma unroll
     for (int n = 0; n < NT; n++) {
 #pragma unroll
-      for (int band = 0; band < 2; band++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          finish(n * 8 + 2 * q + i % 2, row_tile * 32 + band * 16 + i / 2 * 8 + g, sums[n][band][i]);
-        }
+      for (int i = 0; i < 2; i++) {
+        const int32_t of[4] = {sums[n][0][i], sums[n][0][i + 2], sums[n][1][i], sums[n][1][i + 2]};
+        finish(n * 8 + 2 * q + i, row, of);
       }
     }
   }
@@ -145,8 +155,8 @@ template <int BITS, int NT, typename T, typename Out>
 __device__ __forceinline__ void int8(const uint4* __restrict__ codes, const float* __restrict__ unit,
                                      const float* __restrict__ bias, const T* __restrict__ x,
                                      const float* __restrict__ step, const float* __restrict__ shift,
-                                     Out* __restrict__ y, int rows, int cols, int64_t tokens, int steps, int rounds,
-                                     int lo, int hi, int twice, int low) {
+                                     Out* __restrict__ y, int rows, int cols, int64_t tokens, int steps,
+                                     int rounds, int lo, int hi, int twice, int low) {
   typedef Tile<BITS> Of;
   constexpr int N = 8 * NT;
   extern __shared__ uint4 shared[];
@@ -193,36 +203,56 @@ __device__ __forceinline__ void int8(const uint4* __restrict__ codes, const floa
   }
   __syncthreads();
 
-  auto finish = [&](int n, int row, int32_t fields) {
-    const int64_t t = first + n;
-    if (row >= rows || t >= tokens) return;
-    const int32_t whole = packed_whole(fields, twice, low, totals[n]);
-    if (unit == nullptr) {
-      if constexpr (sizeof(Out) == 4) reinterpret_cast<int32_t*>(y)[t * rows + row] = whole;
-      return;
+  const int64_t left = tokens - first;
+  Out* const own_y = y + first * rows;
+  float units[4], biases[4];
+  auto begin = [&](int row) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const bool there = row + i * 8 < rows;
+      units[i] = there && unit != nullptr ? unit[row + i * 8] : 0.0f;
+      // Adding -0 changes nothing, not even the sign of a zero.
+      biases[i] = there && bias != nullptr ? bias[row + i * 8] : -0.0f;
     }
-    const float value = packed_value(whole, scales[n], unit[row]);
-    y[t * rows + row] = from_float<Out>(bias != nullptr ? value + bias[row] : value);
+  };
+  auto finish = [&](int n, int row, const int32_t (&fields)[4]) {
+    if (n >= left) return;
+    const float token_step = scales[n];
+    const int32_t total = totals[n];
+    Out* const to = own_y + int64_t(n) * rows + row;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if (row + i * 8 >= rows) continue;
+      const int32_t whole = packed_whole(fields[i], twice, low, total);
+      if (unit != nullptr) {
+        to[i * 8] = from_float<Out>(packed_value(whole, token_step, units[i]) + biases[i]);
+      } else if constexpr (sizeof(Out) == 4) {
+        reinterpret_cast<int32_t*>(to)[i * 8] = whole;
+      }
+    }
   };
   if (lo < 0) {
-    sums_of<BITS, NT, true>(codes, shared, apart, rows, pads, finish);
+    sums_of<BITS, NT, true>(codes, shared, apart, rows, pads, begin, finish);
   } else {
-    sums_of<BITS, NT, false>(codes, shared, apart, rows, pads, finish);
+    sums_of<BITS, NT, false>(codes, shared, apart, rows, pads, begin, finish);
   }
 }
 
-#define INT8(BITS, NT, N, SUFFIX, T, OUT)                                                                         \
-  extern "C" __global__ void __launch_bounds__(WARPS * WARP) packed_int8_w##BITS##_n##N##_##SUFFIX(               \
-      const uint4* codes, const float* unit, const float* bias, const T* x, const float* step,                    \
-      const float* shift, OUT* y, int rows, int cols, int64_t tokens, int steps, int rounds, int lo, int hi,      \
-      int twice, int low) {                                                                                       \
-    int8<BITS, NT, T, OUT>(codes, unit, bias, x, step, shift, y, rows, cols, tokens, steps, rounds, lo, hi,       \
-                           twice, low);                                                                           \
+#define INT8(BITS, NT, N, SUFFIX, T, OUT)                                                                   \
+  extern "C" __global__ void __launch_bounds__(WARPS* WARP, NT == 2 ? 2 : 1)                                \
+      packed_int8_w##BITS##_n##N##_##SUFFIX(const uint4* codes, const float* unit, const float* bias,       \
+                                            const T* x, const float* step, const float* shift, OUT* y,      \
+                                            int rows, int cols, int64_t tokens, int steps, int rounds,      \
+                                            int lo, int hi, int twice, int low) {                           \
+    int8<BITS, NT, T, OUT>(codes, unit, bias, x, step, shift, y, rows, cols, tokens, steps, rounds, lo, hi, \
+                           twice, low);                                                                     \
   }
-#define INT8_BITS(SUFFIX, T, OUT)                                                                                 \
-  INT8(2, 8, 64, SUFFIX, T, OUT) INT8(3, 8, 64, SUFFIX, T, OUT) INT8(4, 8, 64, SUFFIX, T, OUT)                    \
-  INT8(8, 8, 64, SUFFIX, T, OUT) INT8(2, 2, 16, SUFFIX, T, OUT) INT8(3, 2, 16, SUFFIX, T, OUT)                    \
-  INT8(4, 2, 16, SUFFIX, T, OUT) INT8(8, 2, 16, SUFFIX, T, OUT)
+#define INT8_BITS(SUFFIX, T, OUT)                                                              \
+  INT8(2, 8, 64, SUFFIX, T, OUT)                                                               \
+  INT8(3, 8, 64, SUFFIX, T, OUT)                                                               \
+  INT8(4, 8, 64, SUFFIX, T, OUT)                                                               \
+  INT8(8, 8, 64, SUFFIX, T, OUT) INT8(2, 2, 16, SUFFIX, T, OUT) INT8(3, 2, 16, SUFFIX, T, OUT) \
+      INT8(4, 2, 16, SUFFIX, T, OUT) INT8(8, 2, 16, SUFFIX, T, OUT)
 #define INT8_TYPE(SUFFIX, T) INT8_BITS(SUFFIX, T, T)
 FOR_EACH_TYPE(INT8_TYPE)
 INT8_BITS(u8, uint8_t, float)

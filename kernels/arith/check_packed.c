@@ -1,20 +1,21 @@
 /* Checks arith/packed.h on the host, every case where there are not too many:
  *
- *     cc -std=c99 -O1 -ffp-contract=off -Ikernels kernels/arith/check_packed.c -lm -o check_packed && ./check_packed */
+ *     cc -std=c99 -O1 -ffp-contract=off -Ikernels kernels/arith/check_packed.c -lm -o check_packed
+ *     ./check_packed */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "arith/packed.h"
 
-#define CHECK(what, ...)                 \
-  do {                                   \
-    if (!(what)) {                       \
-      printf("%s: ", #what);             \
-      printf(__VA_ARGS__);               \
-      printf("\n");                      \
-      exit(1);                           \
-    }                                    \
+#define CHECK(what, ...)     \
+  do {                       \
+    if (!(what)) {           \
+      printf("%s: ", #what); \
+      printf(__VA_ARGS__);   \
+      printf("\n");          \
+      exit(1);               \
+    }                        \
   } while (0)
 
 static const int WIDTHS[4] = {2, 3, 4, 8};
@@ -22,7 +23,8 @@ static const int WIDTHS[4] = {2, 3, 4, 8};
 /* The value of a half. */
 static float half_value(uint32_t half) {
   const int exponent = (int)(half >> 10 & 31), mantissa = (int)(half & 1023);
-  const float size = exponent ? ldexpf((float)(1024 + mantissa), exponent - 25) : ldexpf((float)mantissa, -24);
+  const float size =
+      exponent ? ldexpf((float)(1024 + mantissa), exponent - 25) : ldexpf((float)mantissa, -24);
   return half & 0x8000 ? -size : size;
 }
 
@@ -58,7 +60,8 @@ static void fields(void) {
       const uint64_t bytes = packed_row_bytes((uint64_t)cols, bits);
       uint8_t* row = malloc(bytes);
       memset(row, 0xff, bytes);
-      CHECK(packed_field(row, (uint64_t)cols - 1, bits) == (1u << bits) - 1u, "%d bits, %d columns", bits, cols);
+      CHECK(packed_field(row, (uint64_t)cols - 1, bits) == (1u << bits) - 1u, "%d bits, %d columns", bits,
+            cols);
       free(row);
     }
   }
@@ -82,8 +85,9 @@ static void places(void) {
               CHECK(at.word < words && at.bit >= 0 && at.bit < 32, "%d bits, row %d", bits, (int)row);
               CHECK(!(seen[at.word] >> at.bit & 1), "%d bits, row %d, column %d", bits, (int)row, (int)col);
               seen[at.word] |= 1u << at.bit;
-              CHECK(back.row == row && back.col == col && back.bit == bit, "%d bits, row %d, column %d: %d, %d", bits,
-                    (int)row, (int)col, (int)back.row, (int)back.col);
+              CHECK(back.row == row && back.col == col && back.bit == bit,
+                    "%d bits, row %d, column %d: %d, %d", bits, (int)row, (int)col, (int)back.row,
+                    (int)back.col);
             }
           }
         }
@@ -93,7 +97,8 @@ static void places(void) {
     }
     for (uint64_t cols = 1; cols < 600; cols++) {
       const uint64_t held = packed_tiles(cols, bits) * (uint64_t)packed_tile_cols(bits);
-      CHECK(held >= cols && held < cols + (uint64_t)packed_pad_cols(bits), "%d bits, %d columns", bits, (int)cols);
+      CHECK(held >= cols && held < cols + (uint64_t)packed_pad_cols(bits), "%d bits, %d columns", bits,
+            (int)cols);
       CHECK(held % 64 == 0, "%d bits, %d columns", bits, (int)cols);
     }
     for (int col = 0; col < packed_tile_cols(bits); col++) {
@@ -102,8 +107,34 @@ static void places(void) {
   }
 }
 
-/* The registers that the kernels make of words hold the fields that the places say, in the halves and bytes that the
- * products expect. */
+/* Sets of steps: each row of a tile has its slot, a lane's four rows side by side; pitches divide their
+ * group. */
+static void sets(void) {
+  uint32_t seen = 0;
+  for (int row = 0; row < 32; row++) {
+    seen |= 1u << packed_set_slot(row);
+    CHECK(packed_set_slot(row) == packed_set_slot(row % 8) + row / 8, "row %d", row);
+  }
+  CHECK(seen == 0xffffffffu, "slots %x", seen);
+  for (uint32_t group = 32; group <= 4096; group += 32) {
+    const uint32_t pitch = packed_pitch(group);
+    CHECK(pitch >= 32 && group % pitch == 0 && group / pitch % 2 == 1, "group %u: %u", group, pitch);
+    CHECK((pitch & (pitch - 1)) == 0, "group %u: %u", group, pitch);
+  }
+  for (int i = 0; i < 4; i++) {
+    for (uint64_t cols = 1; cols < 600; cols++) {
+      const uint64_t filled = packed_tiles(cols, WIDTHS[i]) * (uint64_t)packed_tile_cols(WIDTHS[i]);
+      for (uint64_t pitch = 32; pitch <= 512; pitch *= 2) {
+        const uint64_t n = packed_sets(cols, WIDTHS[i], pitch);
+        CHECK(n * pitch >= filled && (n - 1) * pitch < filled, "%d columns, pitch %d", (int)cols, (int)pitch);
+      }
+      CHECK(packed_sets(cols, WIDTHS[i], 0) == 1, "%d columns", (int)cols);
+    }
+  }
+}
+
+/* The registers that the kernels make of words hold the fields that the places say, in the halves and bytes
+ * that the products expect. */
 static void registers(void) {
   for (int i = 0; i < 4; i++) {
     const int bits = WIDTHS[i], width = packed_tile_cols(bits), vectors = packed_vectors(bits);
@@ -130,10 +161,12 @@ static void registers(void) {
               const uint32_t low = packed_halves_low(bits, step, w[0], w[1], w[2]);
               const int power = packed_power(bits, step);
               CHECK(power >= 0 && power <= 6 && power + bits <= 10, "%d bits, step %d", bits, step);
-              CHECK(packed_halves(bits, step, w[0], w[1], w[2]) == low << power, "%d bits, step %d", bits, step);
+              CHECK(packed_halves(bits, step, w[0], w[1], w[2]) == low << power, "%d bits, step %d", bits,
+                    step);
               for (int half = 0; half < 2; half++) {
                 const int col = packed_col(step, lane % 4, 2 * (part / 2) + half);
-                CHECK((low >> (16 * half) & 0xffffu) == field[row][col], "%d bits, row %d, column %d", bits, row, col);
+                CHECK((low >> (16 * half) & 0xffffu) == field[row][col], "%d bits, row %d, column %d", bits,
+                      row, col);
               }
             }
             for (int m = 0; m < width / 32; m++) {
@@ -141,7 +174,8 @@ static void registers(void) {
               for (int byte = 0; byte < 4; byte++) {
                 const int step = packed_pair(bits, m, byte % 2);
                 const int col = packed_col(step, lane % 4, 2 * (part / 2) + byte / 2);
-                CHECK((bytes >> (8 * byte) & 0xffu) == field[row][col], "%d bits, product %d, byte %d", bits, m, byte);
+                CHECK((bytes >> (8 * byte) & 0xffu) == field[row][col], "%d bits, product %d, byte %d", bits,
+                      m, byte);
                 CHECK((bytes >> (8 * byte) & 0xffu) <= mask, "%d bits, product %d, byte %d", bits, m, byte);
               }
             }
@@ -151,8 +185,10 @@ static void registers(void) {
     }
     /* The pairs are all steps, each once. */
     uint32_t steps = 0;
-    for (int m = 0; m < width / 32; m++) steps |= 1u << packed_pair(bits, m, 0) | 1u << packed_pair(bits, m, 1);
-    CHECK(steps == (width == 512 ? 0xffffffffu : (1u << (width / 16)) - 1u), "%d bits: steps %x", bits, steps);
+    for (int m = 0; m < width / 32; m++)
+      steps |= 1u << packed_pair(bits, m, 0) | 1u << packed_pair(bits, m, 1);
+    CHECK(steps == (width == 512 ? 0xffffffffu : (1u << (width / 16)) - 1u), "%d bits: steps %x", bits,
+          steps);
   }
 }
 
@@ -171,7 +207,8 @@ static void halves(void) {
           const float exact = half_value((u << power) & 1023) * times + plus;
           if (power + bits > 10) continue;
           CHECK(is_half(times) && is_half(plus), "power %d, zero %g", power, (double)zero);
-          CHECK(exact == ((float)u + zero) / 512.0f && is_half(exact), "%d bits, field %u, zero %g", bits, u, (double)zero);
+          CHECK(exact == ((float)u + zero) / 512.0f && is_half(exact), "%d bits, field %u, zero %g", bits, u,
+                (double)zero);
         }
       }
     }
@@ -197,7 +234,8 @@ static void lifts(void) {
 
 /* Codes by the reciprocal are those by the quotient, near ties above all. */
 static void codes(void) {
-  const float steps[] = {1e-5f, 0.01f, 0.3f, 1.0f / 3.0f, 0.999999f, 1.0f, 7.3f, 255.0f, 3e4f, 1e-31f, 1e31f, 1e-40f};
+  const float steps[] = {1e-5f, 0.01f,  0.3f, 1.0f / 3.0f, 0.999999f, 1.0f,
+                         7.3f,  255.0f, 3e4f, 1e-31f,      1e31f,     1e-40f};
   const float ranges[][2] = {{-2, 1}, {0, 3}, {-4, 3}, {0, 15}, {-128, 127}, {0, 255}};
   for (unsigned s = 0; s < sizeof steps / sizeof *steps; s++) {
     for (unsigned r = 0; r < 6; r++) {
@@ -211,7 +249,8 @@ static void codes(void) {
           want = want < lo ? lo : want;
           want = want > hi ? hi : want;
           want = rintf(want);
-          CHECK(packed_quotient_code(v, step, 1.0f / step, exact, lo, hi) == want, "%a / %a", (double)v, (double)step);
+          CHECK(packed_quotient_code(v, step, 1.0f / step, exact, lo, hi) == want, "%a / %a", (double)v,
+                (double)step);
           v = nextafterf(v, INFINITY);
         }
       }
@@ -241,7 +280,8 @@ static void wholes(void) {
       want += q * (twice ? 2 * (u + lo) + 1 : u + lo);
     }
     if (want != (int32_t)want) continue;
-    CHECK(packed_whole((int32_t)(uint32_t)fields, twice, twice ? 2 * lo + 1 : lo, (int32_t)token) == (int32_t)want,
+    CHECK(packed_whole((int32_t)(uint32_t)fields, twice, twice ? 2 * lo + 1 : lo, (int32_t)token) ==
+              (int32_t)want,
           "round %d", round);
   }
 }
@@ -249,6 +289,7 @@ static void wholes(void) {
 int main(void) {
   fields();
   places();
+  sets();
   registers();
   halves();
   lifts();

@@ -1,19 +1,23 @@
-/* Packed weights: fields of any width, the tiled layout that the kernels read, and how a field becomes a number
- * for a tensor core; the arithmetic of src/kernels/packed on the device.
+/* Packed weights: fields of any width, the tiled layout that the kernels read, and how a field becomes a
+ * number for a tensor core; the arithmetic of src/kernels/packed on the device.
  *
- * A code is kept as the field u = code - lo, and a weight is step * (u + zero), zero = lo + offset, a multiple of
- * a half. A row as it comes ("canonical") is a stream of fields of 1 to 8 bits, least significant bit first, from a
- * byte on. The tiled layout has fields of 2, 3, 4 or 8 bits and one word for what one lane puts into one register:
+ * A code is kept as the field u = code - lo, and a weight is step * (u + zero), zero = lo + offset, a
+ * multiple of a half. A row as it comes ("canonical") is a stream of fields of 1 to 8 bits, least significant
+ * bit first, from a byte on. The tiled layout has fields of 2, 3, 4 or 8 bits and one word for what one lane
+ * puts into one register:
  *
- *     tile        32 rows x 128, 256, 64, 32 columns at 2, 3, 4, 8 bits: two bands of 16 rows, one after the other
+ *     tile        32 rows x 128, 256, 64, 32 columns at 2, 3, 4, 8 bits: two bands of 16 rows, one behind
+ *                 the other
  *     band        1 (at 3 bits 3) vectors of 32 lanes x 16 bytes, so that a warp reads 512 bytes at once
- *     lane, word  lane 4 g + q holds the rows g and g + 8 of the band and, of every 32 columns, those from 8 q to
- *                 8 q + 7: columns 4 h + 0, 1 of row g in word 0, of row g + 8 in word 1, 4 h + 2, 3 in words 2 and 3
- *     step        16 columns, s = 2 (column / 32) + h: what one m16n8k16 product sums over. Each 16-bit half of a
- *                 word holds the fields of all steps of the tile, of the even column in the low half
+ *     lane, word  lane 4 g + q holds the rows g and g + 8 of the band and, of every 32 columns, those from
+ *                 8 q to 8 q + 7: columns 4 h + 0, 1 of row g in word 0, of row g + 8 in word 1, columns
+ *                 4 h + 2, 3 in words 2 and 3
+ *     step        16 columns, s = 2 (column / 32) + h: what one m16n8k16 product sums over. Each 16-bit
+ *                 half of a word holds the fields of all steps of the tile, of the even column in the low
+ *                 half
  *
- * Which columns a product sums in which order is free as long as both operands agree, so the activations keep their
- * natural order: a lane's eight columns are the 16 bytes it reads for two steps. */
+ * Which columns a product sums in which order is free as long as both operands agree, so the activations keep
+ * their natural order: a lane's eight columns are the 16 bytes it reads for two steps. */
 #ifndef QTUNE_ARITH_PACKED_H
 #define QTUNE_ARITH_PACKED_H
 
@@ -75,7 +79,18 @@ QT_FN uint64_t packed_words(uint64_t rows, uint64_t cols, int bits) {
   return (rows + 31) / 32 * packed_tiles(cols, bits) * (uint64_t)(2 * packed_vectors(bits) * 128);
 }
 
-/* The step, 0 .. tile_cols / 16, of a column of a tile; its lane's q; which of the lane's four columns it is. */
+/* Columns that a set of steps (below) is for: the largest power of two that divides the group, which is a
+ * multiple of 32; 0 where a row has one step. */
+QT_FN uint32_t packed_pitch(uint32_t group) { return group & (0u - group); }
+
+/* Sets in a row of tiles; those for columns that only fill up included. */
+QT_FN uint64_t packed_sets(uint64_t cols, int bits, uint64_t pitch) {
+  const uint64_t filled = packed_tiles(cols, bits) * (uint64_t)packed_tile_cols(bits);
+  return pitch == 0 ? 1 : (filled + pitch - 1) / pitch;
+}
+
+/* The step, 0 .. tile_cols / 16, of a column of a tile; its lane's q; which of the lane's four columns it
+ * is. */
 QT_CONST int packed_step(int col) { return 2 * (col / 32) + col / 4 % 2; }
 QT_CONST int packed_quarter(int col) { return col / 8 % 4; }
 QT_CONST int packed_slot(int col) { return col % 4; }
@@ -84,16 +99,15 @@ QT_CONST int packed_col(int step, int quarter, int slot) {
   return 32 * (step / 2) + 8 * quarter + 4 * (step % 2) + slot;
 }
 
-/* Steps of weights are kept in sets of 32, one for the rows of a tile: a lane reads those of its four rows g, g + 8,
- * g + 16, g + 24 at once. Where in its set a row's step is. */
+/* Steps of weights are kept in sets of 32, one for the rows of a tile: a lane reads those of its four rows g,
+ * g + 8, g + 16, g + 24 at once. Where in its set a row's step is. */
 QT_CONST int packed_set_slot(int row) { return row % 8 * 4 + row / 8 % 4; }
 
-/* Columns that a set of steps is for: the largest power of two that divides the group, which is a multiple of 32. */
-QT_FN uint32_t packed_pitch(uint32_t group) { return group & (0u - group); }
-
-/* Where bit `bit` of the field of a step lies: the lane's vector, and the bit of the 16-bit half. Of three bits
- * five fields fill 15 bits of each vector, and the last bits are the sixteenth field. */
-QT_CONST int packed_vector(int bits, int step, int bit) { return bits != 3 ? 0 : step == 15 ? bit : step / 5; }
+/* Where bit `bit` of the field of a step lies: the lane's vector, and the bit of the 16-bit half. Of three
+ * bits five fields fill 15 bits of each vector, and the last bits are the sixteenth field. */
+QT_CONST int packed_vector(int bits, int step, int bit) {
+  return bits != 3 ? 0 : step == 15 ? bit : step / 5;
+}
 QT_CONST int packed_bit(int bits, int step, int bit) {
   return bits != 3 ? bits * step + bit : step == 15 ? 15 : 3 * (step % 5) + bit;
 }
@@ -111,7 +125,8 @@ QT_FN packed_place packed_place_of(int bits, uint64_t tiles, uint64_t row, uint6
   const int step = packed_step(c), slot = packed_slot(c);
   const int lane = 4 * (r % 8) + packed_quarter(c), word = 2 * (slot / 2) + r / 8 % 2;
   const uint64_t tile = row / 32 * tiles + col / (uint64_t)width;
-  const uint64_t vector = (tile * 2 + (uint64_t)(r / 16)) * (uint64_t)vectors + (uint64_t)packed_vector(bits, step, bit);
+  const uint64_t vector =
+      (tile * 2 + (uint64_t)(r / 16)) * (uint64_t)vectors + (uint64_t)packed_vector(bits, step, bit);
   packed_place place;
   place.word = (vector * 32 + (uint64_t)lane) * 4 + (uint64_t)word;
   place.bit = 16 * (slot % 2) + packed_bit(bits, step, bit);
@@ -139,15 +154,21 @@ QT_FN packed_origin packed_origin_of(int bits, uint64_t tiles, uint64_t word, in
   return origin;
 }
 
-/* The two fields of one word and step as the halves of a register, left where they are in the mantissa: of a half
- * with no exponent, which is then the number u * 2^(power - 24) exactly (tensor cores read subnormal halves). One
- * instruction for most; w0, w1, w2 are the word in the lane's vectors, of which all but 3 bits has one. */
+/* Of 3 bits: what the word of one vector has of the sixteenth field. */
+QT_FN uint32_t packed_sixteenth(uint32_t word, int vector) {
+  return (word >> (15 - vector)) & (0x00010001u << vector);
+}
+
+/* The two fields of one word and step as the halves of a register, left where they are in the mantissa: of a
+ * half with no exponent, which is then the number u * 2^(power - 24) exactly (tensor cores read subnormal
+ * halves). One instruction for most; w0, w1, w2 are the word in the lane's vectors, of which all but 3 bits
+ * has one. */
 QT_FN uint32_t packed_halves(int bits, int step, uint32_t w0, uint32_t w1, uint32_t w2) {
   const uint32_t ones = ((1u << bits) - 1u) * 0x00010001u;
   if (bits == 3) {
     const int i = step % 5;
     const uint32_t w = step < 5 ? w0 : step < 10 ? w1 : w2;
-    if (step == 15) return ((w0 >> 15) & 0x00010001u) | ((w1 >> 14) & 0x00020002u) | ((w2 >> 13) & 0x00040004u);
+    if (step == 15) return packed_sixteenth(w0, 0) | packed_sixteenth(w1, 1) | packed_sixteenth(w2, 2);
     return (i < 3 ? w : w >> 9) & (ones << (3 * (i % 3)));
   }
   return (w0 >> (bits * step / 8 * 8)) & (ones << (bits * step % 8));
@@ -168,9 +189,9 @@ QT_FN uint32_t packed_halves_low(int bits, int step, uint32_t w0, uint32_t w1, u
   return (w0 >> (bits * step)) & ones;
 }
 
-/* For products of integers, which sum over 32 columns: steps in pairs, so that all four bytes of a register come out
- * of a word at once: bytes 0 and 2 are those of the first step, 1 and 3 those of the second. Which steps product m
- * takes: */
+/* For products of integers, which sum over 32 columns: steps in pairs, so that all four bytes of a register
+ * come out of a word at once: bytes 0 and 2 are those of the first step, 1 and 3 those of the second. Which
+ * steps product m takes: */
 QT_CONST int packed_pair(int bits, int m, int second) {
   return bits == 2   ? m + 4 * second
          : bits == 4 ? m + 2 * second
@@ -203,7 +224,8 @@ QT_FN float packed_two_to(int k) {
   return both.x;
 }
 
-/* The bits of |x|, 0 for what is not finite: the largest of a token's says which power of two it is lifted by. */
+/* The bits of |x|, 0 for what is not finite: the largest of a token's says which power of two it is lifted
+ * by. */
 QT_FN uint32_t packed_size_bits(float x) {
   union {
     float x;
@@ -214,18 +236,19 @@ QT_FN uint32_t packed_size_bits(float x) {
   return both.bits < 0x7f800000u ? both.bits : 0u;
 }
 
-/* The k with 2^14 <= 2^k top < 2^15, from the bits of a token's largest; at most 120. Times 2^(k - power), power up
- * to 6, a token fits halves: a number of f16's or bf16's precision that is at least 2^-22 of the largest stays
- * exact, and of a smaller one at most 2^-33 of the largest is lost, below what sums in f32 round away. */
+/* The k with 2^14 <= 2^k top < 2^15, from the bits of a token's largest; at most 120. Times 2^(k - power),
+ * power up to 6, a token fits halves: a number of f16's or bf16's precision that is at least 2^-22 of the
+ * largest stays exact, and of a smaller one at most 2^-33 of the largest is lost, below what sums in f32
+ * round away. */
 QT_FN int packed_lift(uint32_t top) {
   const int k = 141 - (int)(top >> 23);
   return k < 120 ? k : 120;
 }
 
 /* One code: clamp(rne(v / step), lo, hi) for v = x + shift, without a division for most. The product with the
- * reciprocal is at most three roundings off, 3 * 2^-24 of 256; within 2^-14 of a tie the quotient itself decides.
- * `exact` says to divide always: where the step is not within 1e-30 .. 1e30 the reciprocal may not be normal.
- * A NaN comes out as one. */
+ * reciprocal is at most three roundings off, 3 * 2^-24 of 256; within 2^-14 of a tie the quotient itself
+ * decides. `exact` says to divide always: where the step is not within 1e-30 .. 1e30 the reciprocal may not
+ * be normal. A NaN comes out as one. */
 QT_FN float packed_quotient_code(float v, float step, float inverse, int exact, float lo, float hi) {
   float near = v * inverse;
   near = near < lo ? lo : near;
@@ -238,13 +261,16 @@ QT_FN float packed_quotient_code(float v, float step, float inverse, int exact, 
   return rintf(near);
 }
 
-/* The whole sum of codes from that of fields: codes (2 code + 1 where `twice` is 1) count from `low` at field 0, and
- * `tokens` is the sum of the activation's codes. What overflows on the way is undone: the result fits. */
+/* The whole sum of codes from that of fields: codes (2 code + 1 where `twice` is 1) count from `low` at field
+ * 0, and `tokens` is the sum of the activation's codes. What overflows on the way is undone: the result
+ * fits. */
 QT_FN int32_t packed_whole(int32_t fields, int twice, int32_t low, int32_t token) {
   return (int32_t)(((uint32_t)fields << twice) + (uint32_t)low * (uint32_t)token);
 }
 
 /* A whole sum as a value: one product of the two steps, then one with the sum. */
-QT_FN float packed_value(int32_t whole, float token_step, float unit) { return (float)whole * (token_step * unit); }
+QT_FN float packed_value(int32_t whole, float token_step, float unit) {
+  return (float)whole * (token_step * unit);
+}
 
 #endif
