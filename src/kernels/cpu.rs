@@ -2,8 +2,8 @@
 //! chunking, and loops compiled once per instruction set.
 
 use super::arithmetic::arithmetic;
-use super::linear::{self, View};
-use super::product;
+use super::general;
+use super::product::{self, View};
 use candle_core::{bail, CpuStorage, DType, Layout, Result, Storage, Tensor, WithDType};
 use rayon::prelude::*;
 
@@ -60,7 +60,7 @@ pub(super) trait Real: WithDType {
         scale: Self,
         add: bool,
     ) {
-        linear::general_product(sizes, dst, stride, a, b, scale, add);
+        general::product(sizes, dst, stride, a, b, scale, add);
     }
     /// `a b (+ bias)`, row-major, on all threads.
     fn matmul(
@@ -69,7 +69,7 @@ pub(super) trait Real: WithDType {
         b: View<Self>,
         bias: Option<&[Self]>,
     ) -> Vec<Self> {
-        linear::general_matmul(sizes, a, b, bias)
+        general::matmul(sizes, a, b, bias)
     }
     /// A storage of these elements.
     fn store(elements: Vec<Self>) -> CpuStorage {
@@ -129,13 +129,13 @@ impl Real for f32 {
         add: bool,
     ) {
         match sizes.0 < FEW {
-            true => linear::general_product(sizes, dst, stride, a, b, scale, add),
+            true => general::product(sizes, dst, stride, a, b, scale, add),
             false => product::product(arithmetic(), sizes, dst, stride, a, b, scale, add),
         }
     }
     fn matmul(sizes: (usize, usize, usize), a: View<f32>, b: View<f32>, bias: Option<&[f32]>) -> Vec<f32> {
         match sizes.0 < FEW {
-            true => linear::general_matmul(sizes, a, b, bias),
+            true => general::matmul(sizes, a, b, bias),
             false => product::matmul(arithmetic(), sizes, a, b, bias),
         }
     }
@@ -428,7 +428,7 @@ pub(super) fn fold<T: Real>(partial: &[T], width: usize) -> Vec<T> {
 /// How an op is computed for the tensors at hand.
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum Road {
-    /// The CPU body.
+    /// The op's body for the device.
     Kernel,
     /// Through f32 and back.
     ThroughF32,
@@ -457,6 +457,16 @@ pub(super) fn road(op: &str, tensors: &[(&str, &Tensor)]) -> Result<Road> {
         DType::F32 | DType::F64 => Ok(Road::Reference),
         other => bail!("{op}: expected {first} in f16, bf16, f32 or f64, got {other:?}"),
     }
+}
+
+/// As [`road`], for an op with a CUDA body, which takes f32, f16 and bf16 as they are.
+pub(super) fn road_with_cuda(op: &str, tensors: &[(&str, &Tensor)]) -> Result<Road> {
+    let road = road(op, tensors)?;
+    let (_, lead) = tensors[0];
+    Ok(match lead.device().is_cuda() && lead.dtype() != DType::F64 {
+        true => Road::Kernel,
+        false => road,
+    })
 }
 
 /// The CPU storage behind a tensor that an op carries along.

@@ -7,7 +7,11 @@
 //! f32 and f64 here, f16 and bf16 through f32. Source: Hendrycks and Gimpel 2016, section 2.
 
 use super::cpu::{self, real, simd, Real, Road};
+#[cfg(feature = "cuda")]
+use crate::kernels::cuda;
 use crate::kernels::tape::{self, Reads};
+#[cfg(feature = "cuda")]
+use candle_core::{backend::BackendStorage, CudaStorage};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -59,6 +63,14 @@ impl CustomOp1 for Gelu {
         })
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, xl: &Layout) -> Result<(CudaStorage, Shape)> {
+        let y = cuda::unwritten(x.device(), xl.shape(), x.dtype())?;
+        let places = [cuda::place(self.name(), x, xl)?, cuda::start(&y)];
+        cuda::elementwise(x.device(), "gelu", x.dtype(), &places, xl.shape().elem_count())?;
+        Ok((y, xl.shape().clone()))
+    }
+
     fn bwd(&self, x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         Ok(Some(x.apply_op2_no_bwd(&grad.contiguous()?, &GeluGrad)?))
     }
@@ -88,11 +100,25 @@ impl CustomOp2 for GeluGrad {
             Ok((<T as Real>::store(dx), xl.shape().clone()))
         })
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        xl: &Layout,
+        g: &CudaStorage,
+        gl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let dx = cuda::unwritten(x.device(), xl.shape(), x.dtype())?;
+        let places = [cuda::place(self.name(), x, xl)?, cuda::place(self.name(), g, gl)?, cuda::start(&dx)];
+        cuda::elementwise(x.device(), "gelu_grad", x.dtype(), &places, xl.shape().elem_count())?;
+        Ok((dx, xl.shape().clone()))
+    }
 }
 
 /// GELU (erf form) of a tensor of any shape.
 pub fn gelu(x: &Tensor) -> Result<Tensor> {
-    match cpu::road("gelu", &[("x", x)])? {
+    match cpu::road_with_cuda("gelu", &[("x", x)])? {
         Road::Kernel => tape::apply1(&x.contiguous()?, Gelu, Reads::OPERANDS),
         Road::ThroughF32 => gelu(&cpu::wide(x)?)?.to_dtype(x.dtype()),
         Road::Reference => reference(x),

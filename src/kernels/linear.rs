@@ -7,13 +7,19 @@
 //! add_bias      y = x + b         b's shape is a suffix of x's; db = sum dy over the leading axes
 //! ```
 //!
-//! f32 and f64 here, f16 and bf16 through f32. A gradient is computed only for an operand that a
-//! variable stands behind. Products of f32 are those of `product`; of f64, and of a few rows, those of the `gemm` crate, by
-//! strides, so nothing is transposed in memory. The split into tiles, and of a long reduction into at most 16 parts that
-//! are added in order, depends on the shapes alone; each tile is a single-threaded product.
+//! On the CPU f32 and f64, f16 and bf16 through f32; on a CUDA device f32, f16 and bf16, whose products are cuBLAS's
+//! and whose biases kernels/elementwise.cu's. A gradient is computed only for an operand that a variable stands behind.
+//! Products of f32 are those of `product`; of f64, and of a few rows, those of `general`.
 
 use super::cpu::{self, real, simd, Real, Road};
+#[cfg(feature = "cuda")]
+use crate::kernels::cuda;
 use crate::kernels::tape::{self, Reads};
+#[cfg(feature = "cuda")]
+use candle_core::{
+    backend::{BackendDevice, BackendStorage},
+    CudaStorage,
+};
 use candle_core::{bail, CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, D};
 use rayon::prelude::*;
 
@@ -32,67 +38,6 @@ pub fn reference_add_bias(x: &Tensor, b: &Tensor) -> Result<Tensor> {
 }
 
 pub(super) use super::product::View;
-
-/// One place in a result that several tiles write, each its own elements.
-#[derive(Clone, Copy)]
-struct Place<T>(*mut T);
-
-impl<T> Place<T> {
-    /// The pointer `offset` elements on.
-    ///
-    /// # Safety
-    /// As for pointer addition: `offset` must stay within the allocation.
-    unsafe fn at(self, offset: usize) -> *mut T {
-        // SAFETY: the caller's contract.
-        unsafe { self.0.add(offset) }
-    }
-}
-
-// SAFETY: a `Place` is only written through by `tile`, whose caller hands every tile its own elements.
-unsafe impl<T: Send> Send for Place<T> {}
-// SAFETY: as above; no element is shared between threads.
-unsafe impl<T: Send> Sync for Place<T> {}
-
-/// `dst [m, n] = scale * a [m, k] b [k, n]`, or added onto it, on one thread; dst has rows `stride` apart.
-///
-/// # Safety
-/// `dst + i * stride + j` must be valid for writes (and initialised if `add`) for every i < m, j < n,
-/// and not accessed by another thread meanwhile.
-unsafe fn tile<T: Real>(
-    (m, n, k): (usize, usize, usize),
-    dst: Place<T>,
-    stride: usize,
-    a: View<T>,
-    b: View<T>,
-    scale: T,
-    add: bool,
-) {
-    assert!(a.fits(m, k) && b.fits(k, n), "operands of a product lie outside their slices");
-    // SAFETY: the assertion covers every read, the caller's contract every write.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            dst.0,
-            1,
-            stride as isize,
-            add,
-            a.data.as_ptr(),
-            a.cs as isize,
-            a.rs as isize,
-            b.data.as_ptr(),
-            b.cs as isize,
-            b.rs as isize,
-            T::ONE,
-            scale,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
-    }
-}
 
 /// `dst [m, n] = scale * a [m, k] b [k, n]` on one thread, rows of dst `stride` apart.
 pub(super) fn product<T: Real>(
@@ -125,99 +70,6 @@ pub(super) fn matmul<T: Real>(
     bias: Option<&[T]>,
 ) -> Vec<T> {
     T::matmul(sizes, a, b, bias)
-}
-
-/// A product by the `gemm` crate, for the types and shapes that have none of ours.
-#[allow(clippy::too_many_arguments)]
-pub(super) fn general_product<T: Real>(
-    (m, n, k): (usize, usize, usize),
-    dst: &mut [T],
-    stride: usize,
-    a: View<T>,
-    b: View<T>,
-    scale: T,
-    add: bool,
-) {
-    if m == 0 || n == 0 {
-        return;
-    }
-    assert!(n <= stride && (m - 1) * stride + n <= dst.len(), "result of a product lies outside its slice");
-    // SAFETY: the assertion keeps every write inside `dst`, which is borrowed exclusively.
-    unsafe { tile((m, n, k), Place(dst.as_mut_ptr()), stride, a, b, scale, add) }
-}
-
-/// Multiply-adds that make a unit of parallel work.
-const TILE_WORK: usize = 1 << 21;
-/// A reduction this long over a small result is split, and into at most this many parts.
-const LONG: usize = 1024;
-const PARTS: usize = 16;
-
-/// [`matmul`] by the `gemm` crate.
-pub(super) fn general_matmul<T: Real>(
-    (m, n, k): (usize, usize, usize),
-    a: View<T>,
-    b: View<T>,
-    bias: Option<&[T]>,
-) -> Vec<T> {
-    assert!(a.fits(m, k) && b.fits(k, n), "operands of a product lie outside their slices");
-    if m == 0 || n == 0 || k == 0 {
-        let row = bias.map_or_else(|| vec![T::ZERO; n], <[T]>::to_vec);
-        return row.repeat(m);
-    }
-    if bias.is_none() && k > LONG && m * n <= 1 << 17 {
-        return long_product((m, n, k), a, b);
-    }
-    let tm = (TILE_WORK / (n * k)).clamp(128, 4096).next_multiple_of(16).min(m);
-    let tn = if tm * n * k > 4 * TILE_WORK {
-        (4 * TILE_WORK / (tm * k)).max(128).next_multiple_of(64).min(n)
-    } else {
-        n
-    };
-    let mut out: Vec<T> = Vec::with_capacity(m * n);
-    let place = Place(out.as_mut_ptr());
-    let across = n.div_ceil(tn);
-    (0..m.div_ceil(tm) * across).into_par_iter().for_each(|t| {
-        let (i, j) = (t / across * tm, t % across * tn);
-        let (rows, cols) = (tm.min(m - i), tn.min(n - j));
-        // SAFETY: rows [i, i + rows) and columns [j, j + cols) lie in the m * n elements reserved
-        // above and belong to this tile alone; with a bias each is written before it is added to.
-        unsafe {
-            let corner = place.at(i * n + j);
-            if let Some(bias) = bias {
-                for r in 0..rows {
-                    std::ptr::copy_nonoverlapping(bias[j..j + cols].as_ptr(), corner.add(r * n), cols);
-                }
-            }
-            let a = View { data: &a.data[i * a.rs..], ..a };
-            let b = View { data: &b.data[j * b.cs..], ..b };
-            tile((rows, cols, k), Place(corner), n, a, b, T::ONE, bias.is_some());
-        }
-    });
-    // SAFETY: the tiles cover all of [0, m) x [0, n), and each product wrote all of its elements.
-    unsafe { out.set_len(m * n) };
-    out
-}
-
-/// A small result over a long reduction: parts of the reduction in parallel, added in order.
-fn long_product<T: Real>((m, n, k): (usize, usize, usize), a: View<T>, b: View<T>) -> Vec<T> {
-    let part = k.div_ceil(PARTS).max(LONG / 2);
-    let size = m * n;
-    let mut partial = cpu::unwritten(k.div_ceil(part) * size);
-    partial.par_chunks_mut(size).enumerate().for_each(|(p, dst)| {
-        let from = p * part;
-        let a = View { data: &a.data[from * a.cs..], ..a };
-        let b = View { data: &b.data[from * b.rs..], ..b };
-        general_product((m, n, part.min(k - from)), dst, n, a, b, T::ONE, false);
-    });
-    let (out, rest) = partial.split_at_mut(size);
-    out.par_chunks_mut(cpu::GRAIN).enumerate().for_each(|(i, out)| {
-        for other in rest.chunks_exact(size) {
-            let from = i * cpu::GRAIN;
-            cpu::add_rows(&other[from..from + out.len()], out);
-        }
-    });
-    partial.truncate(size);
-    partial
 }
 
 /// Which of the three products of a linear layer.
@@ -253,6 +105,38 @@ impl Product {
             Product::Weight => (matmul((ac, bc, rows), av.t(), bv, None), Shape::from((ac, bc))),
         }
     }
+
+    #[cfg(feature = "cuda")]
+    fn on_cuda(
+        self,
+        a: &CudaStorage,
+        al: &Layout,
+        b: &CudaStorage,
+        bl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let last = |l: &Layout| l.dims().last().copied().unwrap_or(1);
+        let (ac, bc) = (last(al), last(bl));
+        let lead = &al.dims()[..al.dims().len() - 1];
+        let rows: usize = lead.iter().product();
+        let with = |last: usize| Shape::from([lead, &[last]].concat());
+        let matrix = |l: &Layout, rows, cols| Layout::contiguous_with_offset((rows, cols), l.start_offset());
+        let turned =
+            |l: &Layout, rows, cols| Layout::new(Shape::from((cols, rows)), vec![1, cols], l.start_offset());
+        let ((m, n, k), av, bv, shape) = match self {
+            Product::Forward => {
+                let n = bl.dims()[0];
+                ((rows, n, ac), matrix(al, rows, ac), turned(bl, n, ac), with(n))
+            }
+            Product::Input => ((rows, bc, ac), matrix(al, rows, ac), matrix(bl, ac, bc), with(bc)),
+            Product::Weight => {
+                ((ac, bc, rows), turned(al, rows, ac), matrix(bl, rows, bc), Shape::from((ac, bc)))
+            }
+        };
+        if m == 0 || n == 0 || k == 0 {
+            return Ok((a.device().zeros_impl(&shape, a.dtype())?, shape));
+        }
+        Ok((a.matmul(b, (1, m, n, k), &av, &bv)?, shape))
+    }
 }
 
 impl CustomOp2 for Product {
@@ -273,6 +157,17 @@ impl CustomOp2 for Product {
             let (y, shape) = self.run(a, al, b, bl, None);
             Ok((<T as Real>::store(y), shape))
         })
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        a: &CudaStorage,
+        al: &Layout,
+        b: &CudaStorage,
+        bl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        self.on_cuda(a, al, b, bl)
     }
 
     fn bwd(
@@ -318,6 +213,29 @@ impl CustomOp3 for Linear {
         })
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        xl: &Layout,
+        w: &CudaStorage,
+        wl: &Layout,
+        b: &CudaStorage,
+        bl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (y, shape) = Product::Forward.on_cuda(x, xl, w, wl)?;
+        let at = cuda::start(&y);
+        cuda::add_bias(
+            y.device(),
+            y.dtype(),
+            at,
+            cuda::place(self.name(), b, bl)?,
+            at,
+            (&shape, bl.shape()),
+        )?;
+        Ok((y, shape))
+    }
+
     fn bwd(
         &self,
         x: &Tensor,
@@ -347,6 +265,14 @@ impl CustomOp1 for ColumnSums {
             Ok((<T as Real>::store(cpu::column_sums(x, self.0.elem_count())), self.0.clone()))
         })
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, xl: &Layout) -> Result<(CudaStorage, Shape)> {
+        let width = self.0.elem_count();
+        let rows = xl.shape().elem_count() / width.max(1);
+        let at = cuda::place(self.name(), x, xl)?;
+        Ok((cuda::column_sums(x.device(), at, x.dtype(), (rows, width))?, self.0.clone()))
+    }
 }
 
 /// x to x w^T with a weight that takes no gradient.
@@ -363,6 +289,12 @@ impl CustomOp1 for Frozen {
     fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout) -> Result<(CpuStorage, Shape)> {
         let (w, wl) = self.w.storage_and_layout();
         CustomOp2::cpu_fwd(&self.product, x, xl, cpu::host(self.name(), &w)?, wl)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, xl: &Layout) -> Result<(CudaStorage, Shape)> {
+        let (w, wl) = self.w.storage_and_layout();
+        self.product.on_cuda(x, xl, cuda::storage(self.name(), &w)?, wl)
     }
 
     fn bwd(&self, _x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
@@ -393,7 +325,7 @@ pub fn linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     check(op, x, w, bias)?;
     let mut named = vec![("x", x), ("w", w)];
     named.extend(bias.map(|b| ("bias", b)));
-    match cpu::road(op, &named)? {
+    match cpu::road_with_cuda(op, &named)? {
         Road::Kernel => {
             let (x, w) = (x.contiguous()?, w.contiguous()?);
             match bias {
@@ -415,7 +347,7 @@ pub fn frozen_matmul(x: &Tensor, w: &Tensor) -> Result<Tensor> {
     let op = "frozen_matmul";
     check(op, x, w, None)?;
     let w = w.detach();
-    match cpu::road(op, &[("x", x), ("w", &w)])? {
+    match cpu::road_with_cuda(op, &[("x", x), ("w", &w)])? {
         Road::Kernel => tape::apply1(
             &x.contiguous()?,
             Frozen { w: w.contiguous()?, product: Product::Forward },
@@ -462,6 +394,20 @@ impl CustomOp2 for AddBias {
         })
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        xl: &Layout,
+        b: &CudaStorage,
+        bl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let y = cuda::unwritten(x.device(), xl.shape(), x.dtype())?;
+        let (x_at, b_at) = (cuda::place(self.name(), x, xl)?, cuda::place(self.name(), b, bl)?);
+        cuda::add_bias(x.device(), x.dtype(), x_at, b_at, cuda::start(&y), (xl.shape(), bl.shape()))?;
+        Ok((y, xl.shape().clone()))
+    }
+
     fn bwd(
         &self,
         _x: &Tensor,
@@ -484,7 +430,7 @@ pub fn add_bias(x: &Tensor, b: &Tensor) -> Result<Tensor> {
     if !x.dims().ends_with(b.dims()) {
         bail!("{op}: expected a bias whose shape ends that of x {:?}, got {:?}", x.dims(), b.dims())
     }
-    match cpu::road(op, &[("x", x), ("b", b)])? {
+    match cpu::road_with_cuda(op, &[("x", x), ("b", b)])? {
         Road::Kernel => tape::apply2(&x.contiguous()?, &b.contiguous()?, AddBias, Reads::NOTHING),
         Road::ThroughF32 => add_bias(&cpu::wide(x)?, &cpu::wide(b)?)?.to_dtype(x.dtype()),
         Road::Reference => reference_add_bias(x, b),

@@ -3,7 +3,8 @@
 //! A file holds, in this order: the equation and its source, `reference` (plain candle ops, slow
 //! and obvious, differentiable everywhere), the custom op with its CPU body and its backward, and
 //! one public function that checks shapes and dtypes and chooses. On the CPU f32 and f64 take the
-//! kernel, f16 and bf16 are computed through f32; other devices take the reference.
+//! kernel, f16 and bf16 are computed through f32; on a CUDA device f32, f16 and bf16 take the op's
+//! CUDA body where it has one (kernels/*.cu), and everything else the reference.
 //!
 //! Every CPU body cuts its work into chunks that depend on shapes alone and adds partial sums in
 //! index order, so a result is the same to the bit for any number of threads.
@@ -22,9 +23,12 @@ mod classp;
 mod conv;
 mod cpu;
 mod cross_entropy;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod dropout;
 mod fake_quant;
 mod gelu;
+mod general;
 pub(crate) mod gram;
 mod linear;
 mod low_rank;

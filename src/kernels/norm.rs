@@ -6,11 +6,16 @@
 //! dw = sum dy * xh     db = sum dy      over the leading axes
 //! ```
 //!
-//! The variance is the biased one, in two passes. f32 and f64 here, f16 and bf16 through f32.
+//! The variance is the biased one, in two passes. On the CPU f32 and f64, f16 and bf16 through f32; on a CUDA device
+//! f32, f16 and bf16 (kernels/norm.cu).
 //! Source: Ba, Kiros and Hinton 2016, section 3.
 
 use super::cpu::{self, real, simd, Real, Road};
+#[cfg(feature = "cuda")]
+use crate::kernels::cuda::{self, Launch};
 use crate::kernels::tape::{self, Reads};
+#[cfg(feature = "cuda")]
+use candle_core::{backend::BackendStorage, CudaStorage, DType};
 use candle_core::{bail, CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, D};
 use rayon::prelude::*;
 
@@ -104,6 +109,20 @@ impl CustomOp3 for LayerNorm {
         })
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        xl: &Layout,
+        w: &CudaStorage,
+        wl: &Layout,
+        b: &CudaStorage,
+        bl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let sides = [(w, wl), (b, bl)];
+        Ok((rows_forward("layer_norm", (x, xl), &sides, self.eps)?, xl.shape().clone()))
+    }
+
     fn bwd(
         &self,
         x: &Tensor,
@@ -162,6 +181,86 @@ impl CustomOp3 for LayerNormGrad {
             Ok((<T as Real>::store(out), shape))
         })
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        xl: &Layout,
+        w: &CudaStorage,
+        wl: &Layout,
+        g: &CudaStorage,
+        gl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        rows_backward("layer_norm", 2, [(x, xl), (w, wl), (g, gl)], self.0.eps)
+    }
+}
+
+/// `NAME [rows, width]` of kernels/norm.cu, of x and what lies beside it: w, and a layer's b.
+#[cfg(feature = "cuda")]
+pub(super) fn rows_forward(
+    name: &str,
+    (x, xl): (&CudaStorage, &Layout),
+    beside: &[(&CudaStorage, &Layout)],
+    eps: f64,
+) -> Result<CudaStorage> {
+    let (device, dtype) = (x.device(), x.dtype());
+    let width = xl.dims().last().copied().unwrap_or(1);
+    let rows = xl.shape().elem_count() / width;
+    let y = cuda::unwritten(device, xl.shape(), dtype)?;
+    // What a block keeps of a row (HELD_PARTS of row.cuh).
+    let (each, most) = (4 * cuda::wide(dtype), 16_384 * 2 / dtype.size_in_bytes());
+    let (long, block) = match width > most {
+        true => ("_long", (1024, 1, 1)),
+        false => ("", cuda::row_block(width, each)),
+    };
+    let kernel = format!("{name}{long}_{}", cuda::suffix(name, dtype)?);
+    let mut launch = Launch::new(device, "norm", kernel).place(cuda::place(name, x, xl)?);
+    for (b, bl) in beside {
+        launch = launch.place(cuda::place(name, b, bl)?);
+    }
+    let launch = launch.place(cuda::start(&y)).i64(rows).i32(width).f32(eps as f32);
+    // SAFETY: x and y have rows * width elements, w and b width; the block holds a row as the kernel's header asks.
+    unsafe { launch.run((rows.div_ceil(block.1), 1, 1), block, 0)? };
+    Ok(y)
+}
+
+/// `NAME_grad` of kernels/norm.cu of x, w and dy: dx and the gradients of `kinds` rows, dw and a layer's db, in one
+/// flat result.
+#[cfg(feature = "cuda")]
+pub(super) fn rows_backward(
+    name: &str,
+    kinds: usize,
+    [(x, xl), (w, wl), (g, gl)]: [(&CudaStorage, &Layout); 3],
+    eps: f64,
+) -> Result<(CudaStorage, Shape)> {
+    let (device, dtype) = (x.device(), x.dtype());
+    let width = wl.shape().elem_count();
+    let count = xl.shape().elem_count();
+    let rows = count / width;
+    let out = cuda::unwritten(device, count + kinds * width, dtype)?;
+    let parts = cuda::Parts::of(rows);
+    let partial = cuda::unwritten(device, parts.count * kinds * width, DType::F32)?;
+    let (wide, size) = (cuda::wide(dtype), dtype.size_in_bytes());
+    // Two rows are kept, so half as much of each as forward.
+    let (long, block) = match width > 8192 * 2 / size {
+        true => ("_long", (1024, 1, 1)),
+        false => ("", cuda::row_block(width, 2 * wide)),
+    };
+    let shared = if long.is_empty() { block.1 * kinds * 2 * 4 * block.0 * wide } else { 0 };
+    let kernel = format!("{name}_grad{long}_{}", cuda::suffix(name, dtype)?);
+    let launch = Launch::new(device, "norm", kernel)
+        .place(cuda::place(name, x, xl)?)
+        .place(cuda::place(name, w, wl)?)
+        .place(cuda::place(name, g, gl)?)
+        .place(cuda::start(&out))
+        .place(cuda::start(&partial));
+    let launch = launch.i64(rows).i32(width).i64(parts.each).f32(eps as f32);
+    // SAFETY: x, dy and dx have rows * width elements, w width, partial a row of each kind for every block, of which
+    // there is one for each part; the block and its shared memory hold a row as the kernel's header asks.
+    unsafe { launch.run((parts.count, 1, 1), block, shared)? };
+    cuda::fold_columns(device, &partial, cuda::start(&out).at(count), dtype, (parts.count, kinds * width))?;
+    Ok((out, Shape::from(count + kinds * width)))
 }
 
 /// Layer normalization of `x: [.., C]` over its last axis with `w: [C]` and `b: [C]`.
@@ -176,7 +275,7 @@ pub fn layer_norm(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor
             bail!("{op}: expected {name} [{width}], got {:?}", t.dims())
         }
     }
-    match cpu::road(op, &[("x", x), ("w", w), ("b", b)])? {
+    match cpu::road_with_cuda(op, &[("x", x), ("w", w), ("b", b)])? {
         Road::Kernel => tape::apply3(
             &x.contiguous()?,
             &w.contiguous()?,

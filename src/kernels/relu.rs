@@ -7,7 +7,11 @@
 //! candle's own turns NaN into 0 and so hides where it came from. f32 and f64 here, f16 and bf16 through f32.
 
 use super::cpu::{self, real, simd, Real, Road};
+#[cfg(feature = "cuda")]
+use crate::kernels::cuda;
 use crate::kernels::tape::{self, Reads};
+#[cfg(feature = "cuda")]
+use candle_core::{backend::BackendStorage, CudaStorage};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -49,6 +53,14 @@ impl CustomOp1 for Relu {
         })
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, xl: &Layout) -> Result<(CudaStorage, Shape)> {
+        let y = cuda::unwritten(x.device(), xl.shape(), x.dtype())?;
+        let places = [cuda::place(self.name(), x, xl)?, cuda::start(&y)];
+        cuda::elementwise(x.device(), "relu", x.dtype(), &places, xl.shape().elem_count())?;
+        Ok((y, xl.shape().clone()))
+    }
+
     fn bwd(&self, x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         x.apply_op2_no_bwd(&grad.contiguous()?, &Backward).map(Some)
     }
@@ -78,11 +90,25 @@ impl CustomOp2 for Backward {
             Ok((<T as Real>::store(dx), xl.shape().clone()))
         })
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        xl: &Layout,
+        g: &CudaStorage,
+        gl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let dx = cuda::unwritten(x.device(), xl.shape(), x.dtype())?;
+        let places = [cuda::place(self.name(), x, xl)?, cuda::place(self.name(), g, gl)?, cuda::start(&dx)];
+        cuda::elementwise(x.device(), "relu_grad", x.dtype(), &places, xl.shape().elem_count())?;
+        Ok((dx, xl.shape().clone()))
+    }
 }
 
 /// `max(x, 0)` of every element of `x` (any shape).
 pub fn relu(x: &Tensor) -> Result<Tensor> {
-    match cpu::road("relu", &[("x", x)])? {
+    match cpu::road_with_cuda("relu", &[("x", x)])? {
         Road::Kernel => tape::apply1(&x.contiguous()?, Relu, Reads::OPERANDS),
         Road::ThroughF32 => relu(&cpu::wide(x)?)?.to_dtype(x.dtype()),
         Road::Reference => reference(x),

@@ -8,7 +8,11 @@
 //! f32 and f64 here, f16 and bf16 through f32. Source: Zhang and Sennrich 2019, eq. 4.
 
 use super::cpu::{self, real, simd, Real, Road};
+#[cfg(feature = "cuda")]
+use crate::kernels::norm;
 use crate::kernels::tape::{self, Reads};
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, D};
 use rayon::prelude::*;
 
@@ -80,6 +84,17 @@ impl CustomOp2 for RmsNorm {
         })
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        xl: &Layout,
+        w: &CudaStorage,
+        wl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        Ok((norm::rows_forward("rms_norm", (x, xl), &[(w, wl)], self.eps)?, xl.shape().clone()))
+    }
+
     fn bwd(
         &self,
         x: &Tensor,
@@ -128,6 +143,19 @@ impl CustomOp3 for RmsNormGrad {
             Ok((<T as Real>::store(out), shape))
         })
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        xl: &Layout,
+        w: &CudaStorage,
+        wl: &Layout,
+        g: &CudaStorage,
+        gl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        norm::rows_backward("rms_norm", 1, [(x, xl), (w, wl), (g, gl)], self.0.eps)
+    }
 }
 
 /// Root-mean-square normalization of `x: [.., C]` over its last axis with `w: [C]`.
@@ -137,7 +165,7 @@ pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
     if width == 0 || w.dims() != [width] {
         bail!("{op}: expected x [.., C] and w [C], got {:?} and {:?}", x.dims(), w.dims())
     }
-    match cpu::road(op, &[("x", x), ("w", w)])? {
+    match cpu::road_with_cuda(op, &[("x", x), ("w", w)])? {
         Road::Kernel => tape::apply2(&x.contiguous()?, &w.contiguous()?, RmsNorm { eps }, Reads::OPERANDS),
         Road::ThroughF32 => rms_norm(&cpu::wide(x)?, &cpu::wide(w)?, eps)?.to_dtype(x.dtype()),
         Road::Reference => reference(x, w, eps),

@@ -8,7 +8,11 @@
 //! eq. 6 without the products.
 
 use super::cpu::{self, real, simd, Real, Road};
+#[cfg(feature = "cuda")]
+use crate::kernels::cuda;
 use crate::kernels::tape::{self, Reads};
+#[cfg(feature = "cuda")]
+use candle_core::{backend::BackendStorage, CudaStorage};
 use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -76,6 +80,20 @@ impl CustomOp2 for SwiGlu {
         })
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        g: &CudaStorage,
+        gl: &Layout,
+        u: &CudaStorage,
+        ul: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let y = cuda::unwritten(g.device(), gl.shape(), g.dtype())?;
+        let places = [cuda::place(self.name(), g, gl)?, cuda::place(self.name(), u, ul)?, cuda::start(&y)];
+        cuda::elementwise(g.device(), "swiglu", g.dtype(), &places, gl.shape().elem_count())?;
+        Ok((y, gl.shape().clone()))
+    }
+
     fn bwd(
         &self,
         g: &Tensor,
@@ -121,6 +139,28 @@ impl CustomOp3 for SwiGluGrad {
             Ok((<T as Real>::store(out), shape))
         })
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        g: &CudaStorage,
+        gl: &Layout,
+        u: &CudaStorage,
+        ul: &Layout,
+        dy: &CudaStorage,
+        dl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let count = gl.shape().elem_count();
+        let out = cuda::unwritten(g.device(), 2 * count, g.dtype())?;
+        let operands = [(g, gl), (u, ul), (dy, dl)];
+        let mut places = Vec::with_capacity(5);
+        for (storage, layout) in operands {
+            places.push(cuda::place(self.name(), storage, layout)?);
+        }
+        places.extend([cuda::start(&out), cuda::start(&out).at(count)]);
+        cuda::elementwise(g.device(), "swiglu_grad", g.dtype(), &places, count)?;
+        Ok((out, Shape::from(2 * count)))
+    }
 }
 
 /// `silu(gate) * up`, two tensors of one shape.
@@ -129,7 +169,7 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     if gate.dims() != up.dims() {
         bail!("{op}: expected up {:?} as gate is, got {:?}", gate.dims(), up.dims())
     }
-    match cpu::road(op, &[("gate", gate), ("up", up)])? {
+    match cpu::road_with_cuda(op, &[("gate", gate), ("up", up)])? {
         Road::Kernel => tape::apply2(&gate.contiguous()?, &up.contiguous()?, SwiGlu, Reads::OPERANDS),
         Road::ThroughF32 => swiglu(&cpu::wide(gate)?, &cpu::wide(up)?)?.to_dtype(gate.dtype()),
         Road::Reference => reference(gate, up),

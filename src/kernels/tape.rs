@@ -6,15 +6,16 @@
 //!
 //! Between two of our ops a model may compute whatever candle can: such a stretch hangs on the leaves beneath it, and
 //! candle walks it when its gradient is complete. So a model is right whatever it mixes, and fast where it does not.
-//! One tape is of one thread; off the CPU, and without a tape, ops are candle's to walk.
+//! One tape is of one thread; without a tape, ops are candle's to walk.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
 
+use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::op::BackpropOp;
 use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, InplaceOp2, Layout, Result, Shape, Storage, Tensor,
-    TensorId,
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, InplaceOp2, Layout, Result, Shape,
+    Storage, Tensor, TensorId,
 };
 use rayon::prelude::*;
 
@@ -148,18 +149,31 @@ impl Tape {
     }
 }
 
-fn recording(x: &Tensor) -> bool {
-    x.device().is_cpu() && RECORD.with(|record| record.borrow().is_some())
+fn recording() -> bool {
+    RECORD.with(|record| record.borrow().is_some())
+}
+
+/// What an op's operands must share.
+fn one_device<R>(op: &str) -> Result<R> {
+    candle_core::bail!("{op}: expected all operands on one device, the CPU or a CUDA one")
+}
+
+fn on_cpu((storage, shape): (CpuStorage, Shape)) -> (Storage, Shape) {
+    (Storage::Cpu(storage), shape)
+}
+
+fn on_cuda((storage, shape): (CudaStorage, Shape)) -> (Storage, Shape) {
+    (Storage::Cuda(storage), shape)
 }
 
 /// A leaf over what an op computed, written down.
 fn write_down(
-    (storage, shape): (CpuStorage, Shape),
+    (storage, shape): (Storage, Shape),
     applied: Applied,
     inputs: &[&Tensor],
     reads: Reads,
 ) -> Result<Tensor> {
-    let output = Tensor::from_storage(Storage::Cpu(storage), shape, BackpropOp::none(), true);
+    let output = Tensor::from_storage(storage, shape, BackpropOp::none(), true);
     let mut operands = Vec::with_capacity(inputs.len());
     for (i, x) in inputs.iter().enumerate() {
         let stretch = x.track_op() && !x.is_variable();
@@ -189,12 +203,16 @@ pub(crate) fn apply1<C: CustomOp1 + Send + Sync + 'static>(
     if !x.track_op() {
         return x.apply_op1_no_bwd(&op);
     }
-    if !recording(x) {
+    if !recording() {
         return x.apply_op1(op);
     }
     let result = {
         let (storage, layout) = x.storage_and_layout();
-        op.cpu_fwd(cpu::host(op.name(), &storage)?, layout)?
+        match &*storage {
+            Storage::Cpu(x) => on_cpu(op.cpu_fwd(x, layout)?),
+            Storage::Cuda(x) => on_cuda(op.cuda_fwd(x, layout)?),
+            _ => one_device(op.name())?,
+        }
     };
     write_down(result, Applied::One(Box::new(op)), &[x], reads)
 }
@@ -209,12 +227,16 @@ pub(crate) fn apply2<C: CustomOp2 + Send + Sync + 'static>(
     if !x.track_op() && !y.track_op() {
         return x.apply_op2_no_bwd(y, &op);
     }
-    if !recording(x) || !y.device().is_cpu() {
+    if !recording() {
         return x.apply_op2(y, op);
     }
     let result = {
         let ((xs, xl), (ys, yl)) = (x.storage_and_layout(), y.storage_and_layout());
-        op.cpu_fwd(cpu::host(op.name(), &xs)?, xl, cpu::host(op.name(), &ys)?, yl)?
+        match (&*xs, &*ys) {
+            (Storage::Cpu(x), Storage::Cpu(y)) => on_cpu(op.cpu_fwd(x, xl, y, yl)?),
+            (Storage::Cuda(x), Storage::Cuda(y)) => on_cuda(op.cuda_fwd(x, xl, y, yl)?),
+            _ => one_device(op.name())?,
+        }
     };
     write_down(result, Applied::Two(Box::new(op)), &[x, y], reads)
 }
@@ -230,14 +252,19 @@ pub(crate) fn apply3<C: CustomOp3 + Send + Sync + 'static>(
     if !x.track_op() && !y.track_op() && !z.track_op() {
         return x.apply_op3_no_bwd(y, z, &op);
     }
-    if !recording(x) || !y.device().is_cpu() || !z.device().is_cpu() {
+    if !recording() {
         return x.apply_op3(y, z, op);
     }
     let result = {
         let ((xs, xl), (ys, yl)) = (x.storage_and_layout(), y.storage_and_layout());
         let (zs, zl) = z.storage_and_layout();
-        let (x, y) = (cpu::host(op.name(), &xs)?, cpu::host(op.name(), &ys)?);
-        op.cpu_fwd(x, xl, y, yl, cpu::host(op.name(), &zs)?, zl)?
+        match (&*xs, &*ys, &*zs) {
+            (Storage::Cpu(x), Storage::Cpu(y), Storage::Cpu(z)) => on_cpu(op.cpu_fwd(x, xl, y, yl, z, zl)?),
+            (Storage::Cuda(x), Storage::Cuda(y), Storage::Cuda(z)) => {
+                on_cuda(op.cuda_fwd(x, xl, y, yl, z, zl)?)
+            }
+            _ => one_device(op.name())?,
+        }
     };
     write_down(result, Applied::Three(Box::new(op)), &[x, y, z], reads)
 }
@@ -245,8 +272,7 @@ pub(crate) fn apply3<C: CustomOp3 + Send + Sync + 'static>(
 /// `op` of `x`, differentiable.
 pub(crate) fn apply<C: Many + 'static>(x: Vec<Tensor>, op: C) -> Result<Tensor> {
     let tracked = x.iter().any(Tensor::track_op);
-    let on_cpu = x.iter().all(|x| x.device().is_cpu());
-    if !on_cpu || (tracked && !recording(&x[0])) {
+    if !x.iter().all(|x| x.device().is_cpu()) || (tracked && !recording()) {
         return op.composed(&x);
     }
     let (storage, shape) = {
@@ -261,7 +287,7 @@ pub(crate) fn apply<C: Many + 'static>(x: Vec<Tensor>, op: C) -> Result<Tensor> 
         return Ok(Tensor::from_storage(Storage::Cpu(storage), shape, BackpropOp::none(), false));
     }
     let reads = op.reads();
-    write_down((storage, shape), Applied::Many(Box::new(op)), &x.iter().collect::<Vec<_>>(), reads)
+    write_down(on_cpu((storage, shape)), Applied::Many(Box::new(op)), &x.iter().collect::<Vec<_>>(), reads)
 }
 
 /// A scalar whose gradient in x is given: what candle's walk begins from. Its value is nobody's.
@@ -274,6 +300,11 @@ impl CustomOp1 for Seed {
 
     fn cpu_fwd(&self, _x: &CpuStorage, _layout: &Layout) -> Result<(CpuStorage, Shape)> {
         Ok((CpuStorage::F32(vec![0.0]), Shape::from(())))
+    }
+
+    fn cuda_fwd(&self, x: &CudaStorage, _layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        let shape = Shape::from(());
+        Ok((x.device().zeros_impl(&shape, DType::F32)?, shape))
     }
 
     fn bwd(&self, _x: &Tensor, _y: &Tensor, _grad: &Tensor) -> Result<Option<Tensor>> {
@@ -306,7 +337,9 @@ impl Gradients {
                     gradient.dims()
                 )
             }
-            Some((sum, _)) if !matches!(sum.dtype(), DType::F32 | DType::F64) => ((sum + gradient)?, false),
+            Some((sum, _)) if !sum.device().is_cpu() || !matches!(sum.dtype(), DType::F32 | DType::F64) => {
+                ((sum + gradient)?, false)
+            }
             Some((sum, true)) => {
                 sum.inplace_op2(&gradient.contiguous()?, &AddOnto)?;
                 (sum, true)
@@ -336,11 +369,7 @@ impl Tape {
         let mut ending: HashMap<usize, Vec<Tensor>> = HashMap::new();
         let mut gradients = Gradients::default();
         let walk = |x: &Tensor, gradient: &Tensor, gradients: &mut Gradients| -> Result<()> {
-            let start = match x.device().is_cpu() {
-                true => x.apply_op1(Seed(gradient.detach()))?,
-                false => (x * gradient)?.sum_all()?,
-            };
-            let found = start.backward()?;
+            let found = x.apply_op1(Seed(gradient.detach()))?.backward()?;
             for id in leaves.iter() {
                 if let Some(gradient) = found.get_id(*id) {
                     gradients.add(*id, gradient.clone())?;
