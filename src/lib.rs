@@ -29,6 +29,7 @@ pub mod adapter;
 pub mod bench;
 pub mod continual;
 pub mod data;
+pub mod device;
 pub mod error;
 pub mod export;
 pub mod files;

@@ -8,7 +8,7 @@ use qtune::bench::copies::{dense_copy, is_packed, packed_copy, Scratch};
 use qtune::bench::{is_language, median, Opening, Work};
 use qtune::models::model_dir;
 use qtune::train::{signal, Progress};
-use qtune::{hub, quantize, Error};
+use qtune::{hub, Error};
 use serde_json::{json, Map, Value};
 
 use super::bench_side::{serve, Measured, Process};
@@ -275,7 +275,7 @@ impl Bench {
             "command": "bench",
             "model": self.model.display().to_string(),
             "kind": if language { "language" } else { "vision" },
-            "device": quantize::device_name(device),
+            "device": qtune::device::name(device),
             "threads": rayon::current_num_threads(),
             "runs": self.runs,
             "params_total": processes.first().map(|p| p.ready.params),

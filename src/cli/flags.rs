@@ -105,7 +105,7 @@ impl Common {
         qtune::threads::start(self.threads)?;
         let name = self.device.as_deref();
         let (kind, ordinal) = match name {
-            None => return default_device(),
+            None => return Ok(qtune::device::best()),
             Some(name) => match name.split_once(':') {
                 None => (name, 0),
                 Some((kind, n)) => {
@@ -117,8 +117,7 @@ impl Common {
         };
         match kind {
             "cpu" => Ok(Device::Cpu),
-            "cuda" if cfg!(feature = "cuda") => Ok(Device::new_cuda(ordinal)?),
-            "cuda" => Err(Error::usage("--device cuda: this qtune was built without the cuda feature")),
+            "cuda" => qtune::device::cuda(ordinal),
             other => Err(Error::usage(format!("--device {other}: expected cpu, cuda or cuda:N"))),
         }
     }
@@ -135,13 +134,6 @@ impl Common {
             (false, true) => Verbosity::Loud,
             (false, false) => Verbosity::Normal,
         })
-    }
-}
-
-fn default_device() -> Result<Device> {
-    match cfg!(feature = "cuda") {
-        true => Ok(Device::cuda_if_available(0)?),
-        false => Ok(Device::Cpu),
     }
 }
 

@@ -12,7 +12,7 @@ use qtune::select::kappa::{self, Cache, Chosen, Entry, KappaConfig, Options, Rol
 use qtune::select::matches;
 use qtune::train::{peak_rss_bytes, signal, Progress};
 use qtune::weights::{nearest, Checkpoint, Weights};
-use qtune::{files, hub, quantize, Error};
+use qtune::{files, hub, Error};
 use serde::de::DeserializeOwned;
 use serde_json::{json, Map, Value};
 
@@ -202,7 +202,7 @@ impl Kappa {
             "method": "kappa",
             "model": self.model.display().to_string(),
             "seed": self.seed,
-            "device": quantize::device_name(&device),
+            "device": qtune::device::name(&device),
             "threads": rayon::current_num_threads(),
             "wall_s": started.elapsed().as_secs_f64(),
             "steps": 0,

@@ -24,7 +24,7 @@ mod conv;
 mod cpu;
 mod cross_entropy;
 #[cfg(feature = "cuda")]
-mod cuda;
+pub(crate) mod cuda;
 mod dropout;
 mod fake_quant;
 mod gelu;

@@ -18,7 +18,6 @@ use std::time::Instant;
 use candle_core::Device;
 use serde_json::{json, Map, Value};
 
-use crate::quantize::device_name;
 use crate::recipe::Recipe;
 use crate::train::{peak_rss_bytes, Progress};
 use crate::{files, kernels, report, Error, Result};
@@ -68,7 +67,7 @@ fn summary_head(
         "recipe": recipe.name,
         "model": start.name,
         "seed": recipe.seed,
-        "device": device_name(device),
+        "device": crate::device::name(device),
         "threads": rayon::current_num_threads(),
         "wall_s": wall_s,
         "peak_rss_bytes": peak_rss_bytes(),

@@ -332,7 +332,7 @@ pub(crate) fn summary_head(
         "recipe": recipe.name,
         "model": start.name,
         "seed": recipe.seed,
-        "device": device_name(device),
+        "device": crate::device::name(device),
         "threads": rayon::current_num_threads(),
         "wall_s": wall_s,
         "peak_rss_bytes": peak_rss_bytes(),
@@ -356,15 +356,6 @@ pub(crate) fn write_summary(
     let text = serde_json::to_vec_pretty(&summary).map_err(|e| Error::Run(format!("summary.json: {e}")))?;
     files::write_bytes(&dir.join("summary.json"), &text)?;
     Ok(summary)
-}
-
-/// A device as summary.json calls it: `cpu`, `cuda:0`.
-pub fn device_name(device: &Device) -> String {
-    match device.location() {
-        candle_core::DeviceLocation::Cpu => "cpu".into(),
-        candle_core::DeviceLocation::Cuda { gpu_id } => format!("cuda:{gpu_id}"),
-        candle_core::DeviceLocation::Metal { gpu_id } => format!("metal:{gpu_id}"),
-    }
 }
 
 /// Tells whether a finished run lies in `dir`, and gives its summary.

@@ -1,0 +1,13 @@
+//! The CUDA bodies of the ops against their references on the CPU, and runs on a GPU against runs on the CPU.
+//!
+//! Where no GPU is found each test prints one line and ends.
+
+#![cfg(feature = "cuda")]
+
+mod activations;
+mod attention;
+mod device;
+mod optim;
+mod packed;
+mod quant;
+mod rows;
