@@ -133,6 +133,7 @@ fn train(
         progress: &Quiet,
         metrics: Metrics::open(&dir.join("metrics.jsonl"), 0).unwrap(),
         state: State::default(),
+        seen: None,
         average: None,
         started: Instant::now(),
         earlier_s: 0.0,

@@ -416,7 +416,7 @@ fn any_split_of_a_batch_gives_the_same_gradient() {
             let mut rule = Remember::default();
             let device = &Device::Cpu;
             let step = step::take(&task, batches, &params, &mut plain(&mut rule, &config), device).unwrap();
-            (rule.0, step.loss)
+            (rule.0, step.loss.read().unwrap())
         };
         let (whole, loss) = gradient(&batches[..1]);
         let (split, split_loss) = gradient(&batches[1..]); // 7, 7, 7 and 3 samples

@@ -123,7 +123,7 @@ pub(super) fn train_phases(
             trainer.state.phase_step = 0;
             trainer.state.best = None;
             trainer.state.stale = 0;
-            trainer.save(&weights, optimizer.as_ref(), &tracker)?;
+            trainer.save(&weights, optimizer.as_ref(), &mut tracker)?;
         }
         run_phase(trainer, start, index, &weights, &mut tracker, optimizer.as_mut())?;
         carried = (phase.quantize || recipe.optimizer.remembers()).then_some(optimizer);

@@ -12,7 +12,7 @@ use crate::recipe::DistillKind;
 use crate::weights::Param;
 use crate::{kernels, Error, Result};
 
-use super::{signal, Heads, Progress};
+use super::{signal, Figure, Heads, Progress};
 
 /// The figures of an evaluation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -33,9 +33,9 @@ pub struct Accuracy {
 #[derive(Debug)]
 pub struct Pass {
     /// Mean loss over what was predicted.
-    pub loss: f64,
+    pub loss: Figure,
     /// How many of the predictions were right.
-    pub right: usize,
+    pub right: Figure,
     /// The gradient of the mean loss for each parameter; `None` where none arrived.
     pub grads: Vec<Option<Tensor>>,
 }
@@ -80,8 +80,10 @@ pub struct Classify {
 pub struct Loss {
     /// The scalar to go backward from.
     pub loss: Tensor,
+    /// Its value.
+    pub value: Figure,
     /// Samples whose label has the largest logit.
-    pub right: usize,
+    pub right: Figure,
 }
 
 /// Training loss on logits (Liu et al. 2023 as released; ofq.md 6.1): cross-entropy with the labels,
@@ -155,15 +157,23 @@ impl Classify {
         };
         let taught = teacher.as_ref().map(|logits| (logits, self.distill));
         let loss = distillation_loss(&output, &labels, batch.targets.as_ref(), taught)?;
-        let value = loss.to_dtype(DType::F32)?.to_scalar::<f32>()?;
-        if !value.is_finite() {
+        let value = Figure::of(&loss)?;
+        if value.known_broken() {
+            let value = value.read()?;
             let place = self.model.not_finite(&batch.images)?;
             let place = place.map(|layer| format!("; first seen behind {layer}")).unwrap_or_default();
             return Err(Error::NotFinite(format!("the loss is {value}, expected a finite number{place}")));
         }
-        let logits = output.logits()?.detach().to_vec2::<f32>()?;
-        let right = logits.iter().zip(&batch.labels).filter(|(row, label)| rank(row, **label) == 0).count();
-        Ok(Loss { loss, right })
+        let logits = output.logits()?.detach();
+        let right = match logits.device().is_cpu() {
+            false => Figure::of(&logits.argmax(D::Minus1)?.eq(&labels)?.to_dtype(DType::F32)?.sum_all()?)?,
+            true => {
+                let logits = logits.to_vec2::<f32>()?;
+                let right = logits.iter().zip(&batch.labels).filter(|(row, label)| rank(row, **label) == 0);
+                Figure::Known(right.count() as f64)
+            }
+        };
+        Ok(Loss { loss, value, right })
     }
 }
 
@@ -172,11 +182,10 @@ impl Task for Classify {
 
     fn learn(&self, batch: &Batch, params: &[Param], device: &Device) -> Result<Pass> {
         let (out, tape) = tape::record(|| self.loss(batch, device))?;
-        let loss = f64::from(out.loss.to_scalar::<f32>()?);
         let wanted: Vec<&Tensor> = params.iter().map(|p| p.var.as_tensor()).collect();
         let mut grads = tape.backward(&out.loss, &wanted)?;
         let grads = wanted.iter().map(|x| grads.remove(x)).collect();
-        Ok(Pass { loss, right: out.right, grads })
+        Ok(Pass { loss: out.value, right: out.right, grads })
     }
 
     fn predictions(batch: &Batch) -> usize {
