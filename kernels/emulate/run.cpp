@@ -157,6 +157,7 @@ static void fiber_main() {
       if (committed != now->copies.size()) fail("ends with asynchronous copies that were never committed");
       copy_wait(0);
     }
+    now->groups.clear();
     warps[now->index / 32].done |= 1u << now->index % 32;
     lanes_left--;
     now->fiber = nullptr;
@@ -269,7 +270,6 @@ void* place(size_t bytes, size_t align) {
   if (align < 16) at += align;
   static_bytes += (bytes + align - 1) / align * align;
   if (at + bytes + GAP > arena + STATIC || static_bytes > 48 << 10) fail("more than 48 KiB of static shared memory");
-  memset(at, 0xff, bytes);
   placed.push_back({at, at + bytes});
   return at;
 }

@@ -13,6 +13,7 @@ struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
 
+#pragma GCC visibility push(default)
 namespace emulate {
 
 // 16 bytes under way to shared memory, the first `bytes` of them from `from`.
@@ -99,3 +100,4 @@ int submit(void* stream, const char* name, std::function<void()> work);
 void measured(const char* name, const std::function<void()>& work);
 
 }  // namespace emulate
+#pragma GCC visibility pop
