@@ -152,7 +152,7 @@ impl Attention {
     /// `scale x_m . r_h` as a bias `[batch, heads, 1, tokens]`.
     fn key_bias(&self, x: &Tensor, r: &Tensor) -> Result<Tensor> {
         let (batch, tokens, width) = x.dims3().on(&self.name)?;
-        let r = (r.reshape((self.heads, width)).on(&self.name)? * self.scale)?;
+        let r = (r.reshape((self.heads, width)).on(&self.name)? * self.scale)?.to_dtype(x.dtype())?;
         let term = kernels::linear(x, &r, None).on(&self.name)?; // [batch, tokens, heads]
         Ok(term.transpose(1, 2)?.reshape((batch, self.heads, 1, tokens))?)
     }

@@ -62,8 +62,9 @@ impl Linear {
             let w = self.weight.tensor()?;
             let w = if w.rank() == 2 { w } else { w.flatten_from(1)? };
             // What is trained is held in f32, whatever the activations are.
-            let bias = bias.map(|bias| bias.to_dtype(w.dtype())).transpose()?;
-            let y = kernels::linear(&x.to_dtype(w.dtype())?, &w, bias.as_ref()).on(&self.name)?;
+            let dtype = if half_on_cuda(x) { x.dtype() } else { w.dtype() };
+            let (w, bias) = (w.to_dtype(dtype)?, bias.map(|bias| bias.to_dtype(dtype)).transpose()?);
+            let y = kernels::linear(&x.to_dtype(dtype)?, &w, bias.as_ref()).on(&self.name)?;
             return Ok(y.to_dtype(x.dtype())?);
         }
         let y = match self.weight.expr() {
@@ -190,9 +191,10 @@ impl LayerNorm {
         (&self.weight, &self.bias, self.eps)
     }
 
-    /// Runs the layer.
+    /// Runs the layer, in the number format of `x`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        kernels::layer_norm(x, &self.weight.tensor()?, &self.bias.tensor()?, self.eps).on(&self.name)
+        let (w, b) = (self.weight.tensor()?.to_dtype(x.dtype())?, self.bias.tensor()?.to_dtype(x.dtype())?);
+        kernels::layer_norm(x, &w, &b, self.eps).on(&self.name)
     }
 }
 
@@ -211,11 +213,12 @@ impl RmsNorm {
         Ok(RmsNorm { name: name.to_string(), weight, eps })
     }
 
-    /// Runs the layer: in the wider of the two number formats, the result in that of `x`.
+    /// Runs the layer: in the wider of the two number formats, the result in that of `x`. On a CUDA device in that of
+    /// `x`, of which the kernel computes in f32.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let w = self.weight.tensor()?;
-        if w.dtype() == x.dtype() {
-            return kernels::rms_norm(x, &w, self.eps).on(&self.name);
+        if w.dtype() == x.dtype() || half_on_cuda(x) {
+            return kernels::rms_norm(x, &w.to_dtype(x.dtype())?, self.eps).on(&self.name);
         }
         let y = kernels::rms_norm(&x.to_dtype(DType::F32)?, &w.to_dtype(DType::F32)?, self.eps);
         Ok(y.on(&self.name)?.to_dtype(x.dtype())?)
@@ -242,6 +245,20 @@ impl Embedding {
             Error::Candle(source) => Error::On { name: self.name.clone(), source },
             other => other,
         })
+    }
+}
+
+/// Whether products of `x` are those of its own format, to which weights are rounded: elsewhere what is trained sets it.
+fn half_on_cuda(x: &Tensor) -> bool {
+    x.device().is_cuda() && matches!(x.dtype(), DType::F16 | DType::BF16)
+}
+
+/// What a model is given, in the number format of its activations: bf16 on a CUDA device where products are, else as it
+/// is. Weights, their gradients and the loss stay f32.
+pub fn activations(x: &Tensor) -> Result<Tensor> {
+    match x.device().is_cuda() && kernels::arithmetic() == kernels::Arithmetic::Bf16 {
+        true => Ok(x.to_dtype(DType::BF16)?),
+        false => Ok(x.clone()),
     }
 }
 

@@ -343,7 +343,9 @@ pub(crate) fn summary_head(
         "bits": recipe.transform.first().map(|t| t.bits),
         "act_bits": recipe.activation.bits,
     });
-    head.as_object().cloned().unwrap_or_default()
+    let mut head = head.as_object().cloned().unwrap_or_default();
+    head.extend(crate::device::peak_bytes(device).map(|bytes| ("peak_device_bytes".to_string(), json!(bytes))));
+    head
 }
 
 /// Writes summary.json, and the report with its figures before it.
