@@ -144,6 +144,7 @@ fn train(
         distill: DistillKind::None,
         drop_path: None,
         heads: None,
+        recordings: None,
     };
     let task = Remembering { learn, prior };
     let mut optimizer = recipe.optimizer.build();

@@ -14,7 +14,15 @@ using emulate::fail;
 
 enum { SUCCESS = 0, INVALID_VALUE = 7, EXECUTION_FAILED = 13, NOT_SUPPORTED = 15 };
 enum Type { R_32F = 0, R_64F = 1, R_16F = 2, R_8I = 3, R_32I = 10, R_16BF = 14 };
-enum Compute { C_16F = 64, C_32F = 68, C_64F = 70, C_32I = 72, C_FAST_16F = 74, C_FAST_16BF = 75, C_FAST_TF32 = 77 };
+enum Compute {
+  C_16F = 64,
+  C_32F = 68,
+  C_64F = 70,
+  C_32I = 72,
+  C_FAST_16F = 74,
+  C_FAST_16BF = 75,
+  C_FAST_TF32 = 77
+};
 
 struct Handle {
   void* stream = nullptr;
@@ -35,7 +43,8 @@ struct Matrix {
 // Columns of tiles: [tiles, depth, TILE], zeros behind `lines`. Element (line, d) lies at line + d ld, or at
 // d + line ld.
 template <typename S, int TILE, typename T>
-static void pack_of(S* to, const T* from, long along_line, long along_depth, int lines, int depth, bool tf32) {
+static void pack_of(S* to, const T* from, long along_line, long along_depth, int lines, int depth,
+                    bool tf32) {
   for (int first = 0; first < lines; first += TILE) {
     for (int d = 0; d < depth; d++, to += TILE) {
       for (int i = 0; i < TILE; i++) {
@@ -54,11 +63,21 @@ static void pack(S* to, const Matrix& m, bool lines_are_columns, int lines, int 
   const bool apart = m.transposed != lines_are_columns;
   const long along_line = apart ? m.ld : 1, along_depth = apart ? 1 : m.ld;
   switch (m.type) {
-    case R_32F: return pack_of<S, TILE>(to, static_cast<const float*>(m.at), along_line, along_depth, lines, depth, tf32);
-    case R_64F: return pack_of<S, TILE>(to, static_cast<const double*>(m.at), along_line, along_depth, lines, depth, tf32);
-    case R_8I: return pack_of<S, TILE>(to, static_cast<const int8_t*>(m.at), along_line, along_depth, lines, depth, tf32);
-    case R_16F: return pack_of<S, TILE>(to, static_cast<const __half*>(m.at), along_line, along_depth, lines, depth, tf32);
-    default: return pack_of<S, TILE>(to, static_cast<const __nv_bfloat16*>(m.at), along_line, along_depth, lines, depth, tf32);
+    case R_32F:
+      return pack_of<S, TILE>(to, static_cast<const float*>(m.at), along_line, along_depth, lines, depth,
+                              tf32);
+    case R_64F:
+      return pack_of<S, TILE>(to, static_cast<const double*>(m.at), along_line, along_depth, lines, depth,
+                              tf32);
+    case R_8I:
+      return pack_of<S, TILE>(to, static_cast<const int8_t*>(m.at), along_line, along_depth, lines, depth,
+                              tf32);
+    case R_16F:
+      return pack_of<S, TILE>(to, static_cast<const __half*>(m.at), along_line, along_depth, lines, depth,
+                              tf32);
+    default:
+      return pack_of<S, TILE>(to, static_cast<const __nv_bfloat16*>(m.at), along_line, along_depth, lines,
+                              depth, tf32);
   }
 }
 
@@ -69,8 +88,8 @@ static void put(T& to, S sum, S alpha, S beta) {
 }
 
 template <typename S>
-static void product(const Matrix& a, const Matrix& b, void* c, int c_type, long ldc, int m, int n, int k, S alpha,
-                    S beta, bool tf32) {
+static void product(const Matrix& a, const Matrix& b, void* c, int c_type, long ldc, int m, int n, int k,
+                    S alpha, S beta, bool tf32) {
   typedef S Vector __attribute__((vector_size(64)));
   constexpr int WIDE = 64 / sizeof(S), M = 2 * WIDE, N = 8;
   static std::vector<S> left, right;
@@ -92,11 +111,20 @@ static void product(const Matrix& a, const Matrix& b, void* c, int c_type, long 
           const S sum = sums[e][f / WIDE][f % WIDE];
           const long at = (long(j) * N + e) * ldc + long(i) * M + f;
           switch (c_type) {
-            case R_32F: put(static_cast<float*>(c)[at], sum, alpha, beta); break;
-            case R_64F: put(static_cast<double*>(c)[at], sum, alpha, beta); break;
-            case R_32I: put(static_cast<int32_t*>(c)[at], sum, alpha, beta); break;
-            case R_16F: put(static_cast<__half*>(c)[at], sum, alpha, beta); break;
-            default: put(static_cast<__nv_bfloat16*>(c)[at], sum, alpha, beta);
+            case R_32F:
+              put(static_cast<float*>(c)[at], sum, alpha, beta);
+              break;
+            case R_64F:
+              put(static_cast<double*>(c)[at], sum, alpha, beta);
+              break;
+            case R_32I:
+              put(static_cast<int32_t*>(c)[at], sum, alpha, beta);
+              break;
+            case R_16F:
+              put(static_cast<__half*>(c)[at], sum, alpha, beta);
+              break;
+            default:
+              put(static_cast<__nv_bfloat16*>(c)[at], sum, alpha, beta);
           }
         }
       }
@@ -110,8 +138,9 @@ static int refuse(int code, const char* why) {
 }
 
 API(cublasGemmStridedBatchedEx, Handle* handle, int op_a, int op_b, int m, int n, int k, const void* alpha,
-    const void* a, int a_type, int lda, long long stride_a, const void* b, int b_type, int ldb, long long stride_b,
-    const void* beta, void* c, int c_type, int ldc, long long stride_c, int batch, int compute, int) {
+    const void* a, int a_type, int lda, long long stride_a, const void* b, int b_type, int ldb,
+    long long stride_b, const void* beta, void* c, int c_type, int ldc, long long stride_c, int batch,
+    int compute, int) {
   const bool ta = op_a != 0, tb = op_b != 0;
   if (handle->pointer_mode != 0) fail("cublas: factors in the device's memory");
   if (m < 0 || n < 0 || k < 0 || batch < 0) return refuse(INVALID_VALUE, "a size below 0");
@@ -144,24 +173,28 @@ API(cublasGemmStridedBatchedEx, Handle* handle, int op_a, int op_b, int m, int n
   if (uintptr_t(a) % size_of(a_type) || uintptr_t(b) % size_of(b_type) || uintptr_t(c) % size_of(c_type) ||
       !inside(a, a_type, lda, ta ? k : m, ta ? m : k, stride_a) ||
       !inside(b, b_type, ldb, tb ? n : k, tb ? k : n, stride_b) || !inside(c, c_type, ldc, m, n, stride_c)) {
-    fail("cublas: a matrix of a product of %d x %d x %d, %d of them, is not in one allocation of the device, or not "
-         "aligned", m, n, k, batch);
+    fail(
+        "cublas: a matrix of a product of %d x %d x %d, %d of them, is not in one allocation of the device, "
+        "or not "
+        "aligned",
+        m, n, k, batch);
   }
-  const double factor[2] = {
-      compute == C_64F   ? *static_cast<const double*>(alpha)
-      : compute == C_32I ? *static_cast<const int32_t*>(alpha)
-      : compute == C_16F ? double(*static_cast<const __half*>(alpha))
-                         : *static_cast<const float*>(alpha),
-      compute == C_64F   ? *static_cast<const double*>(beta)
-      : compute == C_32I ? *static_cast<const int32_t*>(beta)
-      : compute == C_16F ? double(*static_cast<const __half*>(beta))
-                         : *static_cast<const float*>(beta)};
+  const double factor[2] = {compute == C_64F   ? *static_cast<const double*>(alpha)
+                            : compute == C_32I ? *static_cast<const int32_t*>(alpha)
+                            : compute == C_16F ? double(*static_cast<const __half*>(alpha))
+                                               : *static_cast<const float*>(alpha),
+                            compute == C_64F   ? *static_cast<const double*>(beta)
+                            : compute == C_32I ? *static_cast<const int32_t*>(beta)
+                            : compute == C_16F ? double(*static_cast<const __half*>(beta))
+                                               : *static_cast<const float*>(beta)};
   const double alpha_of = factor[0], beta_of = factor[1];
   const bool tf32 = a_type == R_32F && (compute == C_FAST_TF32 || handle->math_mode & 3);
   const int code = emulate::submit(handle->stream, "cublas", [=] {
     for (int i = 0; i < batch; i++) {
-      const Matrix x = {static_cast<const char*>(a) + i * stride_a * (long long)(size_of(a_type)), a_type, ta, lda};
-      const Matrix y = {static_cast<const char*>(b) + i * stride_b * (long long)(size_of(b_type)), b_type, tb, ldb};
+      const Matrix x = {static_cast<const char*>(a) + i * stride_a * (long long)(size_of(a_type)), a_type, ta,
+                        lda};
+      const Matrix y = {static_cast<const char*>(b) + i * stride_b * (long long)(size_of(b_type)), b_type, tb,
+                        ldb};
       void* const z = static_cast<char*>(c) + i * stride_c * (long long)(size_of(c_type));
       if (compute == C_64F) {
         product<double>(x, y, z, c_type, ldc, m, n, k, alpha_of, beta_of, false);
@@ -174,27 +207,29 @@ API(cublasGemmStridedBatchedEx, Handle* handle, int op_a, int op_b, int m, int n
   });
   return code ? EXECUTION_FAILED : SUCCESS;
 }
-API(cublasGemmEx, Handle* handle, int op_a, int op_b, int m, int n, int k, const void* alpha, const void* a, int a_type,
-    int lda, const void* b, int b_type, int ldb, const void* beta, void* c, int c_type, int ldc, int compute, int algo) {
-  return cublasGemmStridedBatchedEx(handle, op_a, op_b, m, n, k, alpha, a, a_type, lda, 0, b, b_type, ldb, 0, beta, c,
-                                    c_type, ldc, 0, 1, compute, algo);
+API(cublasGemmEx, Handle* handle, int op_a, int op_b, int m, int n, int k, const void* alpha, const void* a,
+    int a_type, int lda, const void* b, int b_type, int ldb, const void* beta, void* c, int c_type, int ldc,
+    int compute, int algo) {
+  return cublasGemmStridedBatchedEx(handle, op_a, op_b, m, n, k, alpha, a, a_type, lda, 0, b, b_type, ldb, 0,
+                                    beta, c, c_type, ldc, 0, 1, compute, algo);
 }
-#define GEMM(LETTER, TYPE, COMPUTE)                                                                                 \
-  API(cublas##LETTER##gemm_v2, Handle* handle, int op_a, int op_b, int m, int n, int k, const void* alpha,          \
-      const void* a, int lda, const void* b, int ldb, const void* beta, void* c, int ldc) {                         \
-    return cublasGemmEx(handle, op_a, op_b, m, n, k, alpha, a, TYPE, lda, b, TYPE, ldb, beta, c, TYPE, ldc, COMPUTE, \
-                        -1);                                                                                        \
-  }                                                                                                                 \
-  API(cublas##LETTER##gemmStridedBatched, Handle* handle, int op_a, int op_b, int m, int n, int k, const void* alpha, \
-      const void* a, int lda, long long stride_a, const void* b, int ldb, long long stride_b, const void* beta,     \
-      void* c, int ldc, long long stride_c, int batch) {                                                            \
-    return cublasGemmStridedBatchedEx(handle, op_a, op_b, m, n, k, alpha, a, TYPE, lda, stride_a, b, TYPE, ldb,     \
-                                      stride_b, beta, c, TYPE, ldc, stride_c, batch, COMPUTE, -1);                  \
+#define GEMM(LETTER, TYPE, COMPUTE)                                                                         \
+  API(cublas##LETTER##gemm_v2, Handle* handle, int op_a, int op_b, int m, int n, int k, const void* alpha,  \
+      const void* a, int lda, const void* b, int ldb, const void* beta, void* c, int ldc) {                 \
+    return cublasGemmEx(handle, op_a, op_b, m, n, k, alpha, a, TYPE, lda, b, TYPE, ldb, beta, c, TYPE, ldc, \
+                        COMPUTE, -1);                                                                       \
+  }                                                                                                         \
+  API(cublas##LETTER##gemmStridedBatched, Handle* handle, int op_a, int op_b, int m, int n, int k,          \
+      const void* alpha, const void* a, int lda, long long stride_a, const void* b, int ldb,                \
+      long long stride_b, const void* beta, void* c, int ldc, long long stride_c, int batch) {              \
+    return cublasGemmStridedBatchedEx(handle, op_a, op_b, m, n, k, alpha, a, TYPE, lda, stride_a, b, TYPE,  \
+                                      ldb, stride_b, beta, c, TYPE, ldc, stride_c, batch, COMPUTE, -1);     \
   }
 GEMM(S, R_32F, C_32F)
 GEMM(D, R_64F, C_64F)
 extern "C" __attribute__((visibility("default"), alias("cublasHgemm_v2"))) int cublasHgemm(
-    Handle*, int, int, int, int, int, const void*, const void*, int, const void*, int, const void*, void*, int);
+    Handle*, int, int, int, int, int, const void*, const void*, int, const void*, int, const void*, void*,
+    int);
 GEMM(H, R_16F, C_16F)
 
 API(cublasCreate_v2, Handle** handle) {

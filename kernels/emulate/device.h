@@ -33,10 +33,10 @@
 #define assert(x) ((x) ? void() : emulate::fail("%s:%d: does not hold: %s", __FILE__, __LINE__, #x))
 
 // As build writes declarations of shared memory.
-#define EMULATE_SHARED(ALIGN, TYPE, NAME, DIMS)                                                    \
-  typedef TYPE emulate_##NAME DIMS;                                                                \
-  static emulate::Variable emulate_at_##NAME;                                                      \
-  emulate_##NAME& NAME = *static_cast<emulate_##NAME*>(                                            \
+#define EMULATE_SHARED(ALIGN, TYPE, NAME, DIMS)         \
+  typedef TYPE emulate_##NAME DIMS;                     \
+  static emulate::Variable emulate_at_##NAME;           \
+  emulate_##NAME& NAME = *static_cast<emulate_##NAME*>( \
       emulate_at_##NAME.get(sizeof(emulate_##NAME), std::max<size_t>(ALIGN, alignof(emulate_##NAME))));
 
 #define threadIdx (emulate::now->thread)
@@ -46,11 +46,11 @@
 #define warpSize 32
 #define __syncthreads() emulate::barrier(__LINE__)
 
-#define EMULATE_VECTOR(T, NAME, SIZE)                                                          \
-  struct alignas(sizeof(T) * 2) NAME##2 { T x, y; };                                           \
-  struct NAME##3 { T x, y, z; };                                                               \
-  struct alignas(sizeof(T) * 4 < 16 ? sizeof(T) * 4 : 16) NAME##4 { T x, y, z, w; };           \
-  inline NAME##2 make_##NAME##2(T x, T y) { return {x, y}; }                                   \
+#define EMULATE_VECTOR(T, NAME, SIZE)                                                \
+  struct alignas(sizeof(T) * 2) NAME##2 { T x, y; };                                 \
+  struct NAME##3 { T x, y, z; };                                                     \
+  struct alignas(sizeof(T) * 4 < 16 ? sizeof(T) * 4 : 16) NAME##4 { T x, y, z, w; }; \
+  inline NAME##2 make_##NAME##2(T x, T y) { return {x, y}; }                         \
   inline NAME##4 make_##NAME##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 #define uint3 emulate_uint3
 EMULATE_VECTOR(float, float, 4)
@@ -85,7 +85,9 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float a) { return sqrtf(a); }
-inline int __float2int_rn(float x) { return x >= 0x1p31f ? INT_MAX : x < -0x1p31f ? INT_MIN : x != x ? 0 : int(rintf(x)); }
+inline int __float2int_rn(float x) {
+  return x >= 0x1p31f ? INT_MAX : x < -0x1p31f ? INT_MIN : x != x ? 0 : int(rintf(x));
+}
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
@@ -110,28 +112,43 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned select) {
   }
   return out;
 }
-template <typename T> inline T __ldg(const T* at) { return *at; }
-template <typename T> inline T __ldcg(const T* at) { return *at; }
-template <typename T> inline T __ldcs(const T* at) { return *at; }
-template <typename T> inline void __stcg(T* at, T x) { *at = x; }
-template <typename T> inline void __stcs(T* at, T x) { *at = x; }
+template <typename T>
+inline T __ldg(const T* at) {
+  return *at;
+}
+template <typename T>
+inline T __ldcg(const T* at) {
+  return *at;
+}
+template <typename T>
+inline T __ldcs(const T* at) {
+  return *at;
+}
+template <typename T>
+inline void __stcg(T* at, T x) {
+  *at = x;
+}
+template <typename T>
+inline void __stcs(T* at, T x) {
+  *at = x;
+}
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 inline size_t __cvta_generic_to_shared(const void* at) { return size_t(at); }
 
-#define EMULATE_ATOMIC(NAME, NEW)                                            \
-  template <typename T>                                                      \
-  inline T NAME(T* at, std::common_type_t<T> x) {                            \
-    const T old = *at;                                                       \
-    *at = NEW;                                                               \
-    return old;                                                              \
+#define EMULATE_ATOMIC(NAME, NEW)                 \
+  template <typename T>                           \
+  inline T NAME(T* at, std::common_type_t<T> x) { \
+    const T old = *at;                            \
+    *at = NEW;                                    \
+    return old;                                   \
   }
 EMULATE_ATOMIC(atomicAdd, T(old + x))
 EMULATE_ATOMIC(atomicSub, T(old - x))
 EMULATE_ATOMIC(atomicMax, x > old ? x : old)
 EMULATE_ATOMIC(atomicMin, x < old ? x : old)
 EMULATE_ATOMIC(atomicOr, old | x)
-EMULATE_ATOMIC(atomicAnd, old & x)
+EMULATE_ATOMIC(atomicAnd, old& x)
 EMULATE_ATOMIC(atomicXor, old ^ x)
 EMULATE_ATOMIC(atomicExch, x)
 #undef EMULATE_ATOMIC
@@ -142,7 +159,8 @@ inline T atomicCAS(T* at, std::common_type_t<T> expected, std::common_type_t<T> 
   return old;
 }
 
-// --- A warp together ------------------------------------------------------------------------------------------
+// --- A warp together
+// ------------------------------------------------------------------------------------------
 
 namespace emulate {
 
@@ -175,22 +193,26 @@ EMULATE_SHUFFLE(__shfl_sync, first + (argument & (width - 1)))
 #undef EMULATE_SHUFFLE
 
 // One value of all lanes', for all.
-#define EMULATE_REDUCE(NAME, IN, OUT, START, NEXT)                                                             \
-  inline OUT NAME(unsigned mask, IN x) {                                                                       \
-    struct Mine { IN in; OUT out; } mine = {x, OUT()};                                                         \
-    emulate::collective(#NAME, mask, &mine, [](void** of, unsigned mask) {                                     \
-      OUT all = START;                                                                                         \
-      for (unsigned rest = mask; rest; rest &= rest - 1) {                                                     \
-        const int lane = __builtin_ctz(rest);                                                                  \
-        const IN x = static_cast<Mine*>(of[lane])->in;                                                         \
-        all = NEXT;                                                                                            \
-      }                                                                                                        \
-      for (unsigned rest = mask; rest; rest &= rest - 1) static_cast<Mine*>(of[__builtin_ctz(rest)])->out = all; \
-    });                                                                                                        \
-    return mine.out;                                                                                           \
+#define EMULATE_REDUCE(NAME, IN, OUT, START, NEXT)                         \
+  inline OUT NAME(unsigned mask, IN x) {                                   \
+    struct Mine {                                                          \
+      IN in;                                                               \
+      OUT out;                                                             \
+    } mine = {x, OUT()};                                                   \
+    emulate::collective(#NAME, mask, &mine, [](void** of, unsigned mask) { \
+      OUT all = START;                                                     \
+      for (unsigned rest = mask; rest; rest &= rest - 1) {                 \
+        const int lane = __builtin_ctz(rest);                              \
+        const IN x = static_cast<Mine*>(of[lane])->in;                     \
+        all = NEXT;                                                        \
+      }                                                                    \
+      for (unsigned rest = mask; rest; rest &= rest - 1)                   \
+        static_cast<Mine*>(of[__builtin_ctz(rest)])->out = all;            \
+    });                                                                    \
+    return mine.out;                                                       \
   }
 EMULATE_REDUCE(__any_sync, int, int, 0, all || x)
-EMULATE_REDUCE(__all_sync, int, int, 1, all && x)
+EMULATE_REDUCE(__all_sync, int, int, 1, all&& x)
 EMULATE_REDUCE(__ballot_sync, int, unsigned, 0u, all | (x ? 1u << lane : 0u))
 EMULATE_REDUCE(__reduce_max_sync, unsigned, unsigned, 0u, std::max(all, x))
 EMULATE_REDUCE(__reduce_min_sync, unsigned, unsigned, ~0u, std::min(all, x))
@@ -202,14 +224,17 @@ inline void __syncwarp(unsigned mask = 0xffffffffu) {
 }
 #define __activemask() (emulate::fail("__activemask"), 0u)
 
-// --- Instructions, by the names that build makes of `asm` -----------------------------------------------------
+// --- Instructions, by the names that build makes of `asm`
+// -----------------------------------------------------
 
 namespace emulate {
 
 inline void cp_async_cg_shared_global_L2__128B(unsigned to, const void* from, int bytes = 16) {
   copy_begin(to, from, bytes);
 }
-inline void cp_async_cg_shared_global(unsigned to, const void* from, int bytes = 16) { copy_begin(to, from, bytes); }
+inline void cp_async_cg_shared_global(unsigned to, const void* from, int bytes = 16) {
+  copy_begin(to, from, bytes);
+}
 inline void cp_async_commit_group() { copy_commit(); }
 inline void cp_async_wait_group(int left) { copy_wait(size_t(left)); }
 inline void cp_async_wait_all() { copy_commit(), copy_wait(0); }
@@ -231,7 +256,8 @@ inline void product(const char* what, C& c0, C& c1, C& c2, C& c3, const C (&from
       const Mine* const m = static_cast<Mine*>(of[lane]);
       const int g = lane / 4, t = lane % 4;
       for (int r = 0; r < 4; r++) {
-        for (int i = 0; i < N; i++) left[g + 8 * (r % 2)][N * t + i + 4 * N * (r / 2)] = m->decode(m->a[r], i, 0);
+        for (int i = 0; i < N; i++)
+          left[g + 8 * (r % 2)][N * t + i + 4 * N * (r / 2)] = m->decode(m->a[r], i, 0);
       }
       for (int r = 0; r < 2; r++) {
         for (int i = 0; i < N; i++) right[N * t + i + 4 * N * r][g] = m->decode(m->b[r], i, 1);
@@ -244,7 +270,8 @@ inline void product(const char* what, C& c0, C& c1, C& c2, C& c3, const C (&from
       }
     }
     for (int lane = 0; lane < 32; lane++) {
-      for (int i = 0; i < 4; i++) static_cast<Mine*>(of[lane])->c[i] = C(sums[lane / 4 + 8 * (i / 2)][lane % 4 * 2 + i % 2]);
+      for (int i = 0; i < 4; i++)
+        static_cast<Mine*>(of[lane])->c[i] = C(sums[lane / 4 + 8 * (i / 2)][lane % 4 * 2 + i % 2]);
     }
   });
   c0 = mine.c[0], c1 = mine.c[1], c2 = mine.c[2], c3 = mine.c[3];
@@ -260,14 +287,14 @@ inline uint32_t right_signed_of(uint32_t word, int i, int right) {
   return right ? uint32_t(int8_t(word >> 8 * i)) : word >> 8 * i & 255;
 }
 inline uint32_t signed_of(uint32_t word, int i, int) { return uint32_t(int8_t(word >> 8 * i)); }
-#define EMULATE_MMA(NAME, SUM, C, N, DECODE)                                                                  \
-  inline void NAME(C& c0, C& c1, C& c2, C& c3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, \
-                   uint32_t b1) {                                                                             \
-    product<SUM, C, N>(#NAME, c0, c1, c2, c3, {c0, c1, c2, c3}, {a0, a1, a2, a3}, {b0, b1}, DECODE);       \
-  }                                                                                                           \
-  inline void NAME(C& c0, C& c1, C& c2, C& c3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, \
-                   uint32_t b1, C f0, C f1, C f2, C f3) {                                                     \
-    product<SUM, C, N>(#NAME, c0, c1, c2, c3, {f0, f1, f2, f3}, {a0, a1, a2, a3}, {b0, b1}, DECODE);       \
+#define EMULATE_MMA(NAME, SUM, C, N, DECODE)                                                         \
+  inline void NAME(C& c0, C& c1, C& c2, C& c3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,   \
+                   uint32_t b0, uint32_t b1) {                                                       \
+    product<SUM, C, N>(#NAME, c0, c1, c2, c3, {c0, c1, c2, c3}, {a0, a1, a2, a3}, {b0, b1}, DECODE); \
+  }                                                                                                  \
+  inline void NAME(C& c0, C& c1, C& c2, C& c3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,   \
+                   uint32_t b0, uint32_t b1, C f0, C f1, C f2, C f3) {                               \
+    product<SUM, C, N>(#NAME, c0, c1, c2, c3, {f0, f1, f2, f3}, {a0, a1, a2, a3}, {b0, b1}, DECODE); \
   }
 EMULATE_MMA(mma_sync_aligned_m16n8k16_row_col_f32_f16_f16_f32, double, float, 2, half_of)
 EMULATE_MMA(mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32, double, float, 2, brain_of)
@@ -288,7 +315,8 @@ inline void load_matrices_of(const char* what, uint32_t (&r)[4], unsigned addres
       for (int m = 0; m < 4; m++) {
         uint32_t both = 0;
         for (int j = 0; j < 2; j++) {
-          const int pair = 2 * (lane % 4) + j, row = TRANSPOSED ? pair : lane / 4, column = TRANSPOSED ? lane / 4 : pair;
+          const int pair = 2 * (lane % 4) + j, row = TRANSPOSED ? pair : lane / 4,
+                    column = TRANSPOSED ? lane / 4 : pair;
           both |= uint32_t(static_cast<Mine*>(of[8 * m + row])->row[column]) << 16 * j;
         }
         static_cast<Mine*>(of[lane])->r[m] = both;
@@ -303,18 +331,21 @@ inline void ldmatrix_sync_aligned_m8n8_x4_shared_b16(uint32_t& r0, uint32_t& r1,
   load_matrices_of<false>("ldmatrix", r, address);
   r0 = r[0], r1 = r[1], r2 = r[2], r3 = r[3];
 }
-inline void ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(uint32_t& r0, uint32_t& r1, uint32_t& r2, uint32_t& r3,
-                                                           unsigned address) {
+inline void ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(uint32_t& r0, uint32_t& r1, uint32_t& r2,
+                                                           uint32_t& r3, unsigned address) {
   uint32_t r[4];
   load_matrices_of<true>("ldmatrix.trans", r, address);
   r0 = r[0], r1 = r[1], r2 = r[2], r3 = r[3];
 }
 inline void movmatrix_sync_aligned_m8n8_trans_b16(uint32_t& to, uint32_t from) {
-  struct Mine { uint32_t in, out; } mine = {from, 0};
+  struct Mine {
+    uint32_t in, out;
+  } mine = {from, 0};
   collective("movmatrix", 0xffffffffu, &mine, [](void** of, unsigned) {
     uint16_t m[8][8];
     for (int lane = 0; lane < 32; lane++) {
-      for (int i = 0; i < 2; i++) m[lane / 4][lane % 4 * 2 + i] = uint16_t(static_cast<Mine*>(of[lane])->in >> 16 * i);
+      for (int i = 0; i < 2; i++)
+        m[lane / 4][lane % 4 * 2 + i] = uint16_t(static_cast<Mine*>(of[lane])->in >> 16 * i);
     }
     for (int lane = 0; lane < 32; lane++) {
       const int column = lane / 4, row = lane % 4 * 2;
@@ -336,7 +367,8 @@ inline void ex2_approx_ftz_f32(float& y, float x) {
   if (y < 0x1p-126f) y = 0.0f;
 }
 
-// --- How a module names its kernels ---------------------------------------------------------------------------
+// --- How a module names its kernels
+// ---------------------------------------------------------------------------
 
 constexpr int first_of(int x, int = 0, int = 0) { return x; }
 template <auto F>
@@ -351,7 +383,8 @@ struct Entry<F> {
   static constexpr size_t count = sizeof...(A);
   static constexpr Parameter parameters[] = {{sizeof(A), std::is_pointer_v<A>}..., {0, false}};
 };
-#define EMULATE_KERNEL(NAME, THREADS) \
-  {#NAME, emulate::Entry<&NAME>::call, emulate::first_of THREADS, emulate::Entry<&NAME>::count, emulate::Entry<&NAME>::parameters},
+#define EMULATE_KERNEL(NAME, THREADS)                                                           \
+  {#NAME, emulate::Entry<&NAME>::call, emulate::first_of THREADS, emulate::Entry<&NAME>::count, \
+   emulate::Entry<&NAME>::parameters},
 
 }  // namespace emulate

@@ -6,9 +6,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <algorithm>
 #include <chrono>
 #include <map>
-#include <algorithm>
 #include <memory>
 #include <mutex>
 #include <set>
@@ -18,24 +18,12 @@
 
 using namespace emulate;
 
+// All of the driver, as cudarc names them (build), less what they have in common.
 enum Result {
-  SUCCESS = 0,
-  INVALID_VALUE = 1,
-  OUT_OF_MEMORY = 2,
-  NOT_INITIALIZED = 3,
-  INVALID_DEVICE = 101,
-  INVALID_IMAGE = 200,
-  INVALID_CONTEXT = 201,
-  FILE_NOT_FOUND = 301,
-  INVALID_HANDLE = 400,
-  NOT_FOUND = 500,
-  CAPTURE_UNSUPPORTED = 900,
-  CAPTURE_INVALIDATED = 901,
-  CAPTURE_UNMATCHED = 903,
-  CAPTURE_UNJOINED = 904,
-  CAPTURE_ISOLATION = 905,
-  CAPTURE_IMPLICIT = 906,
-  CAPTURED_EVENT = 907,
+  SUCCESS,
+#define X(NAME, VALUE) NAME = VALUE,
+#include "errors.h"
+#undef X
 };
 
 static std::recursive_mutex mutex;
@@ -49,21 +37,22 @@ static Result refuse(Result code, const std::string& why) {
   return code;
 }
 
-#define API(NAME, ...)                         \
-  extern "C" __attribute__((visibility("default"))) int NAME(__VA_ARGS__)
+#define API(NAME, ...) extern "C" __attribute__((visibility("default"))) int NAME(__VA_ARGS__)
 // For what works in the context of this thread.
-#define IN_CONTEXT                                     \
-  std::lock_guard<std::recursive_mutex> guard(mutex);  \
-  if (!begun) return NOT_INITIALIZED;                  \
+#define IN_CONTEXT                                    \
+  std::lock_guard<std::recursive_mutex> guard(mutex); \
+  if (!begun) return NOT_INITIALIZED;                 \
   if (!current) return INVALID_CONTEXT
 
-// --- Streams, events, graphs ----------------------------------------------------------------------------------
+// --- Streams, events, graphs
+// ----------------------------------------------------------------------------------
 
 struct Graph {
   std::vector<std::function<void()>> nodes;
-  std::set<void*> memory;  // Allocated while it was recorded.
+  std::set<void*> memory, freed;  // Allocated while it was recorded; of that, freed then or later.
   ~Graph() {
-    for (void* at : memory) release(at);
+    // What is not freed is whoever's that frees it.
+    for (void* at : freed) release(at);
   }
 };
 struct Capture {
@@ -100,7 +89,7 @@ static bool forbidden(const char* what) {
   for (const auto& capture : captures) {
     if (capture->mode == 2 || (capture->mode == 1 && capture->thread != &of_thread)) continue;
     capture->broken = true;
-    refuse(CAPTURE_UNSUPPORTED, std::string(what) + " while a stream is captured");
+    refuse(STREAM_CAPTURE_UNSUPPORTED, std::string(what) + " while a stream is captured");
     return true;
   }
   return false;
@@ -111,12 +100,12 @@ int emulate::submit(void* handle, const char* name, std::function<void()> work) 
   Stream* const stream = stream_of(handle);
   if (!stream) return INVALID_HANDLE;
   if (stream->capture) {
-    if (stream->capture->broken) return CAPTURE_INVALIDATED;
+    if (stream->capture->broken) return STREAM_CAPTURE_INVALIDATED;
     stream->capture->graph->nodes.push_back([name, work] { measured(name, work); });
   } else {
     if (stream == &legacy) {
       for (const auto& capture : captures) {
-        if (capture->mode != 2) return capture->broken = true, CAPTURE_IMPLICIT;
+        if (capture->mode != 2) return capture->broken = true, STREAM_CAPTURE_IMPLICIT;
       }
     }
     measured(name, work);
@@ -129,7 +118,9 @@ API(cuStreamCreate, Stream** stream, unsigned) {
   streams.insert(*stream = new Stream);
   return SUCCESS;
 }
-API(cuStreamCreateWithPriority, Stream** stream, unsigned flags, int) { return cuStreamCreate(stream, flags); }
+API(cuStreamCreateWithPriority, Stream** stream, unsigned flags, int) {
+  return cuStreamCreate(stream, flags);
+}
 API(cuCtxGetStreamPriorityRange, int* least, int* greatest) {
   *least = 0, *greatest = -5;
   return SUCCESS;
@@ -147,7 +138,7 @@ API(cuStreamSynchronize, void* handle) {
   if (!stream) return INVALID_HANDLE;
   if (stream->capture) {
     stream->capture->broken = true;
-    return refuse(CAPTURE_UNSUPPORTED, "cuStreamSynchronize of a stream that is captured");
+    return refuse(STREAM_CAPTURE_UNSUPPORTED, "cuStreamSynchronize of a stream that is captured");
   }
   check_memory("at a synchronization");
   return SUCCESS;
@@ -155,14 +146,13 @@ API(cuStreamSynchronize, void* handle) {
 API(cuStreamQuery, void* handle) { return cuStreamSynchronize(handle); }
 API(cuCtxSynchronize, void) {
   IN_CONTEXT;
-  if (forbidden("cuCtxSynchronize")) return CAPTURE_UNSUPPORTED;
+  if (forbidden("cuCtxSynchronize")) return STREAM_CAPTURE_UNSUPPORTED;
   check_memory("at a synchronization");
   return SUCCESS;
 }
 API(cuLaunchHostFunc, void* stream, void (*f)(void*), void* data) {
   return submit(stream, "host function", [=] { f(data); });
 }
-API(cuStreamAttachMemAsync, void*, void*, size_t, unsigned) { return SUCCESS; }
 
 API(cuEventCreate, Event** event, unsigned flags) {
   IN_CONTEXT;
@@ -212,7 +202,8 @@ API(cuStreamWaitEvent, void* handle, Event* event, unsigned) {
   if (!event->recorded || event->capture == stream->capture) return SUCCESS;
   if (stream->capture) {
     stream->capture->broken = true;
-    return refuse(CAPTURE_ISOLATION, "a stream that is captured waits for an event from outside of the capture");
+    return refuse(STREAM_CAPTURE_ISOLATION,
+                  "a stream that is captured waits for an event from outside of the capture");
   }
   if (!event->capture->active) return refuse(INVALID_VALUE, "waits for an event of a capture that has ended");
   stream->capture = event->capture;
@@ -224,7 +215,7 @@ API(cuStreamBeginCapture_v2, void* handle, int mode) {
   IN_CONTEXT;
   Stream* const stream = stream_of(handle);
   if (!stream) return INVALID_HANDLE;
-  if (stream == &legacy) return CAPTURE_UNSUPPORTED;
+  if (stream == &legacy) return STREAM_CAPTURE_UNSUPPORTED;
   if (stream->capture) return INVALID_VALUE;
   stream->capture = std::make_shared<Capture>();
   stream->capture->origin = stream, stream->capture->mode = mode, stream->capture->thread = &of_thread;
@@ -239,13 +230,13 @@ API(cuStreamEndCapture, void* handle, std::shared_ptr<Graph>** graph) {
   if (!stream) return INVALID_HANDLE;
   const std::shared_ptr<Capture> capture = stream->capture;
   if (!capture) return INVALID_VALUE;
-  if (capture->origin != stream) return CAPTURE_UNMATCHED;
+  if (capture->origin != stream) return STREAM_CAPTURE_UNMATCHED;
   for (Stream* joined : capture->streams) {
     if (joined == stream || streams.count(joined)) joined->capture = nullptr;
   }
   capture->active = false;
   captures.erase(capture);
-  if (capture->broken) return CAPTURE_INVALIDATED;
+  if (capture->broken) return STREAM_CAPTURE_INVALIDATED;
   *graph = new std::shared_ptr<Graph>(capture->graph);
   return SUCCESS;
 }
@@ -256,7 +247,8 @@ API(cuStreamIsCapturing, void* handle, int* status) {
   *status = !stream->capture ? 0 : stream->capture->broken ? 2 : 1;
   return SUCCESS;
 }
-API(cuGraphInstantiateWithFlags, std::shared_ptr<Graph>** exec, std::shared_ptr<Graph>* graph, unsigned long long) {
+API(cuGraphInstantiateWithFlags, std::shared_ptr<Graph>** exec, std::shared_ptr<Graph>* graph,
+    unsigned long long) {
   *exec = new std::shared_ptr<Graph>(*graph);
   return SUCCESS;
 }
@@ -266,7 +258,6 @@ API(cuGraphDestroy, std::shared_ptr<Graph>* graph) {
   return SUCCESS;
 }
 API(cuGraphExecDestroy, std::shared_ptr<Graph>* exec) { return cuGraphDestroy(exec); }
-API(cuGraphUpload, std::shared_ptr<Graph>*, void*) { return SUCCESS; }
 API(cuGraphLaunch, std::shared_ptr<Graph>* exec, void* stream) {
   const std::shared_ptr<Graph> graph = *exec;
   return submit(stream, "graph", [graph] {
@@ -274,7 +265,8 @@ API(cuGraphLaunch, std::shared_ptr<Graph>* exec, void* stream) {
   });
 }
 
-// --- The device and its context -------------------------------------------------------------------------------
+// --- The device and its context
+// -------------------------------------------------------------------------------
 
 API(cuInit, unsigned) {
   begun = true;
@@ -310,14 +302,16 @@ API(cuDeviceGetAttribute, int* value, int which, int device) {
   if (device != 0) return INVALID_DEVICE;
   // An H100's.
   static const std::map<int, int> values = {
-      {1, 1024},     {2, 1024},     {3, 1024},   {4, 64},        {5, 2147483647}, {6, 65535},  {7, 65535},
-      {8, 49152},    {9, 65536},    {10, 32},    {11, 2147483647}, {12, 65536},   {13, 1980000}, {14, 512},
-      {15, 1},       {16, 132},     {17, 0},     {18, 0},        {19, 1},         {20, 0},     {31, 1},
-      {32, 1},       {33, 1},       {34, 0},     {35, 0},        {36, 2619000},   {37, 5120},  {38, 52428800},
-      {39, 2048},    {40, 3},       {41, 1},     {50, 0},        {75, 9},         {76, 0},     {78, 1},
-      {79, 1},       {80, 1},       {81, 233472}, {82, 65536},   {83, 0},         {84, 0},     {87, 2},
-      {88, 0},       {89, 0},       {90, 1},     {91, 1},        {95, 1},         {97, 232448}, {99, 1},
-      {102, 0},      {106, 32},     {108, 32768000}, {111, 1024}, {115, 1},       {116, 0},    {119, 0},
+      {1, 1024},     {2, 1024},     {3, 1024},   {4, 64},         {5, 2147483647},  {6, 65535},
+      {7, 65535},    {8, 49152},    {9, 65536},  {10, 32},        {11, 2147483647}, {12, 65536},
+      {13, 1980000}, {14, 512},     {15, 1},     {16, 132},       {17, 0},          {18, 0},
+      {19, 1},       {20, 0},       {31, 1},     {32, 1},         {33, 1},          {34, 0},
+      {35, 0},       {36, 2619000}, {37, 5120},  {38, 52428800},  {39, 2048},       {40, 3},
+      {41, 1},       {50, 0},       {75, 9},     {76, 0},         {78, 1},          {79, 1},
+      {80, 1},       {81, 233472},  {82, 65536}, {83, 0},         {84, 0},          {87, 2},
+      {88, 0},       {89, 0},       {90, 1},     {91, 1},         {95, 1},          {97, 232448},
+      {99, 1},       {102, 0},      {106, 32},   {108, 32768000}, {111, 1024},      {115, 1},
+      {116, 0},      {119, 0},
   };
   const auto found = values.find(which);
   if (found == values.end()) return refuse(INVALID_VALUE, "device attribute " + std::to_string(which));
@@ -328,7 +322,6 @@ API(cuDevicePrimaryCtxRetain, void** context, int) {
   *context = &primary;
   return begun ? SUCCESS : NOT_INITIALIZED;
 }
-API(cuDevicePrimaryCtxRelease_v2, int) { return SUCCESS; }
 API(cuCtxSetCurrent, void* context) {
   current = context;
   return SUCCESS;
@@ -337,55 +330,35 @@ API(cuCtxGetCurrent, void** context) {
   *context = current;
   return SUCCESS;
 }
-API(cuCtxSetFlags, unsigned) { return SUCCESS; }
 API(cuCtxGetLimit, size_t* value, int) {
   *value = 0;
   return SUCCESS;
 }
-API(cuCtxSetLimit, int, size_t) { return SUCCESS; }
 API(cuCtxGetCacheConfig, int* config) {
   *config = 0;
   return SUCCESS;
 }
-API(cuCtxSetCacheConfig, int) { return SUCCESS; }
-API(cuProfilerStart, void) { return SUCCESS; }
-API(cuProfilerStop, void) { return SUCCESS; }
 
-static const std::map<int, std::pair<const char*, const char*>> names = {
-    {0, {"CUDA_SUCCESS", "no error"}},
-    {1, {"CUDA_ERROR_INVALID_VALUE", "invalid argument"}},
-    {2, {"CUDA_ERROR_OUT_OF_MEMORY", "out of memory"}},
-    {3, {"CUDA_ERROR_NOT_INITIALIZED", "initialization error"}},
-    {101, {"CUDA_ERROR_INVALID_DEVICE", "invalid device ordinal"}},
-    {200, {"CUDA_ERROR_INVALID_IMAGE", "device kernel image is invalid"}},
-    {201, {"CUDA_ERROR_INVALID_CONTEXT", "invalid device context"}},
-    {301, {"CUDA_ERROR_FILE_NOT_FOUND", "file not found"}},
-    {400, {"CUDA_ERROR_INVALID_HANDLE", "invalid resource handle"}},
-    {500, {"CUDA_ERROR_NOT_FOUND", "named symbol not found"}},
-    {900, {"CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "operation not permitted when stream is capturing"}},
-    {901, {"CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", "operation failed due to a previous error during capture"}},
-    {903, {"CUDA_ERROR_STREAM_CAPTURE_UNMATCHED", "capture was not initiated in this stream"}},
-    {905, {"CUDA_ERROR_STREAM_CAPTURE_ISOLATION", "dependency created on uncaptured work in another stream"}},
-    {906, {"CUDA_ERROR_STREAM_CAPTURE_IMPLICIT", "operation would make the legacy stream depend on a capturing blocking stream"}},
-    {907, {"CUDA_ERROR_CAPTURED_EVENT", "operation not permitted on an event last recorded in a capturing stream"}},
+static const std::map<int, const char*> names = {
+    {SUCCESS, "CUDA_SUCCESS"},
+#define X(NAME, VALUE) {VALUE, "CUDA_ERROR_" #NAME},
+#include "errors.h"
+#undef X
 };
 API(cuGetErrorName, int code, const char** text) {
   const auto found = names.find(code);
-  *text = found == names.end() ? "CUDA_ERROR" : found->second.first;
+  *text = found == names.end() ? "CUDA_ERROR" : found->second;
   return SUCCESS;
 }
-API(cuGetErrorString, int code, const char** text) {
-  const auto found = names.find(code);
-  *text = found == names.end() ? "an error" : found->second.second;
-  return SUCCESS;
-}
+API(cuGetErrorString, int code, const char** text) { return cuGetErrorName(code, text); }
 
-// --- Memory ---------------------------------------------------------------------------------------------------
+// --- Memory
+// ---------------------------------------------------------------------------------------------------
 
 API(cuMemAlloc_v2, void** at, size_t bytes) {
   IN_CONTEXT;
   if (bytes == 0) return INVALID_VALUE;
-  if (forbidden("cuMemAlloc")) return CAPTURE_UNSUPPORTED;
+  if (forbidden("cuMemAlloc")) return STREAM_CAPTURE_UNSUPPORTED;
   *at = allocate(bytes);
   return *at ? SUCCESS : OUT_OF_MEMORY;
 }
@@ -411,9 +384,11 @@ API(cuMemAllocFromPoolAsync, void** at, size_t bytes, void*, void* stream) {
 API(cuMemFree_v2, void* at) {
   IN_CONTEXT;
   if (!at) return SUCCESS;
-  if (forbidden("cuMemFree")) return CAPTURE_UNSUPPORTED;
+  if (forbidden("cuMemFree")) return STREAM_CAPTURE_UNSUPPORTED;
   const auto of_graph = graph_memory.find(at);
-  if (of_graph != graph_memory.end() && !of_graph->second.expired()) return poison(at), SUCCESS;
+  if (of_graph != graph_memory.end()) {
+    if (const auto graph = of_graph->second.lock()) return poison(at), graph->freed.insert(at), SUCCESS;
+  }
   return release(at) ? SUCCESS : refuse(INVALID_VALUE, "cuMemFree of what is not allocated");
 }
 API(cuMemFreeAsync, void* at, void* handle) {
@@ -428,9 +403,10 @@ API(cuMemFreeAsync, void* at, void* handle) {
       stream->capture->broken = true;
       return refuse(INVALID_VALUE, "cuMemFreeAsync, in a capture, of what was not allocated in it");
     }
+    graph->freed.insert(at);
     return submit(handle, "release", [at] { poison(at); });
   }
-  if (graph) return poison(at), SUCCESS;
+  if (graph) return poison(at), graph->freed.insert(at), SUCCESS;
   return release(at) ? SUCCESS : refuse(INVALID_VALUE, "cuMemFreeAsync of what is not allocated");
 }
 API(cuMemGetInfo_v2, size_t* available, size_t* total) {
@@ -442,7 +418,7 @@ API(cuMemGetInfo_v2, size_t* available, size_t* total) {
 }
 API(cuMemHostAlloc, void** at, size_t bytes, unsigned) {
   IN_CONTEXT;
-  if (forbidden("cuMemHostAlloc")) return CAPTURE_UNSUPPORTED;
+  if (forbidden("cuMemHostAlloc")) return STREAM_CAPTURE_UNSUPPORTED;
   *at = aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
   if (!*at) return OUT_OF_MEMORY;
   memset(*at, 0xff, bytes);
@@ -499,7 +475,9 @@ API(cuMemsetD8Async, void* at, unsigned char value, size_t bytes, void* stream) 
   if (in_device(at, bytes, "memset")) return INVALID_VALUE;
   return submit(stream, "memset", [=] { memset(at, value, bytes); });
 }
-API(cuMemsetD8_v2, void* at, unsigned char value, size_t bytes) { return cuMemsetD8Async(at, value, bytes, nullptr); }
+API(cuMemsetD8_v2, void* at, unsigned char value, size_t bytes) {
+  return cuMemsetD8Async(at, value, bytes, nullptr);
+}
 
 static uint64_t threshold;
 API(cuDeviceGetDefaultMemPool, void** pool, int) {
@@ -507,8 +485,6 @@ API(cuDeviceGetDefaultMemPool, void** pool, int) {
   return SUCCESS;
 }
 API(cuDeviceGetMemPool, void** pool, int device) { return cuDeviceGetDefaultMemPool(pool, device); }
-API(cuDeviceSetMemPool, int, void*) { return SUCCESS; }
-API(cuMemPoolTrimTo, void*, size_t) { return SUCCESS; }
 API(cuMemPoolGetAttribute, void*, int which, void* value) {
   IN_CONTEXT;
   size_t used, peak, total;
@@ -524,7 +500,8 @@ API(cuMemPoolSetAttribute, void*, int which, void* value) {
   return SUCCESS;
 }
 
-// --- Modules and functions ------------------------------------------------------------------------------------
+// --- Modules and functions
+// ------------------------------------------------------------------------------------
 
 struct Library {
   std::string name;
@@ -549,14 +526,15 @@ static const Module* module_named(const std::string& file) {
   Dl_info self;
   dladdr(reinterpret_cast<void*>(&cuInit), &self);
   const std::string path = std::string(self.dli_fname);
-  void* const library = dlopen((path.substr(0, path.rfind('/') + 1) + "modules/" + file).c_str(), RTLD_NOW | RTLD_LOCAL);
+  void* const library =
+      dlopen((path.substr(0, path.rfind('/') + 1) + "modules/" + file).c_str(), RTLD_NOW | RTLD_LOCAL);
   if (!library) return refuse(INVALID_IMAGE, dlerror()), nullptr;
   return loaded[file] = static_cast<const Module*>(dlsym(library, "emulate_module"));
 }
 
 API(cuModuleLoadData, Image** image, const void* data) {
   IN_CONTEXT;
-  if (forbidden("cuModuleLoadData")) return CAPTURE_UNSUPPORTED;
+  if (forbidden("cuModuleLoadData")) return STREAM_CAPTURE_UNSUPPORTED;
   const unsigned char* const bytes = static_cast<const unsigned char*>(data);
   const bool own = memcmp(bytes, "\x50\xed\x55\xba", 4) == 0;
   const char* const text = static_cast<const char*>(data) + (own ? 4 : 0);
@@ -571,7 +549,8 @@ API(cuModuleLoadData, Image** image, const void* data) {
   } else {
     Dl_info self;
     dladdr(reinterpret_cast<void*>(&cuInit), &self);
-    const std::string path = std::string(self.dli_fname), folder = path.substr(0, path.rfind('/') + 1) + "modules";
+    const std::string path = std::string(self.dli_fname),
+                      folder = path.substr(0, path.rfind('/') + 1) + "modules";
     if (DIR* const all = opendir(folder.c_str())) {
       while (const dirent* entry = readdir(all)) {
         if (strncmp(entry->d_name, family.c_str(), family.size()) == 0) wanted.push_back(entry->d_name);
@@ -611,7 +590,8 @@ API(cuModuleGetGlobal_v2, void**, size_t*, Image*, const char* name) {
 }
 
 API(cuFuncGetAttribute, int* value, int which, Function* f) {
-  const int values[] = {f->kernel->threads, int(f->static_bytes), 0, 0, 32, 90, 90, 0, int(f->most_dynamic), -1};
+  const int values[] = {
+      f->kernel->threads, int(f->static_bytes), 0, 0, 32, 90, 90, 0, int(f->most_dynamic), -1};
   if (which < 0 || which > 9) return INVALID_VALUE;
   *value = values[which];
   return SUCCESS;
@@ -620,13 +600,12 @@ API(cuFuncSetAttribute, Function* f, int which, int value) {
   IN_CONTEXT;
   if (which == 9) return SUCCESS;
   if (which != 8 || value < 0 || size_t(value) + f->static_bytes > 232448) {
-    return refuse(INVALID_VALUE, std::string(f->kernel->name) + ": attribute " + std::to_string(which) + " cannot be " +
-                                     std::to_string(value));
+    return refuse(INVALID_VALUE, std::string(f->kernel->name) + ": attribute " + std::to_string(which) +
+                                     " cannot be " + std::to_string(value));
   }
   f->most_dynamic = size_t(value);
   return SUCCESS;
 }
-API(cuFuncSetCacheConfig, Function*, int) { return SUCCESS; }
 
 static int resident(const Function* f, int threads, size_t dynamic) {
   if (threads <= 0 || threads > f->kernel->threads) return 0;
@@ -638,13 +617,13 @@ API(cuOccupancyMaxActiveBlocksPerMultiprocessor, int* count, Function* f, int th
   *count = resident(f, threads, dynamic);
   return SUCCESS;
 }
-API(cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags, int* count, Function* f, int threads, size_t dynamic,
-    unsigned) {
+API(cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags, int* count, Function* f, int threads,
+    size_t dynamic, unsigned) {
   *count = resident(f, threads, dynamic);
   return SUCCESS;
 }
-API(cuOccupancyMaxPotentialBlockSize, int* least_grid, int* threads, Function* f, size_t (*of)(int), size_t dynamic,
-    int most) {
+API(cuOccupancyMaxPotentialBlockSize, int* least_grid, int* threads, Function* f, size_t (*of)(int),
+    size_t dynamic, int most) {
   *threads = most > 0 ? std::min(most, f->kernel->threads) : f->kernel->threads;
   *least_grid = 132 * resident(f, *threads, of ? of(*threads) : dynamic);
   return SUCCESS;
@@ -663,7 +642,9 @@ API(cuLaunchKernel, Function* f, unsigned gx, unsigned gy, unsigned gz, unsigned
     unsigned shared, void* stream, void** parameters, void** extra) {
   IN_CONTEXT;
   const Kernel& kernel = *f->kernel;
-  const auto no = [&](const std::string& why) { return refuse(INVALID_VALUE, std::string(kernel.name) + ": " + why); };
+  const auto no = [&](const std::string& why) {
+    return refuse(INVALID_VALUE, std::string(kernel.name) + ": " + why);
+  };
   const auto three = [](unsigned x, unsigned y, unsigned z) {
     return "(" + std::to_string(x) + ", " + std::to_string(y) + ", " + std::to_string(z) + ")";
   };
@@ -671,9 +652,11 @@ API(cuLaunchKernel, Function* f, unsigned gx, unsigned gy, unsigned gz, unsigned
     return no("a grid of " + three(gx, gy, gz));
   }
   const uint64_t threads = uint64_t(bx) * by * bz;
-  if (bx > 1024 || by > 1024 || bz > 64 || threads == 0 || threads > 1024) return no("a block of " + three(bx, by, bz));
+  if (bx > 1024 || by > 1024 || bz > 64 || threads == 0 || threads > 1024)
+    return no("a block of " + three(bx, by, bz));
   if (threads > uint64_t(kernel.threads)) {
-    return no(std::to_string(threads) + " threads, of " + std::to_string(kernel.threads) + " that its bounds allow");
+    return no(std::to_string(threads) + " threads, of " + std::to_string(kernel.threads) +
+              " that its bounds allow");
   }
   if (shared > f->most_dynamic || shared + f->static_bytes > 232448) {
     return no(std::to_string(shared) + " bytes of shared memory, of " + std::to_string(f->most_dynamic) +
@@ -683,10 +666,12 @@ API(cuLaunchKernel, Function* f, unsigned gx, unsigned gy, unsigned gz, unsigned
   // In one piece, each where 16 divides its place.
   std::vector<size_t> places;
   size_t size = 0;
-  for (size_t i = 0; i < kernel.count; i++) places.push_back(size), size += (kernel.parameters[i].bytes + 15) / 16 * 16;
+  for (size_t i = 0; i < kernel.count; i++)
+    places.push_back(size), size += (kernel.parameters[i].bytes + 15) / 16 * 16;
   auto copied = std::make_shared<std::vector<max_align_t>>(size / sizeof(max_align_t) + 1);
   char* const bytes = reinterpret_cast<char*>(copied->data());
-  for (size_t i = 0; i < kernel.count; i++) memcpy(bytes + places[i], parameters[i], kernel.parameters[i].bytes);
+  for (size_t i = 0; i < kernel.count; i++)
+    memcpy(bytes + places[i], parameters[i], kernel.parameters[i].bytes);
   return submit(stream, kernel.name, [=] {
     std::vector<void*> at;
     for (size_t place : places) at.push_back(reinterpret_cast<char*>(copied->data()) + place);
@@ -701,6 +686,14 @@ struct Config {
 };
 API(cuLaunchKernelEx, const Config* c, Function* f, void** parameters, void** extra) {
   if (c->count) return refuse(INVALID_VALUE, "cuLaunchKernelEx with attributes");
-  return cuLaunchKernel(f, c->grid[0], c->grid[1], c->grid[2], c->block[0], c->block[1], c->block[2], c->shared,
-                        c->stream, parameters, extra);
+  return cuLaunchKernel(f, c->grid[0], c->grid[1], c->grid[2], c->block[0], c->block[1], c->block[2],
+                        c->shared, c->stream, parameters, extra);
 }
+
+// What needs nothing done. Further arguments are not looked at.
+#define NOTHING(NAME) \
+  API(NAME) { return SUCCESS; }
+NOTHING(cuStreamAttachMemAsync)
+NOTHING(cuGraphUpload) NOTHING(cuDevicePrimaryCtxRelease_v2) NOTHING(cuCtxSetFlags) NOTHING(cuCtxSetLimit)
+    NOTHING(cuCtxSetCacheConfig) NOTHING(cuProfilerStart) NOTHING(cuProfilerStop) NOTHING(cuDeviceSetMemPool)
+        NOTHING(cuMemPoolTrimTo) NOTHING(cuFuncSetCacheConfig)

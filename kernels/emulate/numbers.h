@@ -38,46 +38,44 @@ using if_number = std::enable_if_t<std::is_arithmetic_v<T>>;
 
 }  // namespace emulate
 
-#define EMULATE_NUMBER(H, BITS, FLOAT)                                                                       \
-  struct H {                                                                                                 \
-    uint16_t bits;                                                                                           \
-    H() = default;                                                                                           \
-    template <typename T, typename = emulate::if_number<T>>                                                  \
-    H(T x) : bits(emulate::BITS(std::is_same_v<T, float> ? float(x) : emulate::odd_float(double(x)))) {}     \
-    operator float() const { return emulate::FLOAT(bits); }                                                  \
-    float f() const { return emulate::FLOAT(bits); }                                                         \
-    friend H operator+(H a, H b) { return a.f() + b.f(); }                                                   \
-    friend H operator-(H a, H b) { return a.f() - b.f(); }                                                   \
-    friend H operator*(H a, H b) { return a.f() * b.f(); }                                                   \
-    friend H operator/(H a, H b) { return a.f() / b.f(); }                                                   \
-    friend H operator-(H a) { return -a.f(); }                                                               \
-    friend H& operator+=(H& a, H b) { return a = a + b; }                                                    \
-    friend H& operator-=(H& a, H b) { return a = a - b; }                                                    \
-    friend H& operator*=(H& a, H b) { return a = a * b; }                                                    \
-    friend H& operator/=(H& a, H b) { return a = a / b; }                                                    \
-    friend bool operator==(H a, H b) { return a.f() == b.f(); }                                              \
-    friend bool operator!=(H a, H b) { return a.f() != b.f(); }                                              \
-    friend bool operator<(H a, H b) { return a.f() < b.f(); }                                                \
-    friend bool operator<=(H a, H b) { return a.f() <= b.f(); }                                              \
-    friend bool operator>(H a, H b) { return a.f() > b.f(); }                                                \
-    friend bool operator>=(H a, H b) { return a.f() >= b.f(); }                                              \
-  };                                                                                                         \
-  struct alignas(4) H##2 {                                                                                   \
-    H x, y;                                                                                                  \
-  };                                                                                                         \
-  inline H hsqrt(H a) { return sqrtf(a); }                                                                   \
-  inline H hexp(H a) { return expf(a); }                                                                     \
-  inline H hlog(H a) { return logf(a); }                                                                     \
-  inline H hsin(H a) { return sinf(a); }                                                                     \
-  inline H hcos(H a) { return cosf(a); }                                                                     \
-  inline H __habs(H a) { return fabsf(a); }                                                                  \
-  inline bool __hisnan(H a) { return isnan(a.f()); }                                                         \
-  inline H __hmax(H a, H b) { return fmaxf(a, b); }                                                          \
-  inline H __hmin(H a, H b) { return fminf(a, b); }                                                          \
-  inline H __hmax_nan(H a, H b) { return __hisnan(a) || __hisnan(b) ? H(NAN) : __hmax(a, b); }               \
-  inline H __hmin_nan(H a, H b) { return __hisnan(a) || __hisnan(b) ? H(NAN) : __hmin(a, b); }               \
-  inline H __hfma(H a, H b, H c) { return H(double(a.f()) * double(b.f()) + double(c.f())); }                \
-  inline H##2 __hadd2(H##2 a, H##2 b) { return {a.x + b.x, a.y + b.y}; }                                     \
+#define EMULATE_NUMBER(H, BITS, FLOAT)                                                                   \
+  struct H {                                                                                             \
+    uint16_t bits;                                                                                       \
+    H() = default;                                                                                       \
+    template <typename T, typename = emulate::if_number<T>>                                              \
+    H(T x) : bits(emulate::BITS(std::is_same_v<T, float> ? float(x) : emulate::odd_float(double(x)))) {} \
+    operator float() const { return emulate::FLOAT(bits); }                                              \
+    float f() const { return emulate::FLOAT(bits); }                                                     \
+    friend H operator+(H a, H b) { return a.f() + b.f(); }                                               \
+    friend H operator-(H a, H b) { return a.f() - b.f(); }                                               \
+    friend H operator*(H a, H b) { return a.f() * b.f(); }                                               \
+    friend H operator/(H a, H b) { return a.f() / b.f(); }                                               \
+    friend H operator-(H a) { return -a.f(); }                                                           \
+    friend H& operator+=(H& a, H b) { return a = a + b; }                                                \
+    friend H& operator-=(H& a, H b) { return a = a - b; }                                                \
+    friend H& operator*=(H& a, H b) { return a = a * b; }                                                \
+    friend H& operator/=(H& a, H b) { return a = a / b; }                                                \
+    friend bool operator==(H a, H b) { return a.f() == b.f(); }                                          \
+    friend bool operator!=(H a, H b) { return a.f() != b.f(); }                                          \
+    friend bool operator<(H a, H b) { return a.f() < b.f(); }                                            \
+    friend bool operator<=(H a, H b) { return a.f() <= b.f(); }                                          \
+    friend bool operator>(H a, H b) { return a.f() > b.f(); }                                            \
+    friend bool operator>=(H a, H b) { return a.f() >= b.f(); }                                          \
+  };                                                                                                     \
+  struct alignas(4) H##2 { H x, y; };                                                                    \
+  inline H hsqrt(H a) { return sqrtf(a); }                                                               \
+  inline H hexp(H a) { return expf(a); }                                                                 \
+  inline H hlog(H a) { return logf(a); }                                                                 \
+  inline H hsin(H a) { return sinf(a); }                                                                 \
+  inline H hcos(H a) { return cosf(a); }                                                                 \
+  inline H __habs(H a) { return fabsf(a); }                                                              \
+  inline bool __hisnan(H a) { return isnan(a.f()); }                                                     \
+  inline H __hmax(H a, H b) { return fmaxf(a, b); }                                                      \
+  inline H __hmin(H a, H b) { return fminf(a, b); }                                                      \
+  inline H __hmax_nan(H a, H b) { return __hisnan(a) || __hisnan(b) ? H(NAN) : __hmax(a, b); }           \
+  inline H __hmin_nan(H a, H b) { return __hisnan(a) || __hisnan(b) ? H(NAN) : __hmin(a, b); }           \
+  inline H __hfma(H a, H b, H c) { return H(double(a.f()) * double(b.f()) + double(c.f())); }            \
+  inline H##2 __hadd2(H##2 a, H##2 b) { return {a.x + b.x, a.y + b.y}; }                                 \
   inline H##2 __hmul2(H##2 a, H##2 b) { return {a.x * b.x, a.y * b.y}; }
 
 EMULATE_NUMBER(__half, half_bits, half_float)

@@ -27,11 +27,15 @@ static double normal(const Generator* g, uint64_t at) {
 
 template <typename T, typename F>
 static int generate(Generator* g, T* to, size_t count, F f) {
-  if (!emulate::device_range(to, count * sizeof(T))) emulate::fail("curand: not in one allocation of the device");
-  return emulate::submit(g->stream, "curand", [=] {
-    for (size_t i = 0; i < count; i++) to[i] = T(f(i));
-    g->at += count;
-  }) ? LAUNCH_FAILURE : SUCCESS;
+  if (!emulate::device_range(to, count * sizeof(T)))
+    emulate::fail("curand: not in one allocation of the device");
+  return emulate::submit(g->stream, "curand",
+                         [=] {
+                           for (size_t i = 0; i < count; i++) to[i] = T(f(i));
+                           g->at += count;
+                         })
+             ? LAUNCH_FAILURE
+             : SUCCESS;
 }
 
 API(curandCreateGenerator, Generator** g, int) {

@@ -246,6 +246,7 @@ impl Run<'_> {
                 distill: DistillKind::None,
                 drop_path,
                 heads: self.tasks.heads.clone(),
+                recordings: None,
             },
             penalty: self.penalty(at, &memory, &params)?,
         };

@@ -76,7 +76,9 @@ fn summary_head(
         "commit": env!("QTUNE_COMMIT"),
     });
     let mut head = head.as_object().cloned().unwrap_or_default();
-    head.extend(crate::device::peak_bytes(device).map(|bytes| ("peak_device_bytes".to_string(), json!(bytes))));
+    head.extend(
+        crate::device::peak_bytes(device).map(|bytes| ("peak_device_bytes".to_string(), json!(bytes))),
+    );
     head
 }
 

@@ -344,7 +344,9 @@ pub(crate) fn summary_head(
         "act_bits": recipe.activation.bits,
     });
     let mut head = head.as_object().cloned().unwrap_or_default();
-    head.extend(crate::device::peak_bytes(device).map(|bytes| ("peak_device_bytes".to_string(), json!(bytes))));
+    head.extend(
+        crate::device::peak_bytes(device).map(|bytes| ("peak_device_bytes".to_string(), json!(bytes))),
+    );
     head
 }
 

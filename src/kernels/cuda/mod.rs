@@ -15,12 +15,14 @@ use candle_core::{bail, CudaDevice, CudaStorage, DType, Layout, Result, Shape};
 
 mod columns;
 mod device;
+mod graph;
 mod oscillation;
 mod transfer;
 pub(in crate::kernels) use columns::{add_bias, column_sums, fold_columns, row_grid, Parts};
 #[allow(unused_imports)]
 pub(crate) use device::{forget_peak, memory, open, peak_bytes};
 #[allow(unused_imports)]
+pub(crate) use graph::{warm, Graph};
 pub(crate) use oscillation::{History, HostHistory};
 pub(crate) use transfer::upload;
 
