@@ -32,13 +32,6 @@
 #undef assert
 #define assert(x) ((x) ? void() : emulate::fail("%s:%d: does not hold: %s", __FILE__, __LINE__, #x))
 
-// As build writes declarations of shared memory.
-#define EMULATE_SHARED(ALIGN, TYPE, NAME, DIMS)         \
-  typedef TYPE emulate_##NAME DIMS;                     \
-  static emulate::Variable emulate_at_##NAME;           \
-  emulate_##NAME& NAME = *static_cast<emulate_##NAME*>( \
-      emulate_at_##NAME.get(sizeof(emulate_##NAME), std::max<size_t>(ALIGN, alignof(emulate_##NAME))));
-
 #define threadIdx (emulate::now->thread)
 #define blockIdx emulate::block
 #define blockDim emulate::block_dim
@@ -159,8 +152,7 @@ inline T atomicCAS(T* at, std::common_type_t<T> expected, std::common_type_t<T> 
   return old;
 }
 
-// --- A warp together
-// ------------------------------------------------------------------------------------------
+// --- A warp together --------------------------------------------------------------------------------------
 
 namespace emulate {
 
@@ -224,8 +216,7 @@ inline void __syncwarp(unsigned mask = 0xffffffffu) {
 }
 #define __activemask() (emulate::fail("__activemask"), 0u)
 
-// --- Instructions, by the names that build makes of `asm`
-// -----------------------------------------------------
+// --- Instructions, by the names that build makes of `asm` -------------------------------------------------
 
 namespace emulate {
 
@@ -367,8 +358,7 @@ inline void ex2_approx_ftz_f32(float& y, float x) {
   if (y < 0x1p-126f) y = 0.0f;
 }
 
-// --- How a module names its kernels
-// ---------------------------------------------------------------------------
+// --- How a module names its kernels -----------------------------------------------------------------------
 
 constexpr int first_of(int x, int = 0, int = 0) { return x; }
 template <auto F>

@@ -44,8 +44,7 @@ static Result refuse(Result code, const std::string& why) {
   if (!begun) return NOT_INITIALIZED;                 \
   if (!current) return INVALID_CONTEXT
 
-// --- Streams, events, graphs
-// ----------------------------------------------------------------------------------
+// --- Streams, events, graphs ------------------------------------------------------------------------------
 
 struct Graph {
   std::vector<std::function<void()>> nodes;
@@ -265,8 +264,7 @@ API(cuGraphLaunch, std::shared_ptr<Graph>* exec, void* stream) {
   });
 }
 
-// --- The device and its context
-// -------------------------------------------------------------------------------
+// --- The device and its context ---------------------------------------------------------------------------
 
 API(cuInit, unsigned) {
   begun = true;
@@ -352,8 +350,7 @@ API(cuGetErrorName, int code, const char** text) {
 }
 API(cuGetErrorString, int code, const char** text) { return cuGetErrorName(code, text); }
 
-// --- Memory
-// ---------------------------------------------------------------------------------------------------
+// --- Memory -----------------------------------------------------------------------------------------------
 
 API(cuMemAlloc_v2, void** at, size_t bytes) {
   IN_CONTEXT;
@@ -500,8 +497,7 @@ API(cuMemPoolSetAttribute, void*, int which, void* value) {
   return SUCCESS;
 }
 
-// --- Modules and functions
-// ------------------------------------------------------------------------------------
+// --- Modules and functions --------------------------------------------------------------------------------
 
 struct Library {
   std::string name;
@@ -694,6 +690,13 @@ API(cuLaunchKernelEx, const Config* c, Function* f, void** parameters, void** ex
 #define NOTHING(NAME) \
   API(NAME) { return SUCCESS; }
 NOTHING(cuStreamAttachMemAsync)
-NOTHING(cuGraphUpload) NOTHING(cuDevicePrimaryCtxRelease_v2) NOTHING(cuCtxSetFlags) NOTHING(cuCtxSetLimit)
-    NOTHING(cuCtxSetCacheConfig) NOTHING(cuProfilerStart) NOTHING(cuProfilerStop) NOTHING(cuDeviceSetMemPool)
-        NOTHING(cuMemPoolTrimTo) NOTHING(cuFuncSetCacheConfig)
+NOTHING(cuGraphUpload)
+NOTHING(cuDevicePrimaryCtxRelease_v2)
+NOTHING(cuCtxSetFlags)
+NOTHING(cuCtxSetLimit)
+NOTHING(cuCtxSetCacheConfig)
+NOTHING(cuProfilerStart)
+NOTHING(cuProfilerStop)
+NOTHING(cuDeviceSetMemPool)
+NOTHING(cuMemPoolTrimTo)
+NOTHING(cuFuncSetCacheConfig)

@@ -51,8 +51,7 @@ void fail(const char* format, ...) {
   abort();
 }
 
-// --- Fibers
-// ---------------------------------------------------------------------------------------------------
+// --- Fibers -----------------------------------------------------------------------------------------------
 
 extern "C" void emulate_switch(void** from, void* to);
 asm(R"(
@@ -244,8 +243,7 @@ void collective(const char* what, unsigned mask, void* mine, void (*all)(void** 
   }
 }
 
-// --- Shared memory
-// --------------------------------------------------------------------------------------------
+// --- Shared memory ----------------------------------------------------------------------------------------
 
 // Below 4 GB, so that an address fits the 32 bits that instructions take: what variables are placed in, then
 // a page that must not be touched, then dynamic memory, which ends at another.
@@ -334,19 +332,19 @@ static void check_shared() {
   }
 }
 
-// --- Faults
-// ---------------------------------------------------------------------------------------------------
+// --- Faults -----------------------------------------------------------------------------------------------
 
 static struct sigaction before[65];
+static thread_local bool running;  // This thread, a kernel.
 
 static void near(uintptr_t at, char* text, size_t size);
 
 static void fault(int which, siginfo_t* info, void* context) {
-  if (kernel) {
+  if (kernel && running) {
     char where[256] = "";
     const uintptr_t at = uintptr_t(info->si_addr);
     if (which == SIGFPE) fail("divides by 0");
-    if (which == SIGILL) fail("cannot be");
+    if (which == SIGILL) fail("runs into what C++ does not define");
     if (at >= uintptr_t(arena) && at < uintptr_t(arena) + STATIC + DYNAMIC + 2 * PAGE) {
       fail("touches shared memory %td bytes from its beginning, has %zu",
            reinterpret_cast<unsigned char*>(at) - dynamic_shared, dynamic_bytes);
@@ -398,8 +396,7 @@ API void __ubsan_handle_type_mismatch_v1_abort(Place* at, size_t address) {
   __ubsan_handle_type_mismatch_v1(at, address);
 }
 
-// --- Launches
-// -------------------------------------------------------------------------------------------------
+// --- Launches ---------------------------------------------------------------------------------------------
 
 static std::deque<const char*> latest;  // Kernels since memory was checked.
 
@@ -408,7 +405,7 @@ size_t run(const Module& module, const Kernel& which, dim3 grid_dim, dim3 dim, s
   if (!arena) begin();
   if (latest.empty() || latest.back() != which.name) latest.push_back(which.name);
   if (latest.size() > 8) latest.pop_front();
-  kernel = &which, module_of = &module, arguments = parameters, now = nullptr;
+  kernel = &which, module_of = &module, arguments = parameters, now = nullptr, running = true;
   for (size_t i = 0; i < which.count; i++) {
     if (!which.parameters[i].pointer) continue;
     void* at;
@@ -451,7 +448,7 @@ size_t run(const Module& module, const Kernel& which, dim3 grid_dim, dim3 dim, s
   now = nullptr;
   static const bool each = getenv("QTUNE_EMULATE_CHECK");
   if (each) check_memory("after it");
-  kernel = nullptr;
+  kernel = nullptr, running = false;
   return most;
 }
 
@@ -471,8 +468,7 @@ void measured(const char* name, const std::function<void()>& work) {
   cost.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count();
 }
 
-// --- The device's memory
-// --------------------------------------------------------------------------------------
+// --- The device's memory ----------------------------------------------------------------------------------
 
 // Pages of its own, the last bytes at a page that must not be touched. All that is not in use is ones: a NaN.
 struct Piece {

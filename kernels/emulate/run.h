@@ -70,9 +70,11 @@ void* place(size_t bytes, size_t align);
 struct Variable {
   unsigned long of = 0;
   void* at = nullptr;
-  void* get(size_t bytes, size_t align) {
-    if (of != serial) at = place(bytes, align), of = serial;
-    return at;
+  // In place of `__shared__ T`, declared to be aligned to `align`.
+  template <typename T>
+  T& as(size_t align) {
+    if (of != serial) at = place(sizeof(T), align > alignof(T) ? align : alignof(T)), of = serial;
+    return *static_cast<T*>(at);
   }
 };
 void* shared_pointer(unsigned address, size_t bytes);
