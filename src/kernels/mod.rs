@@ -74,8 +74,8 @@ pub use magnitude::{row_norms, scale_columns};
 pub use merged::{block_affine_merged, low_rank_merged, shared_block_merged};
 pub use norm::layer_norm;
 pub use packed::{
-    packed_codes_matmul, packed_matmul, packed_matmul_int8, packed_quantized_matmul, Groups, PackedRows,
-    Rounding,
+    packed_codes_matmul, packed_matmul, packed_matmul_int8, packed_quantized_matmul, packed_rows,
+    packed_values, Groups, PackedRows, Rounding,
 };
 pub use patchify::patchify;
 pub use plackett_luce::plackett_luce;

@@ -7,13 +7,17 @@
 //! W is dense (f32, f16, bf16) or packed codes. Its rows are read, and edited, into a panel of a few
 //! megabytes that all threads share, and each panel goes through one product with all tokens: neither W
 //! nor W' is ever whole in memory, and a row is made once for each product, however many tokens there are.
-//! Panels and tiles follow from shapes alone.
+//! Panels and tiles follow from shapes alone. On a CUDA device W is whole in f32 for the time of a product.
 
+#[cfg(feature = "cuda")]
+use candle_core::{backend::BackendStorage, CudaStorage};
 use candle_core::{bail, CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::cpu::{self, Real};
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::linear::{add_product, matmul, product, View};
 use super::packed;
 use super::tape::{self, Reads};
@@ -75,12 +79,7 @@ impl FrozenRows {
     pub fn tensor(&self, device: &Device) -> Result<Tensor> {
         match &self.0 {
             Held::Dense(w) => w.to_device(device)?.to_dtype(DType::F32),
-            Held::Packed(rows) => {
-                let (n, k) = (rows.rows(), rows.cols);
-                let mut values = vec![0f32; n * k];
-                values.chunks_exact_mut(k.max(1)).enumerate().for_each(|(row, out)| rows.values(row, out));
-                Tensor::from_vec(values, (n, k), device)
-            }
+            Held::Packed(rows) => packed::packed_values(rows, device),
         }
     }
 
@@ -89,6 +88,16 @@ impl FrozenRows {
         let (n, k) = (self.rows(), self.cols());
         if let Some(id) = ids.iter().find(|&&id| id as usize >= n) {
             bail!("found id {id}, expected one below the {n} rows")
+        }
+        match &self.0 {
+            Held::Packed(rows) => {
+                return packed::packed_rows(&Tensor::new(ids, &Device::Cpu)?, rows, device);
+            }
+            Held::Dense(w) if !w.device().is_cpu() => {
+                let ids = Tensor::new(ids, w.device())?;
+                return w.index_select(&ids, 0)?.to_device(device)?.to_dtype(DType::F32);
+            }
+            Held::Dense(_) => {}
         }
         let mut values = vec![0f32; ids.len() * k];
         self.with(|source| {
@@ -272,16 +281,32 @@ impl CustomOp1 for FrozenProduct {
         Ok((CpuStorage::F32(y), with_last(xl, if self.back { k } else { n })))
     }
 
+    /// The f32 form is there for the product alone, and made again for the gradient.
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, xl: &Layout) -> Result<(CudaStorage, Shape)> {
+        let w = self.rows.tensor(&Device::Cuda(x.device().clone()))?;
+        let (storage, wl) = w.storage_and_layout();
+        let (n, k) = (self.rows.rows(), self.rows.cols());
+        let (from, to, wl) = match self.back {
+            true => (n, k, wl.clone()),
+            false => (k, n, wl.transpose(0, 1)?),
+        };
+        let tokens = xl.shape().elem_count() / from;
+        let rows = Layout::contiguous_with_offset((tokens, from), xl.start_offset());
+        let w = cuda::storage(self.name(), &storage)?;
+        Ok((x.matmul(w, (1, tokens, to, from), &rows, &wl)?, with_last(xl, to)))
+    }
+
     fn bwd(&self, _x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let op = FrozenProduct { rows: self.rows.clone(), back: true };
         Ok(Some(grad.contiguous()?.apply_op1_no_bwd(&op)?))
     }
 }
 
-/// `x w^T` for `x: [.., in]` in f32 and a frozen `w: [out, in]` in any float format, which is read by panels and never
-/// whole in another format; the gradient is that of x alone.
+/// `x w^T` for `x: [.., in]` in f32 and a frozen `w: [out, in]` in any float format, which is read by panels and on the
+/// CPU never whole in another format; the gradient is that of x alone.
 pub fn frozen_rows_matmul(x: &Tensor, w: &Tensor) -> Result<Tensor> {
-    if !x.device().is_cpu() {
+    if !x.device().is_cpu() && !x.device().is_cuda() {
         return super::linear::frozen_matmul(x, &w.to_dtype(DType::F32)?);
     }
     let rows = FrozenRows::dense(w)?;

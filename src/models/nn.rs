@@ -91,8 +91,13 @@ impl Linear {
         }
         let levels = codes.grid.levels();
         let bound = levels.lo.unsigned_abs().max(levels.hi.unsigned_abs());
-        let y = kernels::packed_codes_matmul(&codes.codes, bound, &codes.step, packed.rows());
-        self.with_bias(y.on(&self.name)?, x, packed).map(Some)
+        let y =
+            kernels::packed_codes_matmul(&codes.codes, bound, &codes.step, packed.rows()).on(&self.name)?;
+        let y = match self.folded(x, packed)? {
+            Some(bias) => kernels::add_bias(&y, &bias).on(&self.name)?,
+            None => y,
+        };
+        Ok(Some(y.to_dtype(x.seen().dtype())?))
     }
 
     /// The same, the activation rounded on the way into the product.
@@ -104,33 +109,22 @@ impl Linear {
         }
         // Another number of tokens is refused where the quantizer itself runs.
         let tokens = x.seen().dim(x.seen().rank() - 2)?;
-        if rule.granularity == Granularity::Token && rule.step.len() != tokens {
+        if rule.granularity == Granularity::Token && rule.step.elem_count() != tokens {
             return Ok(None);
         }
-        let rounding = kernels::Rounding {
-            step: rule.step,
-            shift: rule.shift_in.unwrap_or_default(),
-            levels: rule.grid.levels(),
-        };
-        match kernels::packed_quantized_matmul(x.seen(), rounding, packed.rows()).on(&self.name)? {
-            Some(y) => self.with_bias(y, x, packed).map(Some),
-            None => Ok(None),
-        }
+        let rounding =
+            kernels::Rounding { step: rule.step, shift: rule.shift_in, levels: rule.grid.levels() };
+        let bias = self.folded(x, packed)?;
+        kernels::packed_quantized_matmul(x.seen(), rounding, packed.rows(), bias.as_ref()).on(&self.name)
     }
 
-    /// Adds the bias, with what the quantizer before the layer adds behind its codes.
-    fn with_bias(&self, y: Tensor, x: &Activation, packed: &Packed) -> Result<Tensor> {
-        let bias = match self.folded_bias.get() {
-            Some(bias) => bias.clone(),
-            None => {
-                let bias = self.fold_bias(x.shift_out(), packed)?;
-                self.folded_bias.get_or_init(|| bias).clone()
-            }
-        };
-        match bias {
-            Some(bias) => kernels::add_bias(&y, &bias).on(&self.name),
-            None => Ok(y),
+    /// The bias, with what the quantizer before the layer adds behind its codes.
+    fn folded(&self, x: &Activation, packed: &Packed) -> Result<Option<Tensor>> {
+        if let Some(bias) = self.folded_bias.get() {
+            return Ok(bias.clone());
         }
+        let bias = self.fold_bias(x.shift_out(), packed)?;
+        Ok(self.folded_bias.get_or_init(|| bias).clone())
     }
 
     /// The codes of a packed weight, for activations with codes in a range, and the layer's bias, what a quantizer before it adds behind its codes

@@ -198,9 +198,9 @@ impl Weight {
         }
     }
 
-    /// Third reading: the rows `ids` of a table `[rows, cols]`, `[.., cols]` for `ids` (u32) of any shape; a
-    /// frozen table takes no gradient, and of a packed one only these rows are unpacked. An id out of
-    /// range is an error.
+    /// Third reading: the rows `ids` of a table `[rows, cols]`, `[.., cols]` for `ids` (u32) of any shape, on the CPU or
+    /// the table's device; a frozen table takes no gradient, and of a packed one only these rows are unpacked. An id out
+    /// of range is an error, but that a packed table on another device gives NaN for it where the ids are there too.
     pub fn rows(&self, ids: &Tensor) -> Result<Tensor> {
         match self.expr() {
             Expr::Dense(table) => gather(&table.detach(), ids),
@@ -216,10 +216,10 @@ impl Weight {
             Expr::Stored { .. } => gather(&self.tensor()?, ids),
             Expr::Latent(table) => gather(table.as_tensor(), ids),
             Expr::Packed(packed) if packed.shape().len() == 2 => {
-                let rows = kernels::FrozenRows::packed(packed.rows().clone());
-                let (flat, list) = checked(ids, rows.rows())?;
-                let picked = rows.select(&list, packed.device())?;
-                Ok(picked.reshape([flat.dims(), &[rows.cols()]].concat())?)
+                if ids.device().is_cpu() {
+                    checked(ids, packed.rows().rows())?;
+                }
+                Ok(kernels::packed_rows(ids, packed.rows(), packed.device())?)
             }
             Expr::Packed(packed) => gather(&packed.tensor()?, ids),
             Expr::Node { transform, inputs } => transform.rows(ids, inputs),
@@ -351,6 +351,6 @@ fn checked(ids: &Tensor, rows: usize) -> Result<(Tensor, Vec<u32>)> {
 fn gather(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
     let (rows, cols) = table.dims2()?;
     let (ids, _) = checked(ids, rows)?;
-    let picked = table.contiguous()?.index_select(&ids.flatten_all()?, 0)?;
+    let picked = table.contiguous()?.index_select(&ids.flatten_all()?.to_device(table.device())?, 0)?;
     Ok(picked.reshape([ids.dims(), &[cols]].concat())?)
 }
