@@ -55,7 +55,7 @@ mod testing;
 
 pub use adamw::{adamw_step, AdamWParams, Moments};
 pub use arithmetic::{arithmetic, round_activations, rounds_activations, set_arithmetic, Arithmetic};
-pub use attention::{attention_mix, attention_probs, causal_attention};
+pub use attention::{attention, attention_mix, attention_probs, causal_attention};
 pub use best_step::{absmax_step, best_step, round_to};
 pub use block_affine::block_affine;
 pub use block_sum::block_sum;

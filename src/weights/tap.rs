@@ -156,6 +156,11 @@ impl Tap {
         Ok(Activation { name: self.name.clone(), x: x.clone(), rule, float: OnceCell::new() })
     }
 
+    /// Whether nothing hangs here: what passes leaves as it came, and nobody sees it.
+    pub fn is_open(&self) -> bool {
+        matches!(self.hung, Hung::Nothing)
+    }
+
     /// The rule that hangs here.
     pub fn rule(&self) -> Option<&Arc<dyn Transform>> {
         match &self.hung {
