@@ -11,3 +11,4 @@ mod optim;
 mod packed;
 mod quant;
 mod rows;
+mod runs;
