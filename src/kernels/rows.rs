@@ -8,7 +8,12 @@
 //! megabytes that all threads share, and each panel goes through one product with all tokens: neither W
 //! nor W' is ever whole in memory, and a row is made once for each product, however many tokens there are.
 //! Panels and tiles follow from shapes alone.
+//!
+//! On a CUDA device x may be in f32, f16 or bf16. A dense W of its type is read where it lies; of another, and of
+//! codes, a panel of at most 64 MB at a time is made in the type of x.
 
+#[cfg(feature = "cuda")]
+use candle_core::{backend::BackendStorage, CudaDevice, CudaStorage};
 use candle_core::{bail, CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -18,11 +23,19 @@ use super::linear::{add_product, matmul, product, View};
 use super::packed;
 use super::tape::{self, Reads};
 use super::PackedRows;
+#[cfg(feature = "cuda")]
+use super::{
+    cuda::{self, Matrix},
+    linear::Product,
+};
 
 /// Floats of a panel, where a single block of rows is not already larger.
 const PANEL: usize = 1 << 20;
 /// Rows that are read by one task where the edit does not ask for blocks of its own.
 const BLOCK: usize = 64;
+/// Bytes of a panel on a CUDA device, where a single block of rows is not already larger.
+#[cfg(feature = "cuda")]
+const DEVICE_PANEL: usize = 64 << 20;
 /// Multiply-adds that make a unit of parallel work.
 const WORK: usize = 1 << 21;
 
@@ -84,11 +97,31 @@ impl FrozenRows {
         }
     }
 
+    /// The type of a dense matrix; none of codes.
+    pub(super) fn dtype(&self) -> Option<DType> {
+        match &self.0 {
+            Held::Dense(w) => Some(w.dtype()),
+            Held::Packed(_) => None,
+        }
+    }
+
+    /// The codes, where they are codes.
+    pub(super) fn codes(&self) -> Option<&PackedRows> {
+        match &self.0 {
+            Held::Dense(_) => None,
+            Held::Packed(rows) => Some(rows),
+        }
+    }
+
     /// The given rows in f32, `[ids.len(), in]`; an id out of range is an error.
     pub fn select(&self, ids: &[u32], device: &Device) -> Result<Tensor> {
         let (n, k) = (self.rows(), self.cols());
         if let Some(id) = ids.iter().find(|&&id| id as usize >= n) {
             bail!("found id {id}, expected one below the {n} rows")
+        }
+        if let Some(w) = self.there() {
+            let ids = Tensor::from_slice(ids, ids.len(), w.device())?;
+            return w.index_select(&ids, 0)?.to_dtype(DType::F32)?.to_device(device);
         }
         let mut values = vec![0f32; ids.len() * k];
         self.with(|source| {
@@ -97,6 +130,14 @@ impl FrozenRows {
             Ok(())
         })?;
         Tensor::from_vec(values, (ids.len(), k), device)
+    }
+
+    /// A dense matrix that lies elsewhere than on the CPU.
+    fn there(&self) -> Option<&Tensor> {
+        match &self.0 {
+            Held::Dense(w) if !w.device().is_cpu() => Some(w),
+            _ => None,
+        }
     }
 
     /// Lends the elements, which must lie on the CPU.
@@ -116,6 +157,101 @@ impl FrozenRows {
                 }
             }
         }
+    }
+}
+
+/// Some rows on a CUDA device.
+#[cfg(feature = "cuda")]
+pub(super) struct Panel {
+    pub rows: Matrix,
+    /// What was made for it; memory goes back to the pool in the order of the stream.
+    _made: Option<CudaStorage>,
+}
+
+/// The most rows of `cols` elements of `size` bytes that make a panel on a CUDA device, in whole blocks.
+#[cfg(feature = "cuda")]
+pub(super) fn device_panel(cols: usize, size: usize, block: usize) -> usize {
+    (DEVICE_PANEL / (cols * size).max(1) / block * block).max(block)
+}
+
+#[cfg(feature = "cuda")]
+impl FrozenRows {
+    /// `count` rows from `first` on, in `dtype`; those of a dense matrix of that type are not copied.
+    pub(super) fn panel(
+        &self,
+        op: &str,
+        device: &CudaDevice,
+        dtype: DType,
+        (first, count): (usize, usize),
+    ) -> Result<Panel> {
+        let cols = self.cols();
+        let made = match &self.0 {
+            Held::Dense(w) => {
+                let (storage, layout) = w.storage_and_layout();
+                let w = cuda::storage(op, &storage)?;
+                if w.dtype() == dtype {
+                    return Ok(Panel { rows: Matrix::of(op, w, layout)?.rows(first, count), _made: None });
+                }
+                let from = layout.start_offset() + first * cols;
+                w.to_dtype(&Layout::contiguous_with_offset((count, cols), from), dtype)?
+            }
+            Held::Packed(rows) => {
+                let mut values = vec![0f32; count * cols];
+                let each = values.par_chunks_mut(cols.max(1)).enumerate();
+                each.for_each(|(row, out)| rows.values(first + row, out));
+                let values = CudaStorage::wrap_cuda_slice(device.clone_htod(&values)?, device.clone());
+                match dtype {
+                    DType::F32 => values,
+                    _ => values.to_dtype(&Layout::contiguous((count, cols)), dtype)?,
+                }
+            }
+        };
+        Ok(Panel { rows: Matrix::at(cuda::start(&made), dtype, (count, cols)), _made: Some(made) })
+    }
+
+    /// `x W^T` on a CUDA device, or `x W`, in the type of x.
+    pub(super) fn product_on_cuda(
+        &self,
+        op: &str,
+        x: &CudaStorage,
+        xl: &Layout,
+        back: bool,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (device, dtype) = (x.device(), x.dtype());
+        if let Held::Dense(w) = &self.0 {
+            if w.dtype() == dtype {
+                let (w, wl) = w.storage_and_layout();
+                let product = if back { Product::Input } else { Product::Forward };
+                return product.on_cuda(x, xl, cuda::storage(op, &w)?, wl);
+            }
+        }
+        let (n, k) = (self.rows(), self.cols());
+        let shape = with_last(xl, if back { k } else { n });
+        let y = cuda::unwritten(device, &shape, dtype)?;
+        let xs = Matrix::of(op, x, xl)?;
+        let ys = Matrix::at(cuda::start(&y), dtype, (xs.sizes().0, if back { k } else { n }));
+        let most = device_panel(k, dtype.size_in_bytes(), 1);
+        for first in (0..n).step_by(most) {
+            let count = most.min(n - first);
+            let panel = self.panel(op, device, dtype, (first, count))?;
+            // SAFETY: the panel has `count` rows of W, to which go as many columns of y, or of x.
+            unsafe {
+                match back {
+                    false => {
+                        cuda::gemm(device, xs, panel.rows.t(), ys.cols(first, count), 1.0, false)?;
+                    }
+                    true => cuda::gemm(device, xs.cols(first, count), panel.rows, ys, 1.0, first > 0)?,
+                }
+            }
+        }
+        Ok((y, shape))
+    }
+
+    /// `dy W` without a graph, of a contiguous dy.
+    pub(super) fn product_back(&self, op: &str, grad: &Tensor) -> Result<Tensor> {
+        let (storage, layout) = grad.storage_and_layout();
+        let (dx, shape) = self.product_on_cuda(op, cuda::storage(op, &storage)?, layout, true)?;
+        Ok(cuda::tensor(dx, shape))
     }
 }
 
@@ -272,6 +408,11 @@ impl CustomOp1 for FrozenProduct {
         Ok((CpuStorage::F32(y), with_last(xl, if self.back { k } else { n })))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, xl: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.rows.product_on_cuda(self.name(), x, xl, self.back)
+    }
+
     fn bwd(&self, _x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let op = FrozenProduct { rows: self.rows.clone(), back: true };
         Ok(Some(grad.contiguous()?.apply_op1_no_bwd(&op)?))
@@ -281,7 +422,7 @@ impl CustomOp1 for FrozenProduct {
 /// `x w^T` for `x: [.., in]` in f32 and a frozen `w: [out, in]` in any float format, which is read by panels and never
 /// whole in another format; the gradient is that of x alone.
 pub fn frozen_rows_matmul(x: &Tensor, w: &Tensor) -> Result<Tensor> {
-    if !x.device().is_cpu() {
+    if !x.device().is_cpu() && !x.device().is_cuda() {
         return super::linear::frozen_matmul(x, &w.to_dtype(DType::F32)?);
     }
     let rows = FrozenRows::dense(w)?;
@@ -303,12 +444,25 @@ pub(super) fn with_last(layout: &Layout, last: usize) -> Shape {
     Shape::from(dims)
 }
 
-/// Checks that x is f32 `[.., in]` for these rows and holds something.
-pub(super) fn check(op: &str, x: &Tensor, rows: &FrozenRows) -> Result<()> {
+/// As [`check`]; on a CUDA device x may also be f16 or bf16.
+pub(super) fn check_there(op: &str, x: &Tensor, rows: &FrozenRows) -> Result<()> {
+    match x.device().is_cuda() && matches!(x.dtype(), DType::F16 | DType::BF16) {
+        true => check_shape(op, x, rows),
+        false => check(op, x, rows),
+    }
+}
+
+fn check_shape(op: &str, x: &Tensor, rows: &FrozenRows) -> Result<()> {
     let (n, k) = (rows.rows(), rows.cols());
     if x.dims().last() != Some(&k) || x.elem_count() == 0 || n == 0 {
         bail!("{op}: expected x [.., {k}] for w [{n}, {k}], got {:?}", x.dims())
     }
+    Ok(())
+}
+
+/// Checks that x is f32 `[.., in]` for these rows and holds something.
+pub(super) fn check(op: &str, x: &Tensor, rows: &FrozenRows) -> Result<()> {
+    check_shape(op, x, rows)?;
     if x.dtype() != DType::F32 {
         bail!("{op}: expected x in F32, got {:?}", x.dtype())
     }

@@ -200,7 +200,7 @@ impl Weight {
 
     /// Third reading: the rows `ids` of a table `[rows, cols]`, `[.., cols]` for `ids` (u32) of any shape; a
     /// frozen table takes no gradient, and of a packed one only these rows are unpacked. An id out of
-    /// range is an error.
+    /// range is an error; on a CUDA device a dense table must not meet one.
     pub fn rows(&self, ids: &Tensor) -> Result<Tensor> {
         match self.expr() {
             Expr::Dense(table) => gather(&table.detach(), ids),
@@ -223,6 +223,17 @@ impl Weight {
             }
             Expr::Packed(packed) => gather(&packed.tensor()?, ids),
             Expr::Node { transform, inputs } => transform.rows(ids, inputs),
+        }
+    }
+
+    /// Where its elements lie, or are read to.
+    pub fn device(&self) -> Device {
+        match self.expr() {
+            Expr::Dense(tensor) => tensor.device().clone(),
+            Expr::Stored { device, .. } => device.clone(),
+            Expr::Latent(var) => var.device().clone(),
+            Expr::Packed(packed) => packed.device().clone(),
+            Expr::Node { inputs, .. } => inputs.first().map_or(Device::Cpu, Weight::device),
         }
     }
 
@@ -350,7 +361,11 @@ fn checked(ids: &Tensor, rows: usize) -> Result<(Tensor, Vec<u32>)> {
 /// The rows `ids` of a table `[rows, cols]`, `[.., cols]`.
 fn gather(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
     let (rows, cols) = table.dims2()?;
-    let (ids, _) = checked(ids, rows)?;
-    let picked = table.contiguous()?.index_select(&ids.flatten_all()?, 0)?;
+    // On a device nobody looks at them: the host would have to wait for all that was asked of it before.
+    let ids = match ids.device().is_cpu() {
+        true => checked(ids, rows)?.0,
+        false => ids.to_dtype(DType::U32)?,
+    };
+    let picked = kernels::pick_rows(table, &ids.flatten_all()?)?;
     Ok(picked.reshape([ids.dims(), &[cols]].concat())?)
 }

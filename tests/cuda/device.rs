@@ -58,15 +58,16 @@ pub fn bits(t: &Tensor) -> Vec<u64> {
     flat(t).into_iter().map(f64::to_bits).collect()
 }
 
-type Op<'a> = &'a dyn Fn(&[Tensor]) -> Result<Tensor>;
+pub type Op<'a> = &'a dyn Fn(&[Tensor]) -> Result<Tensor>;
 
-/// The result of `op` on variables and the gradient of its weighted sum in each, first by candle's walk, then by a
-/// tape.
-fn run(inputs: &[Tensor], op: Op) -> [Vec<Tensor>; 2] {
+/// The result of `op` on variables and the gradient in each of its sum under weights that are rounded to `like`, first by
+/// candle's walk, then by a tape.
+pub fn run(inputs: &[Tensor], like: DType, op: Op) -> [Vec<Tensor>; 2] {
     let vars: Vec<Var> = inputs.iter().map(|t| Var::from_tensor(t).unwrap()).collect();
     let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
     let y = op(&tensors).unwrap();
-    let weight = values(y.dims(), 77).to_dtype(y.dtype()).unwrap().to_device(y.device()).unwrap();
+    let weight = values(y.dims(), 77).to_dtype(like).unwrap().to_dtype(y.dtype()).unwrap();
+    let weight = weight.to_device(y.device()).unwrap();
     let found = (&y * &weight).unwrap().sum_all().unwrap().backward().unwrap();
     let mut walked = vec![y.detach()];
     walked.extend(vars.iter().map(|v| found.get(v).expect("a gradient for every input").clone()));
@@ -88,9 +89,9 @@ pub fn agrees_within(device: &Device, inputs: &[Tensor], slack: f64, op: Op, ref
         let rounded: Vec<Tensor> = inputs.iter().map(|t| t.to_dtype(dtype).unwrap()).collect();
         let there: Vec<Tensor> = rounded.iter().map(|t| t.to_device(device).unwrap()).collect();
         let here: Vec<Tensor> = rounded.iter().map(|t| t.to_dtype(DType::F32).unwrap()).collect();
-        let [want, _] = run(&here, reference);
+        let [want, _] = run(&here, dtype, reference);
         let tolerance = if dtype == DType::F32 { tolerance } else { tolerance * slack };
-        for (how, got) in ["candle's walk", "a tape"].into_iter().zip(run(&there, op)) {
+        for (how, got) in ["candle's walk", "a tape"].into_iter().zip(run(&there, dtype, op)) {
             for (i, (got, want)) in got.iter().zip(&want).enumerate() {
                 assert_eq!(got.dtype(), dtype);
                 let what = format!(
@@ -101,8 +102,8 @@ pub fn agrees_within(device: &Device, inputs: &[Tensor], slack: f64, op: Op, ref
             }
         }
         // The same again, to the bit.
-        let [again, _] = run(&there, op);
-        let [first, _] = run(&there, op);
+        let [again, _] = run(&there, dtype, op);
+        let [first, _] = run(&there, dtype, op);
         for (a, b) in first.iter().zip(&again) {
             assert_eq!(bits(a), bits(b), "{dtype:?}: a second run differs");
         }
