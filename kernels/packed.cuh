@@ -2,7 +2,8 @@
 //
 //     y[t, o] = sum_k x[t, k] w[o, k]    w[o, k] = step[o, k / group] (u[o, k] + zero)    zero = lo + offset
 //
-// Which kernel (tokens: rows of activations; those of f32 count twice, since they enter as two halves):
+// Which kernel (tokens: rows of activations; those of f32 count twice, since they enter as two halves; chosen
+// in src/kernels/packed/device.rs, with grids of src/kernels/packed/geometry.rs):
 //
 //     tokens        kernel                                                        file
 //     1 .. 8        packed_gemv_w{2,3,4,8}_n8_<type>                              packed_gemv.cu
@@ -10,12 +11,14 @@
 //     17 .. 32      packed_prepare_<type>, packed_gemm_w{2,3,4,8}_n32             packed_gemm.cu
 //     33 .. 64      packed_prepare_<type>, packed_gemm_w{2,3,4,8}_n64             packed_gemm.cu
 //     65 .. 512     packed_prepare_<type>, packed_gemm_w{2,3,4,8}_n128            packed_gemm.cu
-//     more          packed_values_<type>, then a dense product                    packed.cu
+//     more          packed_values_<type>, then a dense product; f32 as before,    packed.cu
+//                   for dense products of f32 have no tensor cores
 //     codes         packed_int8_w{2,3,4,8}_n{16,64}_<type>, one step a row        packed_int8.cu
 //     dx = dy W     packed_prepare_<type>, packed_back_w{2,3,4,8}_<type>          packed_back.cu
-//                   more than 512 tokens: packed_values_<type>, then a dense product
-//     embedding     packed_gather_<type> of rows as they come, packed_values_<type> of tiles
-//     other groups  packed_plain_<type>, or packed_gather_<type> of all rows and a dense product
+//                   more than 512 tokens, not of f32: packed_values_<type>, then a dense product
+//     embedding     packed_values_<type> of tiles, packed_gather_<type> of other groups
+//     other groups  packed_plain_<type> up to 16 tokens, or packed_gather_<type> of all rows and a dense
+//                   product
 //
 // Other groups are those of several a row that are no multiple of 32 columns. All but packed_gather and
 // packed_plain read the tiled layout of arith/packed.h, which packed_repack and packed_repack_steps make

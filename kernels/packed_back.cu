@@ -77,7 +77,7 @@ __device__ __forceinline__ void back(const uint4* __restrict__ codes, const floa
     int t = int(blockIdx.y) * TOKENS + (u * WARPS * WARP + int(threadIdx.x)) / 4;
     t = t < tokens ? t : 0;
     from_dy[u] = dy + int64_t(t) * rows + 2 * own_q;
-    up[u] = lift / powers[t];
+    up[u] = 1.0f / powers[t];
   }
   const bool pairs = rows % 2 == 0 && aligned(dy, 2 * sizeof(T));
   auto fetch = [&](int row_tile) {
@@ -123,8 +123,9 @@ __device__ __forceinline__ void back(const uint4* __restrict__ codes, const floa
       for (int u = 0; u < UNITS; u++) {
         const int t = (u * WARPS * WARP + int(threadIdx.x)) / 4 * PARTS<T>;
         float w[8] = {even.x, odd.x, even.y, odd.y, even.z, odd.z, even.w, odd.w};
+        // One lift after the other: both at once may be too much for a float.
 #pragma unroll
-        for (int i = 0; i < 8; i++) w[i] *= v[u][i] * up[u];
+        for (int i = 0; i < 8; i++) w[i] = w[i] * lift * (v[u][i] * up[u]);
         to[t * 4] = make_uint4(two_halves(w[0], w[1]), two_halves(w[2], w[3]), two_halves(w[4], w[5]),
                                two_halves(w[6], w[7]));
         if (PARTS<T> == 2) {

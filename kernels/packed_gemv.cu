@@ -32,16 +32,17 @@
 //     tickets     gridDim.x zeros where slices > 1; zeros again afterwards, but not for two launches at once
 //     takes       rows and cols up to 2^30; pitch = 0 for one step a row, else packed_pitch(group)
 //
-// What the launcher chooses: two blocks a multiprocessor or more. Staging costs each thread some 12
-// instructions for every 8 activations, tokens * S / 2048 times, so that a large weight takes split = 1 and
-// many slices, and only a small one, which has too few rows for that, a larger split. For 132 multiprocessors
-// at 2 bits:
+// What the launcher chooses (src/kernels/packed/geometry.rs): as many blocks as there is room for on 132
+// multiprocessors, once or several times. Staging costs each thread some 12 instructions for every 8
+// activations, tokens * S / 2048 times, so that a large weight takes split = 1 and many slices, and only a
+// small one, which has too few rows for that, or a single token a larger split. At 2 bits:
 //
 //     rows x cols      tokens   split   slices   blocks   tiles of a warp
 //     4096 x 4096      1        8       1        128      4
-//     4096 x 4096      8        2       4        128      4
+//     4096 x 4096      8        1       8        128      4
 //     8192 x 28672     1, 8     1       16       512      14
-//     28672 x 8192     1, 8     1       4        448      16
+//     28672 x 8192     1        4       1        448      16
+//     28672 x 8192     8        1       4        448      16
 #include "packed.cuh"
 
 constexpr int WARPS = 8;

@@ -1,6 +1,6 @@
 //! Devices: how they are opened, named and measured.
 
-use candle_core::{Device, DeviceLocation};
+use candle_core::{Device, DeviceLocation, Shape, Tensor};
 
 #[cfg(not(feature = "cuda"))]
 use crate::Error;
@@ -47,4 +47,14 @@ pub fn peak_bytes(device: &Device) -> Option<u64> {
 #[cfg(not(feature = "cuda"))]
 pub fn peak_bytes(_device: &Device) -> Option<u64> {
     None
+}
+
+/// `values` as a tensor of `shape`. On the way to a CUDA device they go beside the work that is there already.
+pub fn upload(values: Vec<f32>, shape: impl Into<Shape>, device: &Device) -> Result<Tensor> {
+    let shape = shape.into();
+    #[cfg(feature = "cuda")]
+    if device.is_cuda() {
+        return Ok(crate::kernels::cuda::upload(&values, &shape, device)?);
+    }
+    Ok(Tensor::from_vec(values, shape, device)?)
 }

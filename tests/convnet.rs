@@ -34,8 +34,14 @@ fn trained(start: &Start, dataset: &Dataset, epochs: u64) -> Weights {
     let weights = start.weights.trainable().unwrap();
     let params = weights.params();
     let model = start.config.build(&weights).unwrap();
-    let task =
-        Classify { model, teacher: None, distill: DistillKind::None, drop_path: Some((0.0, 5)), heads: None };
+    let task = Classify {
+        model,
+        teacher: None,
+        distill: DistillKind::None,
+        drop_path: Some((0.0, 5)),
+        heads: None,
+        recordings: None,
+    };
     let config = OptimizerConfig::Sgd(SgdConfig { momentum: 0.9, ..Default::default() });
     let mut optimizer = config.build();
     let mut first = true;

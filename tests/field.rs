@@ -133,6 +133,7 @@ fn train(
         progress: &Quiet,
         metrics: Metrics::open(&dir.join("metrics.jsonl"), 0).unwrap(),
         state: State::default(),
+        seen: None,
         average: None,
         started: Instant::now(),
         earlier_s: 0.0,
@@ -143,6 +144,7 @@ fn train(
         distill: DistillKind::None,
         drop_path: None,
         heads: None,
+        recordings: None,
     };
     let task = Remembering { learn, prior };
     let mut optimizer = recipe.optimizer.build();

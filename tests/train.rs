@@ -199,8 +199,14 @@ fn what_annealing_freezes_does_not_move_by_a_bit() {
         let params = weights.params();
         let step = |weights: &Weights, optimizer: &mut dyn Optimizer, anneal: bool, at: usize| {
             let model = model.build(weights).unwrap();
-            let task =
-                Classify { model, teacher: None, distill: DistillKind::None, drop_path: None, heads: None };
+            let task = Classify {
+                model,
+                teacher: None,
+                distill: DistillKind::None,
+                drop_path: None,
+                heads: None,
+                recordings: None,
+            };
             let free = if anneal { step::free(weights, &params).unwrap() } else { Vec::new() };
             let mut rule = step::Rule { lr: 0.02, free: &free, first: false, ..plain(optimizer, &config) };
             let batch = &batches[at % batches.len()..][..1];
@@ -355,7 +361,14 @@ fn task(act_bits: u8, kind: WeightQuant) -> (Classify, Weights, Vec<Batch>, Opti
     let model = start.config.build(&weights).unwrap();
     let batches = [whole, load((0..24).collect(), 7)].concat_batches();
     (
-        Classify { model, teacher: None, distill: DistillKind::None, drop_path: None, heads: None },
+        Classify {
+            model,
+            teacher: None,
+            distill: DistillKind::None,
+            drop_path: None,
+            heads: None,
+            recordings: None,
+        },
         weights,
         batches,
         recipe.optimizer,
@@ -416,7 +429,7 @@ fn any_split_of_a_batch_gives_the_same_gradient() {
             let mut rule = Remember::default();
             let device = &Device::Cpu;
             let step = step::take(&task, batches, &params, &mut plain(&mut rule, &config), device).unwrap();
-            (rule.0, step.loss)
+            (rule.0, step.loss.read().unwrap())
         };
         let (whole, loss) = gradient(&batches[..1]);
         let (split, split_loss) = gradient(&batches[1..]); // 7, 7, 7 and 3 samples

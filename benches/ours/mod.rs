@@ -112,10 +112,11 @@ pub fn int8(setting: &Setting<'_>, bits: u8, group: Option<usize>) -> Result<Con
 pub fn codes(setting: &Setting<'_>, bits: u8, act_bits: u8) -> Result<Contestant<'static>, Failure> {
     let (x, w) = (activations(&setting.shape)?, packs(setting, bits, None)?);
     let (bytes, shape) = (w[0].bytes(), setting.shape);
-    let step = vec![2.0 / (1u32 << act_bits) as f32; shape.rows];
-    let rounding = Rounding { step, shift: vec![0.01; shape.input], levels: Levels::signed(act_bits) };
+    let step = Tensor::full(2.0 / (1u32 << act_bits) as f32, shape.rows, &Device::Cpu)?;
+    let shift = Some(Tensor::full(0.01f32, shape.input, &Device::Cpu)?);
+    let rounding = Rounding { step, shift, levels: Levels::signed(act_bits) };
     Ok(Contestant::new(format!("qtune W{bits}A{act_bits}"), w.len(), bytes, move |i| {
-        packed_quantized_matmul(&x, rounding.clone(), w[i].rows())?.ok_or("no integer product")?;
+        packed_quantized_matmul(&x, rounding.clone(), w[i].rows(), None)?.ok_or("no integer product")?;
         Ok(())
     }))
 }

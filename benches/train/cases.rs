@@ -225,7 +225,14 @@ fn vision(config: VitConfig, batch: usize, quantized: &[&str], infer: bool) -> R
     let indices = (0..batch as u32).collect();
     let batch = Batch { images, labels, targets: None, indices, epoch: 0 };
     let model = config.build(&weights)?;
-    let task = Classify { model, teacher: None, distill: DistillKind::None, drop_path: None, heads: None };
+    let task = Classify {
+        model,
+        teacher: None,
+        distill: DistillKind::None,
+        drop_path: None,
+        heads: None,
+        recordings: None,
+    };
     Ok(stepping(task, batch, weights.params()))
 }
 

@@ -41,8 +41,8 @@ void fail(const char* format, ...) {
   vsnprintf(text, sizeof text, format, rest);
   va_end(rest);
   if (kernel && now) {
-    fprintf(stderr, "emulator: %s, block (%u, %u, %u), thread (%u, %u, %u): %s\n", kernel->name, block.x, block.y,
-            block.z, now->thread.x, now->thread.y, now->thread.z, text);
+    fprintf(stderr, "emulator: %s, block (%u, %u, %u), thread (%u, %u, %u): %s\n", kernel->name, block.x,
+            block.y, block.z, now->thread.x, now->thread.y, now->thread.z, text);
   } else {
     fprintf(stderr, "emulator: %s%s%s\n", kernel ? kernel->name : "", kernel ? ": " : "", text);
   }
@@ -51,7 +51,7 @@ void fail(const char* format, ...) {
   abort();
 }
 
-// --- Fibers ---------------------------------------------------------------------------------------------------
+// --- Fibers -----------------------------------------------------------------------------------------------
 
 extern "C" void emulate_switch(void** from, void* to);
 asm(R"(
@@ -93,7 +93,8 @@ static unsigned draw() {
 
 static Lane& lane_at(unsigned warp, unsigned mask) { return lanes[warp * 32 + __builtin_ctz(mask)]; }
 
-// Who goes on: a lane of the same warp, else of another, else all behind the barrier; null when all have ended.
+// Who goes on: a lane of the same warp, else of another, else all behind the barrier; null when all have
+// ended.
 static Lane* next() {
   for (;;) {
     Warp& w = warps[at_warp];
@@ -129,8 +130,8 @@ static Lane* next() {
       if (!w.waiting) continue;
       now = &lane_at(i, w.waiting);
       const unsigned lane = now->index % 32, absent = w.mask[lane] & ~w.waiting;
-      fail("waits in %s for the lanes %08x, of which %08x do not come (%08x of them have ended)", w.what[lane],
-           w.mask[lane], absent, absent & w.done);
+      fail("waits in %s for the lanes %08x, of which %08x do not come (%08x of them have ended)",
+           w.what[lane], w.mask[lane], absent, absent & w.done);
     }
     for (unsigned i = 0; i < warp_count; i++) {
       Warp& w = warps[i];
@@ -157,6 +158,7 @@ static void fiber_main() {
       if (committed != now->copies.size()) fail("ends with asynchronous copies that were never committed");
       copy_wait(0);
     }
+    now->groups.clear();
     warps[now->index / 32].done |= 1u << now->index % 32;
     lanes_left--;
     now->fiber = nullptr;
@@ -179,7 +181,9 @@ static Fiber* fiber() {
         static_cast<char*>(mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     if (stack == MAP_FAILED) fail("no memory for stacks");
     mprotect(stack, PAGE, PROT_NONE);
-    void** sp = reinterpret_cast<void**>(stack + STACK) - 2;
+    // Not all at the same place in their pages, which would be the same place in the cache.
+    static size_t made;
+    void** sp = reinterpret_cast<void**>(stack + STACK - made++ * 832 % (64 << 10) / 64 * 64) - 2;
     sp[0] = reinterpret_cast<void*>(fiber_main), sp[1] = nullptr;
     sp -= 6;
     idle.push_back(new Fiber{sp});
@@ -225,8 +229,9 @@ void collective(const char* what, unsigned mask, void* mine, void (*all)(void** 
   }
   for (unsigned rest = mask; rest; rest &= rest - 1) {
     const int i = __builtin_ctz(rest);
-    if (w.mask[i] != mask || strcmp(w.what[i], what) != 0) {
-      fail("calls %s for the lanes %08x, while lane %d waits in %s for %08x", what, mask, i, w.what[i], w.mask[i]);
+    if (w.mask[i] != mask || (w.what[i] != what && strcmp(w.what[i], what) != 0)) {
+      fail("calls %s for the lanes %08x, while lane %d waits in %s for %08x", what, mask, i, w.what[i],
+           w.mask[i]);
     }
   }
   all(w.mine, mask);
@@ -238,10 +243,10 @@ void collective(const char* what, unsigned mask, void* mine, void (*all)(void** 
   }
 }
 
-// --- Shared memory --------------------------------------------------------------------------------------------
+// --- Shared memory ----------------------------------------------------------------------------------------
 
-// Below 4 GB, so that an address fits the 32 bits that instructions take: what variables are placed in, then a
-// page that must not be touched, then dynamic memory, which ends at another.
+// Below 4 GB, so that an address fits the 32 bits that instructions take: what variables are placed in, then
+// a page that must not be touched, then dynamic memory, which ends at another.
 constexpr size_t STATIC = 64 << 10, DYNAMIC = 228 << 10, GAP = 32;
 static unsigned char* arena;
 struct Placed {
@@ -268,8 +273,8 @@ void* place(size_t bytes, size_t align) {
   at = reinterpret_cast<unsigned char*>((uintptr_t(at) + 2 * align - 1) / (2 * align) * (2 * align));
   if (align < 16) at += align;
   static_bytes += (bytes + align - 1) / align * align;
-  if (at + bytes + GAP > arena + STATIC || static_bytes > 48 << 10) fail("more than 48 KiB of static shared memory");
-  memset(at, 0xff, bytes);
+  if (at + bytes + GAP > arena + STATIC || static_bytes > 48 << 10)
+    fail("more than 48 KiB of static shared memory");
   placed.push_back({at, at + bytes});
   return at;
 }
@@ -317,7 +322,8 @@ void copy_wait(size_t left) {
 static void check_shared() {
   for (const Placed& p : placed) {
     if (!all_ones(p.from - 16, p.from) || !all_ones(p.to, p.to + GAP)) {
-      fail("a thread of the block wrote before or behind an array of %td bytes in shared memory", p.to - p.from);
+      fail("a thread of the block wrote before or behind an array of %td bytes in shared memory",
+           p.to - p.from);
     }
   }
   unsigned char* const end = dynamic_shared + dynamic_bytes;
@@ -326,21 +332,22 @@ static void check_shared() {
   }
 }
 
-// --- Faults ---------------------------------------------------------------------------------------------------
+// --- Faults -----------------------------------------------------------------------------------------------
 
 static struct sigaction before[65];
+static thread_local bool running;  // This thread, a kernel.
 
 static void near(uintptr_t at, char* text, size_t size);
 
 static void fault(int which, siginfo_t* info, void* context) {
-  if (kernel) {
+  if (kernel && running) {
     char where[256] = "";
     const uintptr_t at = uintptr_t(info->si_addr);
     if (which == SIGFPE) fail("divides by 0");
-    if (which == SIGILL) fail("cannot be");
+    if (which == SIGILL) fail("runs into what C++ does not define");
     if (at >= uintptr_t(arena) && at < uintptr_t(arena) + STATIC + DYNAMIC + 2 * PAGE) {
-      fail("touches shared memory %td bytes from its beginning, has %zu", reinterpret_cast<unsigned char*>(at) - dynamic_shared,
-           dynamic_bytes);
+      fail("touches shared memory %td bytes from its beginning, has %zu",
+           reinterpret_cast<unsigned char*>(at) - dynamic_shared, dynamic_bytes);
     }
     near(at, where, sizeof where);
     fail("touches the address %p%s", info->si_addr, where);
@@ -367,30 +374,29 @@ static void begin() {
   for (int which : {SIGSEGV, SIGBUS, SIGFPE, SIGILL}) sigaction(which, &ours, &before[which]);
 }
 
+#define API extern "C" __attribute__((visibility("default")))
 // What g++ -fsanitize calls where it finds something; each begins with where in the source.
 struct Place {
   const char* file;
   unsigned line, column;
 };
-#define FOUND(NAME, ...)                                                                        \
-  extern "C" void __ubsan_handle_##NAME(Place* at, size_t, size_t) {                            \
-    fail("%s:%u:%u: " __VA_ARGS__, at->file ? at->file : "?", at->line, at->column);            \
-  }                                                                                             \
-  extern "C" void __ubsan_handle_##NAME##_abort(Place* at, size_t a, size_t b) {                \
-    __ubsan_handle_##NAME(at, a, b);                                                            \
-  }
+#define FOUND(NAME, ...)                                                             \
+  API void __ubsan_handle_##NAME(Place* at, size_t, size_t) {                        \
+    fail("%s:%u:%u: " __VA_ARGS__, at->file ? at->file : "?", at->line, at->column); \
+  }                                                                                  \
+  API void __ubsan_handle_##NAME##_abort(Place* at, size_t a, size_t b) { __ubsan_handle_##NAME(at, a, b); }
 FOUND(out_of_bounds, "an index is out of bounds")
 FOUND(shift_out_of_bounds, "shifts by too much")
 #undef FOUND
-extern "C" void __ubsan_handle_type_mismatch_v1(Place* at, size_t address) {
-  fail("%s:%u:%u: an access to %p, which is not aligned or null", at->file ? at->file : "?", at->line, at->column,
-       reinterpret_cast<void*>(address));
+API void __ubsan_handle_type_mismatch_v1(Place* at, size_t address) {
+  fail("%s:%u:%u: an access to %p, which is not aligned or null", at->file ? at->file : "?", at->line,
+       at->column, reinterpret_cast<void*>(address));
 }
-extern "C" void __ubsan_handle_type_mismatch_v1_abort(Place* at, size_t address) {
+API void __ubsan_handle_type_mismatch_v1_abort(Place* at, size_t address) {
   __ubsan_handle_type_mismatch_v1(at, address);
 }
 
-// --- Launches -------------------------------------------------------------------------------------------------
+// --- Launches ---------------------------------------------------------------------------------------------
 
 static std::deque<const char*> latest;  // Kernels since memory was checked.
 
@@ -399,7 +405,7 @@ size_t run(const Module& module, const Kernel& which, dim3 grid_dim, dim3 dim, s
   if (!arena) begin();
   if (latest.empty() || latest.back() != which.name) latest.push_back(which.name);
   if (latest.size() > 8) latest.pop_front();
-  kernel = &which, module_of = &module, arguments = parameters, now = nullptr;
+  kernel = &which, module_of = &module, arguments = parameters, now = nullptr, running = true;
   for (size_t i = 0; i < which.count; i++) {
     if (!which.parameters[i].pointer) continue;
     void* at;
@@ -442,7 +448,7 @@ size_t run(const Module& module, const Kernel& which, dim3 grid_dim, dim3 dim, s
   now = nullptr;
   static const bool each = getenv("QTUNE_EMULATE_CHECK");
   if (each) check_memory("after it");
-  kernel = nullptr;
+  kernel = nullptr, running = false;
   return most;
 }
 
@@ -462,7 +468,7 @@ void measured(const char* name, const std::function<void()>& work) {
   cost.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count();
 }
 
-// --- The device's memory --------------------------------------------------------------------------------------
+// --- The device's memory ----------------------------------------------------------------------------------
 
 // Pages of its own, the last bytes at a page that must not be touched. All that is not in use is ones: a NaN.
 struct Piece {
@@ -493,7 +499,8 @@ void* allocate(size_t bytes) {
     same.pop_front();
     kept -= size;
     if (!all_ones(pages, pages + size)) {
-      fail("memory of %zu bytes or less was written after it was freed; the latest: %s", size, kernels().c_str());
+      fail("memory of %zu bytes or less was written after it was freed; the latest: %s", size,
+           kernels().c_str());
     }
   } else {
     void* const at = mmap(nullptr, size + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -511,10 +518,11 @@ void* allocate(size_t bytes) {
 static void check(uintptr_t at, const Piece& p, const char* when) {
   const unsigned char *from = reinterpret_cast<unsigned char*>(at), *to = from + p.bytes;
   const unsigned char* const end = p.pages + p.count * PAGE;
-  const bool below = all_ones(std::max<const unsigned char*>(p.pages, from - 256), from), above = all_ones(to, end);
+  const bool below = all_ones(std::max<const unsigned char*>(p.pages, from - 256), from),
+             above = all_ones(to, end);
   if (below && above) return;
-  fail("found %s: something wrote %s an allocation of %zu bytes; the latest: %s", when, below ? "behind" : "before",
-       p.bytes, kernels().c_str());
+  fail("found %s: something wrote %s an allocation of %zu bytes; the latest: %s", when,
+       below ? "behind" : "before", p.bytes, kernels().c_str());
 }
 
 bool release(void* at) {
@@ -575,16 +583,16 @@ static void near(uintptr_t at, char* text, size_t size) {
   auto after = pieces.upper_bound(at);
   if (after == pieces.begin()) return;
   --after;
-  snprintf(text, size, ", %zd bytes from the beginning of an allocation of %zu bytes", ssize_t(at - after->first),
-           after->second.bytes);
+  snprintf(text, size, ", %zd bytes from the beginning of an allocation of %zu bytes",
+           ssize_t(at - after->first), after->second.bytes);
 }
 
 // At exit, of the whole process.
 static struct Report {
   ~Report() {
     if (!stats) return;
-    fprintf(stderr, "emulator: %zu allocations, at most %.1f MiB at a time, %.1f MiB at the end\n", allocations,
-            double(peak) / 1048576, double(used) / 1048576);
+    fprintf(stderr, "emulator: %zu allocations, at most %.1f MiB at a time, %.1f MiB at the end\n",
+            allocations, double(peak) / 1048576, double(used) / 1048576);
     std::vector<std::pair<std::string, Cost>> sorted(costs.begin(), costs.end());
     std::sort(sorted.begin(), sorted.end(),
               [](const auto& a, const auto& b) { return a.second.seconds > b.second.seconds; });

@@ -10,9 +10,11 @@ struct uint3 {
   unsigned x, y, z;
 };
 struct dim3 {
-  unsigned x = 1, y = 1, z = 1;
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
+#pragma GCC visibility push(default)
 namespace emulate {
 
 // 16 bytes under way to shared memory, the first `bytes` of them from `from`.
@@ -68,9 +70,11 @@ void* place(size_t bytes, size_t align);
 struct Variable {
   unsigned long of = 0;
   void* at = nullptr;
-  void* get(size_t bytes, size_t align) {
-    if (of != serial) at = place(bytes, align), of = serial;
-    return at;
+  // In place of `__shared__ T`, declared to be aligned to `align`.
+  template <typename T>
+  T& as(size_t align) {
+    if (of != serial) at = place(sizeof(T), align > alignof(T) ? align : alignof(T)), of = serial;
+    return *static_cast<T*>(at);
   }
 };
 void* shared_pointer(unsigned address, size_t bytes);
@@ -99,3 +103,4 @@ int submit(void* stream, const char* name, std::function<void()> work);
 void measured(const char* name, const std::function<void()>& work);
 
 }  // namespace emulate
+#pragma GCC visibility pop

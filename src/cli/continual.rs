@@ -12,7 +12,7 @@ use toml::Value;
 
 use super::flags::{anchored, Common};
 use super::training::{count, name_of, path, recipe_of, Training};
-use super::{bytes, print, print_json, tasks};
+use super::{bytes, memory, print, print_json, tasks};
 
 #[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
 enum Method {
@@ -243,6 +243,7 @@ impl Continual {
                 "params_total": plan.params,
                 "params_trainable": plan.params,
                 "memory_bytes": plan.memory,
+            "device_memory_bytes": plan.device_memory,
                 "state_bytes": plan.state,
             }));
         }
@@ -258,7 +259,7 @@ impl Continual {
             "{} classes; {} parameters; memory about {}; kept between tasks {}",
             plan.classes.len(),
             plan.params,
-            bytes(plan.memory),
+            memory(plan.memory, plan.device_memory, device),
             bytes(plan.state)
         );
         print(&text)

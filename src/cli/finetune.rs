@@ -13,7 +13,7 @@ use toml::Value;
 
 use super::flags::{anchored, Common, Dtype};
 use super::training::{count, name_of, path, recipe_of, Training};
-use super::{bytes, print, print_json};
+use super::{bytes, memory, print, print_json};
 
 #[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
 enum Method {
@@ -301,6 +301,7 @@ pub fn print_plan(recipe: &Recipe, device: &candle_core::Device, as_json: bool) 
             "params_trainable": plan.trainable,
             "phases": plan.phases.iter().map(|(n, s)| serde_json::json!({"name": n, "steps": s})).collect::<Vec<_>>(),
             "memory_bytes": plan.memory,
+        "device_memory_bytes": plan.device_memory,
             "notes": plan.notes,
         }));
     }
@@ -321,7 +322,7 @@ pub fn print_plan(recipe: &Recipe, device: &candle_core::Device, as_json: bool) 
         "{} parameters, {} trained; memory about {}",
         plan.params,
         plan.trainable,
-        bytes(plan.memory)
+        memory(plan.memory, plan.device_memory, device)
     );
     print(&text)
 }

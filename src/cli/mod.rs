@@ -126,6 +126,14 @@ fn print_json(value: &Value) -> Result<()> {
     print(&serde_json::to_string_pretty(value)?)
 }
 
+/// What a plan says of memory.
+fn memory(host: usize, there: Option<usize>, device: &candle_core::Device) -> String {
+    match there {
+        None => bytes(host),
+        Some(there) => format!("{} and {} on {}", bytes(host), bytes(there), qtune::device::name(device)),
+    }
+}
+
 /// Bytes for people.
 fn bytes(n: usize) -> String {
     match n {

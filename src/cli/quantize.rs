@@ -13,7 +13,7 @@ use toml::Value;
 
 use super::flags::{anchored, Common};
 use super::training::{count, name_of, path, recipe_of, Training};
-use super::{bytes, print, print_json};
+use super::{bytes, memory, print, print_json};
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum WeightQuant {
@@ -330,6 +330,7 @@ impl Quantize {
                 "params_total": plan.params,
                 "phases": plan.phases.iter().map(|(n, s)| serde_json::json!({"name": n, "steps": s})).collect::<Vec<_>>(),
                 "memory_bytes": plan.memory,
+            "device_memory_bytes": plan.device_memory,
                 "notes": plan.notes,
             }));
         }
@@ -352,7 +353,7 @@ impl Quantize {
             "{} parameters, {} packed; memory about {}",
             plan.params,
             bytes(packed),
-            bytes(plan.memory)
+            memory(plan.memory, plan.device_memory, device)
         );
         print(&text)
     }

@@ -14,7 +14,7 @@ use crate::kernels::tape::{self, Reads};
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Shape, Tensor, WithDType};
 use rayon::prelude::*;
 
-use crate::train::Pass;
+use crate::train::{Figure, Pass};
 use crate::weights::Param;
 use crate::{Error, Result};
 
@@ -227,7 +227,7 @@ impl FieldPrior {
                 return Err(Error::tensor(&param.name, message));
             }
             let (value, slope) = weighted(&theta, prior, factor)?;
-            pass.loss += factor * value;
+            pass.loss = pass.loss.plus(&Figure::Known(value), factor)?;
             *grad = Some(match grad.take() {
                 Some(grad) => (grad + slope)?,
                 None => slope,
@@ -366,7 +366,8 @@ mod tests {
         let mut prior = FieldPrior::uniform(&params, 0.5, 10).unwrap();
         prior.entries.remove(1);
         let ones = Tensor::new(&[1f32, 1.0, 1.0], &Device::Cpu).unwrap();
-        let mut pass = Pass { loss: 1.0, right: 0, grads: vec![Some(ones), None, None] };
+        let mut pass =
+            Pass { loss: Figure::Known(1.0), right: Figure::Known(0.0), grads: vec![Some(ones), None, None] };
         prior.add(&params, &mut pass).unwrap();
         let mut sum = 0.0;
         for (param, added) in [(&params[0], 1.0), (&params[2], 0.0)] {
@@ -379,14 +380,15 @@ mod tests {
             }
         }
         assert!(pass.grads[1].is_none());
-        assert!((pass.loss - 1.0 - sum).abs() < 1e-9, "{} {sum}", pass.loss);
+        assert!((pass.loss.read().unwrap() - 1.0 - sum).abs() < 1e-9, "{:?} {sum}", pass.loss);
         assert_eq!(prior.bytes(), 16);
 
         // What is the prior costs nothing; another shape is an error.
         let own = FieldPrior::posterior(&params, 1.0, 1).unwrap();
-        let mut pass = Pass { loss: 0.0, right: 0, grads: vec![None, None, None] };
+        let mut pass =
+            Pass { loss: Figure::Known(0.0), right: Figure::Known(0.0), grads: vec![None, None, None] };
         own.add(&params, &mut pass).unwrap();
-        assert_eq!(pass.loss, 0.0);
+        assert_eq!(pass.loss.read().unwrap(), 0.0);
         let narrow = [param("a", &[0.5, -1.0])];
         let error = own.add(&narrow, &mut pass).unwrap_err().to_string();
         assert_eq!(error, "tensor a: found a prior of shape [3], expected [2]");

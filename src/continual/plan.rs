@@ -31,6 +31,8 @@ pub struct Plan {
     pub params: usize,
     /// The memory that training takes at its peak, in bytes, a rough figure.
     pub memory: usize,
+    /// Of a CUDA device the peak of what is in use there, in bytes, without the driver's own.
+    pub device_memory: Option<usize>,
     /// Bytes that the method keeps between tasks, the model apart.
     pub state: usize,
 }
@@ -71,6 +73,10 @@ pub fn plan(recipe: &Recipe, device: &Device) -> Result<Plan> {
     let state = state + if remembers { 4 * params } else { 0 };
     // Weights, gradients, the rule's state, and of every image of a batch some hundred times its floats.
     let trained = params * (8 + recipe.optimizer.state_bytes());
-    let memory = FIXED + trained + state + recipe.train.batch_size * pixels * 4 * 100;
-    Ok(Plan { tasks: planned, classes: tasks.classes, params, memory, state })
+    let tensors = trained + state + recipe.train.batch_size * pixels * 4 * 100;
+    let (memory, device_memory) = match device.is_cuda() {
+        true => (FIXED + 8 * params, Some(tensors)),
+        false => (FIXED + tensors, None),
+    };
+    Ok(Plan { tasks: planned, classes: tasks.classes, params, memory, device_memory, state })
 }

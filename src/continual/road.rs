@@ -120,7 +120,7 @@ impl Run<'_> {
         state.metrics_lines = lines;
         let mut metrics = Metrics::open(&self.dir.join("metrics.jsonl"), lines)?;
         if let Some(saved) = saved {
-            self.progress.note(&format!("continuing from step {} ({})", state.step, saved.dir.display()));
+            saved.say(self.device, self.progress);
         }
         let (weights, memory) = match &last {
             Some(boundary) => (boundary.weights(self.device)?, boundary.memory(self.device)?),
@@ -172,6 +172,7 @@ impl Run<'_> {
             device: self.device,
             progress: self.progress,
             metrics,
+            seen: None,
             average: None,
             earlier_s: self.earlier_s,
             state,
@@ -234,7 +235,7 @@ impl Run<'_> {
                 trainer.state.phase_step = 0;
                 trainer.state.best = None;
                 trainer.state.stale = 0;
-                trainer.save(&store, optimizer.as_ref(), &tracker)?;
+                trainer.save(&store, optimizer.as_ref(), &mut tracker)?;
             }
         }
         let drop_path = Some((self.recipe.train.drop_path, self.recipe.seed));
@@ -245,6 +246,7 @@ impl Run<'_> {
                 distill: DistillKind::None,
                 drop_path,
                 heads: self.tasks.heads.clone(),
+                recordings: None,
             },
             penalty: self.penalty(at, &memory, &params)?,
         };
@@ -263,7 +265,7 @@ impl Run<'_> {
             let measured = trainer.state.measured.is_some_and(|(step, _)| step == trainer.state.step);
             let seen = stretch.take_seen().filter(|_| measured && !self.recipe.train.restore_best);
             trainer.state.row = seen.map(|seen| (trainer.state.step, seen));
-            trainer.save(&store, optimizer.as_ref(), &tracker)?;
+            trainer.save(&store, optimizer.as_ref(), &mut tracker)?;
         }
         let accuracy = match trainer.state.row.take().filter(|(step, _)| *step == trainer.state.step) {
             Some((_, row)) => row,

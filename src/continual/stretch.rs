@@ -44,8 +44,8 @@ impl Learned for Protected {
             Penalty::Ewc(ewc, lambda) => ewc.add(params, *lambda, &mut pass)?,
             Penalty::Field(prior) => prior.add(params, &mut pass)?,
         }
-        if !pass.loss.is_finite() {
-            return Err(Error::NotFinite(format!("the loss with its penalty is {}", pass.loss)));
+        if pass.loss.known_broken() {
+            return Err(Error::NotFinite(format!("the loss with its penalty is {}", pass.loss.read()?)));
         }
         Ok(pass)
     }

@@ -144,13 +144,13 @@ impl Loader {
     fn finish(&mut self, prepared: Prepared) -> Result<Batch> {
         let p = &self.job.preprocess;
         let shape = (prepared.labels.len(), p.channels, p.height, p.width);
-        let images = Tensor::from_vec(prepared.images, shape, &self.device)?;
+        let images = crate::device::upload(prepared.images, shape, &self.device)?;
         let epoch = self.job.training.as_ref().map_or(0, |t| t.epoch);
         let rows = prepared.labels.len();
         let width = |targets: &Vec<f32>| targets.len() / rows.max(1);
         let targets = prepared.targets.map(|t| {
             let shape = (rows, width(&t));
-            Tensor::from_vec(t, shape, &self.device)
+            crate::device::upload(t, shape, &self.device)
         });
         let targets = targets.transpose()?;
         Ok(Batch { images, labels: prepared.labels, indices: prepared.indices, epoch, targets })

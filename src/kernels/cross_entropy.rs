@@ -229,12 +229,7 @@ impl Statistics {
         let launch = launch.place(cuda::start(&losses)).place(self.number(2));
         // SAFETY: z and p have the same rows, of which there are statistics.
         unsafe { z.run(launch)? };
-        let loss = cuda::unwritten(device, (), DType::F32)?;
-        let launch = Launch::new(device, "cross_entropy", "soft_cross_entropy_mean");
-        let launch = launch.place(cuda::start(&losses)).i64(self.rows).place(cuda::start(&loss));
-        // SAFETY: one block, which strides over the losses of the rows.
-        unsafe { launch.run((1, 1, 1), (1024, 1, 1), 0)? };
-        Ok(loss)
+        mean_of(device, &losses, self.rows)
     }
 
     /// The gradient of `z` against `p`, after [`Statistics::soft_mean`].
@@ -252,6 +247,28 @@ impl Statistics {
         // SAFETY: z, p and dz have the same rows, of which there are statistics and sums of p.
         unsafe { z.run(launch) }
     }
+}
+
+/// The mean of the losses of rows, f32.
+#[cfg(feature = "cuda")]
+fn mean_of(device: &CudaDevice, losses: &CudaStorage, rows: usize) -> Result<CudaStorage> {
+    let loss = cuda::unwritten(device, (), DType::F32)?;
+    let launch = Launch::new(device, "cross_entropy", "soft_cross_entropy_mean");
+    let launch = launch.place(cuda::start(losses)).i64(rows).place(cuda::start(&loss));
+    // SAFETY: one block, which strides over the losses of the rows.
+    unsafe { launch.run((1, 1, 1), (1024, 1, 1), 0)? };
+    Ok(loss)
+}
+
+/// The mean of the losses of rows, f32, in the type of the logits.
+#[cfg(feature = "cuda")]
+pub(super) fn mean_on_cuda(
+    device: &CudaDevice,
+    losses: &CudaStorage,
+    rows: usize,
+    dtype: DType,
+) -> Result<(CudaStorage, Shape)> {
+    loss_in(dtype, mean_of(device, losses, rows)?)
 }
 
 /// A loss in the type of its logits.

@@ -173,7 +173,7 @@ fn backward_on_cuda(
     let g = match x.track_op() || wants_down {
         true => {
             let (up, turned) = way.up(dtype)?;
-            Some(cuda::product(op, Factor(grad, false), Factor(&up, !turned), scale, dtype)?)
+            Some(cuda::product_of(op, Factor(grad, false), Factor(&up, !turned), scale, dtype)?)
         }
         false => None,
     };
@@ -198,18 +198,18 @@ fn backward_on_cuda(
         _ => None,
     };
     let da = match (&g, wants_down) {
-        (Some(g), true) => Some(cuda::product(op, Factor(g, true), Factor(x, false), 1.0, DType::F32)?),
+        (Some(g), true) => Some(cuda::product_of(op, Factor(g, true), Factor(x, false), 1.0, DType::F32)?),
         _ => None,
     };
     let missing = || candle_core::Error::msg(format!("{op}: the backward pass came before the forward"));
     let dup = match way {
         Way::Blocks(block) if block.track_op() => {
             let h = h.ok_or_else(missing)?;
-            Some(cuda::product(op, Factor(h, true), Factor(grad, false), 1.0, DType::F32)?)
+            Some(cuda::product_of(op, Factor(h, true), Factor(grad, false), 1.0, DType::F32)?)
         }
         Way::Factors(_, b, _) if b.track_op() => {
             let h = h.ok_or_else(missing)?;
-            Some(cuda::product(op, Factor(grad, true), Factor(h, false), scale, DType::F32)?)
+            Some(cuda::product_of(op, Factor(grad, true), Factor(h, false), scale, DType::F32)?)
         }
         _ => None,
     };
@@ -528,10 +528,7 @@ pub fn shared_block(x: &Tensor, rows: &FrozenRows, block: &Tensor) -> Result<Ten
         [r, width] if *width == o && (1..=i).contains(r) => {}
         other => bail!("{op}: expected a block [r, {o}] with r from 1 to {i}, got {other:?}"),
     }
-    if let Some(base) = apart(x, rows)? {
-        return tape::add(&base, &shared_block_change(x, block)?);
-    }
-    if x.dtype() != DType::F32 && rows.dtype() != Some(x.dtype()) {
+    if x.dtype() != DType::F32 && rows.dtype().is_some_and(|dtype| dtype != x.dtype()) {
         return shared_block(&cpu::wide(x)?, rows, block)?.to_dtype(x.dtype());
     }
     if !x.device().is_cpu() && !x.device().is_cuda() {
@@ -558,14 +555,6 @@ pub fn shared_block_change(x: &Tensor, block: &Tensor) -> Result<Tensor> {
     tape::apply2(&x.contiguous()?, &block.contiguous()?, op, Reads::these(&[false, true]))
 }
 
-/// The product with codes, which has kernels of its own on a CUDA device: the change is then added to it.
-fn apart(x: &Tensor, rows: &FrozenRows) -> Result<Option<Tensor>> {
-    match rows.codes() {
-        Some(codes) if x.device().is_cuda() => Ok(Some(super::packed_matmul(x, codes)?)),
-        _ => Ok(None),
-    }
-}
-
 /// The width of an x for a change alone.
 fn check_x(op: &str, x: &Tensor) -> Result<usize> {
     let i = x.dims().last().copied().unwrap_or(0);
@@ -586,10 +575,7 @@ pub fn low_rank(x: &Tensor, rows: &FrozenRows, a: &Tensor, b: &Tensor, scale: f6
     if r == 0 || a.dims() != [r, i] || b.dims() != [o, r] {
         bail!("{op}: expected a [r, {i}] and b [{o}, r], got {:?} and {:?}", a.dims(), b.dims())
     }
-    if let Some(base) = apart(x, rows)? {
-        return tape::add(&base, &low_rank_change(x, a, b, scale)?);
-    }
-    if x.dtype() != DType::F32 && rows.dtype() != Some(x.dtype()) {
+    if x.dtype() != DType::F32 && rows.dtype().is_some_and(|dtype| dtype != x.dtype()) {
         return low_rank(&cpu::wide(x)?, rows, a, b, scale)?.to_dtype(x.dtype());
     }
     if !x.device().is_cpu() && !x.device().is_cuda() {

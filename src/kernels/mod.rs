@@ -57,7 +57,7 @@ mod testing;
 
 pub use adamw::{adamw_step, AdamWParams, Moments};
 pub use arithmetic::{arithmetic, round_activations, rounds_activations, set_arithmetic, Arithmetic};
-pub use attention::{attention_mix, attention_probs, causal_attention};
+pub use attention::{attention, attention_mix, attention_probs, causal_attention};
 pub use best_step::{absmax_step, best_step, round_to};
 pub use block_affine::block_affine;
 pub use block_sum::block_sum;
@@ -77,8 +77,8 @@ pub use magnitude::{row_norms, scale_columns};
 pub use merged::{block_affine_merged, low_rank_merged, shared_block_merged};
 pub use norm::layer_norm;
 pub use packed::{
-    packed_codes_matmul, packed_matmul, packed_matmul_int8, packed_quantized_matmul, Groups, PackedRows,
-    Rounding,
+    packed_codes_matmul, packed_matmul, packed_matmul_int8, packed_quantized_matmul, packed_rows,
+    packed_values, Groups, PackedRows, Rounding,
 };
 pub use patchify::patchify;
 pub use pick::pick_rows;

@@ -5,12 +5,17 @@
 //! dWq_h = Wk_h dW_h^T   dWk_h = Wq_h dW_h
 //! ```
 //!
-//! f32 and f64 here, f16 and bf16 through f32. Heads and blocks of rows are tasks, each a product by strides: nothing is
-//! transposed in memory, and the result is the same for any number of threads.
+//! On the CPU f32 and f64, f16 and bf16 through f32: heads and blocks of rows are tasks, each a product by strides,
+//! nothing is transposed in memory, and the result is the same for any number of threads. On a CUDA device f32, f16
+//! and bf16, each product one call of cuBLAS.
 
 use super::cpu::{self, real, Real, Road};
+#[cfg(feature = "cuda")]
+use super::cuda::{self, Matrices, Place};
 use super::linear::View;
 use crate::kernels::tape::{self, Reads};
+#[cfg(feature = "cuda")]
+use candle_core::{backend::BackendStorage, CudaStorage, DType};
 use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -67,6 +72,14 @@ fn backward<T: Real>(sizes: Sizes, other: &[T], g: &[T], turned: bool) -> Vec<T>
     })
 }
 
+#[cfg(feature = "cuda")]
+impl Sizes {
+    /// Heads of `rows` rows.
+    fn matrices(&self, at: Place, dtype: DType, rows: usize) -> Matrices {
+        Matrices::rows(at, dtype, self.inputs, (0, rows * self.inputs))
+    }
+}
+
 /// (Wq, Wk) to W.
 struct QkProduct(Sizes);
 
@@ -87,6 +100,26 @@ impl CustomOp2 for QkProduct {
             let (q, k) = (<T as Real>::slice(name, q, ql)?, <T as Real>::slice(name, k, kl)?);
             Ok((<T as Real>::store(forward(self.0, q, k)), Shape::from((self.0.heads * inputs, inputs))))
         })
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        q: &CudaStorage,
+        ql: &Layout,
+        k: &CudaStorage,
+        kl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (name, dtype) = (self.name(), q.dtype());
+        let Sizes { heads, depth, inputs } = self.0;
+        let shape = Shape::from((heads * inputs, inputs));
+        let w = cuda::unwritten(q.device(), &shape, dtype)?;
+        let q_at = self.0.matrices(cuda::place(name, q, ql)?, dtype, depth);
+        let k_at = self.0.matrices(cuda::place(name, k, kl)?, dtype, depth);
+        let operands = [q_at.t(), k_at, self.0.matrices(cuda::start(&w), dtype, inputs)];
+        // SAFETY: Wq and Wk are [heads depth, inputs], W [heads inputs, inputs], by rows.
+        unsafe { cuda::product(q.device(), (inputs, inputs, depth), (1, heads), operands, (1.0, 0.0))? };
+        Ok((w, shape))
     }
 
     fn bwd(
@@ -134,6 +167,33 @@ impl CustomOp3 for QkProductGrad {
             Ok((<T as Real>::store(backward(self.sizes, other, g, self.query)), ql.shape().clone()))
         })
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        q: &CudaStorage,
+        ql: &Layout,
+        k: &CudaStorage,
+        kl: &Layout,
+        g: &CudaStorage,
+        gl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (name, dtype) = (self.name(), g.dtype());
+        let Sizes { heads, depth, inputs } = self.sizes;
+        let out = cuda::unwritten(g.device(), ql.shape(), dtype)?;
+        let g_at = self.sizes.matrices(cuda::place(name, g, gl)?, dtype, inputs);
+        let (other, g_at) = match self.query {
+            true => (cuda::place(name, k, kl)?, g_at.t()),
+            false => (cuda::place(name, q, ql)?, g_at),
+        };
+        let [other, to] = [other, cuda::start(&out)].map(|at| self.sizes.matrices(at, dtype, depth));
+        // SAFETY: the factor and its gradient are [heads depth, inputs], dW [heads inputs, inputs], by rows.
+        unsafe {
+            let sizes = (depth, inputs, inputs);
+            cuda::product(g.device(), sizes, (1, heads), [other, g_at, to], (1.0, 0.0))?;
+        }
+        Ok((out, ql.shape().clone()))
+    }
 }
 
 /// `Wqᵀ Wk` of each of the heads, `[heads in, in]`, for `query` and `key` `[heads d, in]`; differentiable in both.
@@ -143,7 +203,7 @@ pub fn qk_product(query: &Tensor, key: &Tensor, heads: usize) -> Result<Tensor> 
     if key.dims() != query.dims() || heads == 0 || rows % heads != 0 || query.elem_count() == 0 {
         bail!("{op}: expected query and key [{heads} d, in], got {:?} and {:?}", query.dims(), key.dims())
     }
-    match cpu::road(op, &[("query", query), ("key", key)])? {
+    match cpu::road_with_cuda(op, &[("query", query), ("key", key)])? {
         Road::Kernel => {
             let sizes = Sizes { heads, depth: rows / heads, inputs };
             tape::apply2(&query.contiguous()?, &key.contiguous()?, QkProduct(sizes), Reads::OPERANDS)

@@ -9,8 +9,8 @@
 //! nor W' is ever whole in memory, and a row is made once for each product, however many tokens there are.
 //! Panels and tiles follow from shapes alone.
 //!
-//! On a CUDA device x may be in f32, f16 or bf16. A dense W of its type is read where it lies; of another, and of
-//! codes, a panel of at most 64 MB at a time is made in the type of x.
+//! On a CUDA device x may be in f32, f16 or bf16. A dense W of its type is read where it lies, codes by their own
+//! kernels; of a W of another type, and of rows that are changed, a panel of at most 64 MB at a time is made.
 
 #[cfg(feature = "cuda")]
 use candle_core::{backend::BackendStorage, CudaDevice, CudaStorage};
@@ -88,12 +88,7 @@ impl FrozenRows {
     pub fn tensor(&self, device: &Device) -> Result<Tensor> {
         match &self.0 {
             Held::Dense(w) => w.to_device(device)?.to_dtype(DType::F32),
-            Held::Packed(rows) => {
-                let (n, k) = (rows.rows(), rows.cols);
-                let mut values = vec![0f32; n * k];
-                values.chunks_exact_mut(k.max(1)).enumerate().for_each(|(row, out)| rows.values(row, out));
-                Tensor::from_vec(values, (n, k), device)
-            }
+            Held::Packed(rows) => packed::packed_values(rows, device),
         }
     }
 
@@ -105,23 +100,21 @@ impl FrozenRows {
         }
     }
 
-    /// The codes, where they are codes.
-    pub(super) fn codes(&self) -> Option<&PackedRows> {
-        match &self.0 {
-            Held::Dense(_) => None,
-            Held::Packed(rows) => Some(rows),
-        }
-    }
-
     /// The given rows in f32, `[ids.len(), in]`; an id out of range is an error.
     pub fn select(&self, ids: &[u32], device: &Device) -> Result<Tensor> {
         let (n, k) = (self.rows(), self.cols());
         if let Some(id) = ids.iter().find(|&&id| id as usize >= n) {
             bail!("found id {id}, expected one below the {n} rows")
         }
-        if let Some(w) = self.there() {
-            let ids = Tensor::from_slice(ids, ids.len(), w.device())?;
-            return w.index_select(&ids, 0)?.to_dtype(DType::F32)?.to_device(device);
+        match &self.0 {
+            Held::Packed(rows) => {
+                return packed::packed_rows(&Tensor::new(ids, &Device::Cpu)?, rows, device);
+            }
+            Held::Dense(w) if !w.device().is_cpu() => {
+                let ids = Tensor::new(ids, w.device())?;
+                return w.index_select(&ids, 0)?.to_device(device)?.to_dtype(DType::F32);
+            }
+            Held::Dense(_) => {}
         }
         let mut values = vec![0f32; ids.len() * k];
         self.with(|source| {
@@ -130,14 +123,6 @@ impl FrozenRows {
             Ok(())
         })?;
         Tensor::from_vec(values, (ids.len(), k), device)
-    }
-
-    /// A dense matrix that lies elsewhere than on the CPU.
-    fn there(&self) -> Option<&Tensor> {
-        match &self.0 {
-            Held::Dense(w) if !w.device().is_cpu() => Some(w),
-            _ => None,
-        }
     }
 
     /// Lends the elements, which must lie on the CPU.
@@ -195,16 +180,7 @@ impl FrozenRows {
                 let from = layout.start_offset() + first * cols;
                 w.to_dtype(&Layout::contiguous_with_offset((count, cols), from), dtype)?
             }
-            Held::Packed(rows) => {
-                let mut values = vec![0f32; count * cols];
-                let each = values.par_chunks_mut(cols.max(1)).enumerate();
-                each.for_each(|(row, out)| rows.values(first + row, out));
-                let values = CudaStorage::wrap_cuda_slice(device.clone_htod(&values)?, device.clone());
-                match dtype {
-                    DType::F32 => values,
-                    _ => values.to_dtype(&Layout::contiguous((count, cols)), dtype)?,
-                }
-            }
+            Held::Packed(rows) => rows.values_on_cuda(device, dtype, (first, count))?,
         };
         Ok(Panel { rows: Matrix::at(cuda::start(&made), dtype, (count, cols)), _made: Some(made) })
     }
@@ -218,12 +194,14 @@ impl FrozenRows {
         back: bool,
     ) -> Result<(CudaStorage, Shape)> {
         let (device, dtype) = (x.device(), x.dtype());
-        if let Held::Dense(w) = &self.0 {
-            if w.dtype() == dtype {
+        match &self.0 {
+            Held::Packed(rows) => return rows.product_on_cuda(x, xl, back),
+            Held::Dense(w) if w.dtype() == dtype => {
                 let (w, wl) = w.storage_and_layout();
                 let product = if back { Product::Input } else { Product::Forward };
                 return product.on_cuda(x, xl, cuda::storage(op, &w)?, wl);
             }
+            Held::Dense(_) => {}
         }
         let (n, k) = (self.rows(), self.cols());
         let shape = with_last(xl, if back { k } else { n });
@@ -419,8 +397,8 @@ impl CustomOp1 for FrozenProduct {
     }
 }
 
-/// `x w^T` for `x: [.., in]` in f32 and a frozen `w: [out, in]` in any float format, which is read by panels and never
-/// whole in another format; the gradient is that of x alone.
+/// `x w^T` for `x: [.., in]` in f32 and a frozen `w: [out, in]` in any float format, which is read by panels and on the
+/// CPU never whole in another format; the gradient is that of x alone.
 pub fn frozen_rows_matmul(x: &Tensor, w: &Tensor) -> Result<Tensor> {
     if !x.device().is_cpu() && !x.device().is_cuda() {
         return super::linear::frozen_matmul(x, &w.to_dtype(DType::F32)?);

@@ -4,10 +4,15 @@
 //! y_k = exp(x_k - max x) / sum_j exp(x_j - max x)     dx = y * (dy - sum_j dy_j y_j)
 //! ```
 //!
-//! f32 and f64 here, f16 and bf16 through f32. A row with a NaN, or of -inf alone, gives NaN.
+//! On the CPU f32 and f64, f16 and bf16 through f32; on a CUDA device f32, f16 and bf16 (kernels/softmax.cu). A row
+//! with a NaN, or of -inf alone, gives NaN.
 
 use super::cpu::{self, real, simd, Real, Road};
+#[cfg(feature = "cuda")]
+use crate::kernels::cuda::{self, Launch, Place};
 use crate::kernels::tape::{self, Reads};
+#[cfg(feature = "cuda")]
+use candle_core::{backend::BackendStorage, CudaDevice, CudaStorage, DType};
 use candle_core::{bail, CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, D};
 use rayon::prelude::*;
 
@@ -72,6 +77,17 @@ impl CustomOp1 for Softmax {
         })
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, xl: &Layout) -> Result<(CudaStorage, Shape)> {
+        let sizes = rows_of(xl);
+        let (launch, grid, block) = over_rows(x.device(), self.name(), x.dtype(), sizes)?;
+        let y = cuda::unwritten(x.device(), xl.shape(), x.dtype())?;
+        let launch = launch.place(cuda::place(self.name(), x, xl)?).place(cuda::start(&y));
+        // SAFETY: x and y have rows * width elements; grid and block are those of the kernel's header.
+        unsafe { launch.i64(sizes.0).i32(sizes.1).run(grid, block, 0)? };
+        Ok((y, xl.shape().clone()))
+    }
+
     fn bwd(&self, _x: &Tensor, y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         Ok(Some(y.apply_op2_no_bwd(&grad.contiguous()?, &SoftmaxGrad)?))
     }
@@ -103,6 +119,60 @@ impl CustomOp2 for SoftmaxGrad {
             Ok((<T as Real>::store(dx), yl.shape().clone()))
         })
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        y: &CudaStorage,
+        yl: &Layout,
+        g: &CudaStorage,
+        gl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let dx = cuda::unwritten(y.device(), yl.shape(), y.dtype())?;
+        let places = [cuda::place(self.name(), y, yl)?, cuda::place(self.name(), g, gl)?, cuda::start(&dx)];
+        softmax_rows_grad_on_cuda(y.device(), y.dtype(), places, rows_of(yl))?;
+        Ok((dx, yl.shape().clone()))
+    }
+}
+
+/// Rows and their width.
+#[cfg(feature = "cuda")]
+fn rows_of(layout: &Layout) -> (usize, usize) {
+    let width = layout.dims().last().copied().unwrap_or(1);
+    (layout.shape().elem_count() / width.max(1), width)
+}
+
+/// A launch of `kernel` of kernels/softmax.cu over rows, its grid and its block.
+#[cfg(feature = "cuda")]
+#[allow(clippy::type_complexity)]
+pub(super) fn over_rows<'a>(
+    device: &'a CudaDevice,
+    kernel: &str,
+    dtype: DType,
+    (rows, width): (usize, usize),
+) -> Result<(Launch<'a>, (usize, usize, usize), (usize, usize, usize))> {
+    let suffix = cuda::suffix(kernel, dtype)?;
+    // What a block keeps of a row: HELD_PARTS of row.cuh, of 16 bytes a thread.
+    let (long, block) = match width > 16_384 {
+        true => ("_long", (1024, 1, 1)),
+        false => ("", cuda::row_block(width, 4 * cuda::wide(dtype))),
+    };
+    let launch = Launch::new(device, "softmax", format!("{kernel}{long}_{suffix}"));
+    Ok((launch, (rows.div_ceil(block.1), 1, 1), block))
+}
+
+/// `dx = y * (g - sum g y)` of each row, of `rows * width` elements at y, g and dx.
+#[cfg(feature = "cuda")]
+pub(super) fn softmax_rows_grad_on_cuda(
+    device: &CudaDevice,
+    dtype: DType,
+    [y, g, dx]: [Place; 3],
+    sizes: (usize, usize),
+) -> Result<()> {
+    let (launch, grid, block) = over_rows(device, "softmax_grad", dtype, sizes)?;
+    let launch = launch.place(y).place(g).place(dx).i64(sizes.0).i32(sizes.1).f32(1.0);
+    // SAFETY: the callers give places of rows * width elements; grid and block are those of the kernel's header.
+    unsafe { launch.run(grid, block, 0) }
 }
 
 /// Softmax of `x: [.., K]` over its last axis.
@@ -110,7 +180,7 @@ pub fn softmax(x: &Tensor) -> Result<Tensor> {
     if x.dims().last().copied().unwrap_or(0) == 0 {
         bail!("softmax: expected x [.., K], got {:?}", x.dims())
     }
-    match cpu::road("softmax", &[("x", x)])? {
+    match cpu::road_with_cuda("softmax", &[("x", x)])? {
         Road::Kernel => tape::apply1(&x.contiguous()?, Softmax, Reads::RESULT),
         Road::ThroughF32 => softmax(&cpu::wide(x)?)?.to_dtype(x.dtype()),
         Road::Reference => reference(x),

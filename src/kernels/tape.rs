@@ -14,8 +14,8 @@ use std::collections::HashMap;
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::op::BackpropOp;
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, InplaceOp2, Layout, Result, Shape,
-    Storage, Tensor, TensorId,
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, InplaceOp2, Layout, Result,
+    Shape, Storage, Tensor, TensorId,
 };
 use rayon::prelude::*;
 
@@ -73,6 +73,10 @@ pub(crate) trait Many: Send + Sync {
     fn name(&self) -> &'static str;
     /// The result, on the CPU.
     fn cpu_fwd(&self, x: &[(&CpuStorage, &Layout)]) -> Result<(CpuStorage, Shape)>;
+    /// The result, on a CUDA device, where the op has a body for it.
+    fn cuda_fwd(&self, _x: &[(&CudaStorage, &Layout)]) -> Result<Option<(CudaStorage, Shape)>> {
+        Ok(None)
+    }
     /// The gradient of each operand that takes one.
     fn bwd(&self, x: &[Tensor], y: &Tensor, grad: &Tensor) -> Result<Vec<Option<Tensor>>>;
     /// What [`Many::bwd`] reads.
@@ -272,22 +276,32 @@ pub(crate) fn apply3<C: CustomOp3 + Send + Sync + 'static>(
 /// `op` of `x`, differentiable.
 pub(crate) fn apply<C: Many + 'static>(x: Vec<Tensor>, op: C) -> Result<Tensor> {
     let tracked = x.iter().any(Tensor::track_op);
-    if !x.iter().all(|x| x.device().is_cpu()) || (tracked && !recording()) {
+    let on = |what: fn(&Device) -> bool| x.iter().all(|x| what(x.device()));
+    let (here, there) = (on(Device::is_cpu), on(Device::is_cuda));
+    if !(here || there) || (tracked && !recording()) {
         return op.composed(&x);
     }
-    let (storage, shape) = {
+    let result = {
         let held: Vec<_> = x.iter().map(Tensor::storage_and_layout).collect();
-        let mut operands = Vec::with_capacity(held.len());
+        let (mut cpu, mut cuda) = (Vec::new(), Vec::new());
         for (storage, layout) in &held {
-            operands.push((cpu::host(op.name(), storage)?, *layout));
+            match &**storage {
+                Storage::Cpu(storage) => cpu.push((storage, *layout)),
+                Storage::Cuda(storage) => cuda.push((storage, *layout)),
+                _ => one_device(op.name())?,
+            }
         }
-        op.cpu_fwd(&operands)?
+        match here {
+            true => Some(on_cpu(op.cpu_fwd(&cpu)?)),
+            false => op.cuda_fwd(&cuda)?.map(on_cuda),
+        }
     };
+    let Some((storage, shape)) = result else { return op.composed(&x) };
     if !tracked {
-        return Ok(Tensor::from_storage(Storage::Cpu(storage), shape, BackpropOp::none(), false));
+        return Ok(Tensor::from_storage(storage, shape, BackpropOp::none(), false));
     }
     let reads = op.reads();
-    write_down(on_cpu((storage, shape)), Applied::Many(Box::new(op)), &x.iter().collect::<Vec<_>>(), reads)
+    write_down((storage, shape), Applied::Many(Box::new(op)), &x.iter().collect::<Vec<_>>(), reads)
 }
 
 /// A scalar whose gradient in x is given: what candle's walk begins from. Its value is nobody's.

@@ -179,7 +179,7 @@ pub(super) fn run(
     let ready = ready(recipe, &start, dir, progress)?;
     let metrics = Metrics::open(&dir.join("metrics.jsonl"), state.metrics_lines)?;
     if let Some(saved) = &saved {
-        progress.note(&format!("continuing from step {} ({})", state.step, saved.dir.display()));
+        saved.say(device, progress);
     }
     let config = start.config.clone();
     let dtype = source(recipe)?.dtype.dtype();
@@ -191,6 +191,7 @@ pub(super) fn run(
         device,
         progress,
         metrics,
+        seen: None,
         average: None,
         earlier_s: state.wall_s,
         state,

@@ -75,7 +75,11 @@ fn summary_head(
         "version": env!("CARGO_PKG_VERSION"),
         "commit": env!("QTUNE_COMMIT"),
     });
-    head.as_object().cloned().unwrap_or_default()
+    let mut head = head.as_object().cloned().unwrap_or_default();
+    head.extend(
+        crate::device::peak_bytes(device).map(|bytes| ("peak_device_bytes".to_string(), json!(bytes))),
+    );
+    head
 }
 
 fn write_summary(dir: &Path, summary: Map<String, Value>, progress: &dyn Progress) -> Result<Value> {

@@ -134,7 +134,7 @@ fn trained(
     let state = saved.as_ref().map(|s| s.state.clone()).unwrap_or_default();
     let metrics = Metrics::open(&dir.join("metrics.jsonl"), state.metrics_lines)?;
     if let Some(saved) = &saved {
-        progress.note(&format!("continuing from step {} ({})", state.step, saved.dir.display()));
+        saved.say(device, progress);
     }
     let teacher = held(&start.config, &start.weights, DType::F32)?;
     let mut weights = teacher.trainable()?;
@@ -153,6 +153,7 @@ fn trained(
         device,
         progress,
         metrics,
+        seen: None,
         average: None,
         earlier_s: state.wall_s,
         state,
@@ -190,7 +191,7 @@ fn trained(
     put("steps", json!(trainer.state.step));
     put("params_trainable", json!(trainable));
     put("fake_quant_loss", json!(fake.loss));
-    put("oscillation", json!(tracker.figures(|name| coarse.contains(name)).percent));
+    put("oscillation", json!(tracker.figures(|name| coarse.contains(name))?.percent));
     put("frozen", json!(trainer.state.frozen));
     put("train_tokens_per_s", if rate > 0.0 { json!(rate) } else { Value::Null });
     write_summary(dir, summary, progress)

@@ -69,7 +69,7 @@ pub(super) fn train(
                 trainer.state.phase_step = 0;
                 trainer.state.best = None;
                 trainer.state.stale = 0;
-                trainer.save(training.weights, optimizer.as_ref(), &tracker)?;
+                trainer.save(training.weights, optimizer.as_ref(), &mut tracker)?;
             }
         }
         run_phase(trainer, training, index, &mut tracker, optimizer.as_mut(), &params)?;

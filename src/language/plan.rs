@@ -27,6 +27,8 @@ pub struct Plan {
     pub phases: Vec<(String, usize)>,
     /// The memory that training takes at its peak, in bytes, pages of mapped files apart.
     pub memory: usize,
+    /// Of a CUDA device the peak of what is in use there, in bytes, without the driver's own.
+    pub device_memory: Option<usize>,
     /// What is worth a line.
     pub notes: Vec<String>,
 }
@@ -145,8 +147,11 @@ pub fn plan(recipe: &Recipe, device: &Device) -> Result<Plan> {
     let steady = FIXED + held + trainable * (4 + 2 * state);
     let evaluated = evaluation(recipe, config, seq_len, width);
     let peak = steady + activations(recipe, config, rows, width).max(evaluated);
-    let memory = peak + peak / SLACK;
-    Ok(Plan { tensors, params: config.params(), trainable, phases, memory, notes })
+    let (memory, device_memory) = match device.is_cuda() {
+        true => (FIXED + held, Some(peak - FIXED)),
+        false => (peak + peak / SLACK, None),
+    };
+    Ok(Plan { tensors, params: config.params(), trainable, phases, memory, device_memory, notes })
 }
 
 /// Bytes of activations at the peak of a step over `rows` tokens.

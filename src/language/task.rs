@@ -8,7 +8,7 @@ use candle_core::{Device, Tensor, Var};
 use crate::data::text::TextBatch;
 use crate::kernels::tape::{self, Tape};
 use crate::models::{Llama, Places};
-use crate::train::{Pass, Task};
+use crate::train::{Figure, Pass, Task};
 use crate::weights::Param;
 use crate::{kernels, Error, Result};
 
@@ -111,10 +111,11 @@ impl Predict {
         Ok((x, inputs))
     }
 
-    fn check(&self, value: f64, batch: &TextBatch, places: &Places, device: &Device) -> Result<f64> {
-        if value.is_finite() {
+    fn check(&self, value: Figure, batch: &TextBatch, places: &Places, device: &Device) -> Result<Figure> {
+        if !value.known_broken() {
             return Ok(value);
         }
+        let value = value.read()?;
         let place = self.model.not_finite(&batch.tokens, places, device)?;
         let place = place.map(|layer| format!("; first seen behind {layer}")).unwrap_or_default();
         Err(Error::NotFinite(format!("the loss is {value}, expected a finite number{place}")))
@@ -157,15 +158,14 @@ impl Task for Predict {
                 let hidden = rows_of(&self.model.finish(&x)?, &at)?;
                 self.loss(&hidden, &labels, teacher.as_ref())
             })?;
+            let value = self.check(Figure::of(&loss)?, batch, &places, device)?;
             drop(x);
-            // The loss is read behind it all, so that a device has work while the host waits for nothing.
             sums.backward(tape, &loss, None)?;
-            let value = self.check(f64::from(loss.to_scalar::<f32>()?), batch, &places, device)?;
-            return Ok(Pass { loss: value, right: 0, grads: sums.grads });
+            return Ok(Pass { loss: value, right: Figure::Known(0.0), grads: sums.grads });
         }
         // The output's part first, in pieces, down to the gradient of what the blocks gave.
         let given = Var::from_tensor(&x.detach())?;
-        let (mut value, mut grad) = (0f64, None);
+        let (mut value, mut grad) = (Figure::Known(0.0), None);
         for from in (0..labels.len()).step_by(part) {
             let count = part.min(labels.len() - from);
             let share = count as f64 / labels.len() as f64;
@@ -174,7 +174,7 @@ impl Task for Predict {
                 let teacher = teacher.as_ref().map(|t| t.narrow(0, from, count)).transpose()?;
                 self.loss(&hidden, &labels[from..from + count], teacher.as_ref())
             })?;
-            value += share * f64::from(loss.to_scalar::<f32>()?);
+            value = value.plus(&Figure::of(&loss)?, share)?;
             let grad_of_part = loss.ones_like()?.affine(share, 0.0)?;
             let reached = sums.onward(tape, &loss, grad_of_part, Some(&given))?;
             grad = match (grad, reached) {
@@ -184,10 +184,12 @@ impl Task for Predict {
         }
         let value = self.check(value, batch, &places, device)?;
         drop(given);
-        let Some(mut grad) = grad else { return Ok(Pass { loss: value, right: 0, grads: sums.grads }) };
+        let Some(mut grad) = grad else {
+            return Ok(Pass { loss: value, right: Figure::Known(0.0), grads: sums.grads });
+        };
         if !self.checkpointing {
             sums.onward(tape, &x, grad, None)?;
-            return Ok(Pass { loss: value, right: 0, grads: sums.grads });
+            return Ok(Pass { loss: value, right: Figure::Known(0.0), grads: sums.grads });
         }
         drop((x, tape));
         for (i, x) in inputs.iter().enumerate().rev() {
@@ -195,14 +197,14 @@ impl Task for Predict {
             let (y, tape) = tape::record(|| self.model.block(i, input.as_tensor(), &places, None))?;
             match sums.onward(tape, &y, grad.clone(), Some(&input))? {
                 Some(reached) => grad = reached,
-                None => return Ok(Pass { loss: value, right: 0, grads: sums.grads }),
+                None => return Ok(Pass { loss: value, right: Figure::Known(0.0), grads: sums.grads }),
             }
         }
         let (embedded, tape) = tape::record(|| self.model.embed(&batch.tokens, &places, device))?;
         if embedded.track_op() {
             sums.onward(tape, &embedded, grad, None)?;
         }
-        Ok(Pass { loss: value, right: 0, grads: sums.grads })
+        Ok(Pass { loss: value, right: Figure::Known(0.0), grads: sums.grads })
     }
 
     fn predictions(rows: &Rows) -> usize {

@@ -143,16 +143,22 @@ impl Attention {
             (Some(bias), Some(own)) => Some(joined(bias, &own)?),
             (bias, own) => own.or(bias.cloned()),
         };
-        let heads = self.heads;
-        let p = kernels::attention_probs(&q, &k, heads, self.scale, bias.as_ref());
-        let p = self.softmax_out.forward(&p.on(&self.name)?)?.tensor()?; // [batch, heads, tokens, tokens]
-        self.output.forward(&self.context.forward(&kernels::attention_mix(&p, &v, heads)?)?)
+        let (heads, scale, bias) = (self.heads, self.scale, bias.as_ref());
+        let mixed = match self.softmax_out.is_open() {
+            true => kernels::attention(&q, &k, &v, heads, scale, bias).on(&self.name)?,
+            false => {
+                let p = kernels::attention_probs(&q, &k, heads, scale, bias).on(&self.name)?;
+                let p = self.softmax_out.forward(&p)?.tensor()?; // [batch, heads, tokens, tokens]
+                kernels::attention_mix(&p, &v, heads)?
+            }
+        };
+        self.output.forward(&self.context.forward(&mixed)?)
     }
 
     /// `scale x_m . r_h` as a bias `[batch, heads, 1, tokens]`.
     fn key_bias(&self, x: &Tensor, r: &Tensor) -> Result<Tensor> {
         let (batch, tokens, width) = x.dims3().on(&self.name)?;
-        let r = (r.reshape((self.heads, width)).on(&self.name)? * self.scale)?;
+        let r = (r.reshape((self.heads, width)).on(&self.name)? * self.scale)?.to_dtype(x.dtype())?;
         let term = kernels::linear(x, &r, None).on(&self.name)?; // [batch, tokens, heads]
         Ok(term.transpose(1, 2)?.reshape((batch, self.heads, 1, tokens))?)
     }

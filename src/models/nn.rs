@@ -75,8 +75,9 @@ impl Linear {
             let w = self.weight.tensor()?;
             let w = if w.rank() == 2 { w } else { w.flatten_from(1)? };
             // What is trained is held in f32, whatever the activations are.
-            let bias = bias.map(|bias| bias.to_dtype(w.dtype())).transpose()?;
-            let y = kernels::linear(&x.to_dtype(w.dtype())?, &w, bias.as_ref()).on(&self.name)?;
+            let dtype = if half_on_cuda(x) { x.dtype() } else { w.dtype() };
+            let (w, bias) = (w.to_dtype(dtype)?, bias.map(|bias| bias.to_dtype(dtype)).transpose()?);
+            let y = kernels::linear(&x.to_dtype(dtype)?, &w, bias.as_ref()).on(&self.name)?;
             return Ok(y.to_dtype(x.dtype())?);
         }
         let y = match self.weight.expr() {
@@ -103,8 +104,13 @@ impl Linear {
         }
         let levels = codes.grid.levels();
         let bound = levels.lo.unsigned_abs().max(levels.hi.unsigned_abs());
-        let y = kernels::packed_codes_matmul(&codes.codes, bound, &codes.step, packed.rows());
-        self.with_bias(y.on(&self.name)?, x, packed).map(Some)
+        let y =
+            kernels::packed_codes_matmul(&codes.codes, bound, &codes.step, packed.rows()).on(&self.name)?;
+        let y = match self.folded(x, packed)? {
+            Some(bias) => kernels::add_bias(&y, &bias).on(&self.name)?,
+            None => y,
+        };
+        Ok(Some(y.to_dtype(x.seen().dtype())?))
     }
 
     /// The same, the activation rounded on the way into the product.
@@ -116,33 +122,22 @@ impl Linear {
         }
         // Another number of tokens is refused where the quantizer itself runs.
         let tokens = x.seen().dim(x.seen().rank() - 2)?;
-        if rule.granularity == Granularity::Token && rule.step.len() != tokens {
+        if rule.granularity == Granularity::Token && rule.step.elem_count() != tokens {
             return Ok(None);
         }
-        let rounding = kernels::Rounding {
-            step: rule.step,
-            shift: rule.shift_in.unwrap_or_default(),
-            levels: rule.grid.levels(),
-        };
-        match kernels::packed_quantized_matmul(x.seen(), rounding, packed.rows()).on(&self.name)? {
-            Some(y) => self.with_bias(y, x, packed).map(Some),
-            None => Ok(None),
-        }
+        let rounding =
+            kernels::Rounding { step: rule.step, shift: rule.shift_in, levels: rule.grid.levels() };
+        let bias = self.folded(x, packed)?;
+        kernels::packed_quantized_matmul(x.seen(), rounding, packed.rows(), bias.as_ref()).on(&self.name)
     }
 
-    /// Adds the bias, with what the quantizer before the layer adds behind its codes.
-    fn with_bias(&self, y: Tensor, x: &Activation, packed: &Packed) -> Result<Tensor> {
-        let bias = match self.folded_bias.get() {
-            Some(bias) => bias.clone(),
-            None => {
-                let bias = self.fold_bias(x.shift_out(), packed)?;
-                self.folded_bias.get_or_init(|| bias).clone()
-            }
-        };
-        match bias {
-            Some(bias) => kernels::add_bias(&y, &bias).on(&self.name),
-            None => Ok(y),
+    /// The bias, with what the quantizer before the layer adds behind its codes.
+    fn folded(&self, x: &Activation, packed: &Packed) -> Result<Option<Tensor>> {
+        if let Some(bias) = self.folded_bias.get() {
+            return Ok(bias.clone());
         }
+        let bias = self.fold_bias(x.shift_out(), packed)?;
+        Ok(self.folded_bias.get_or_init(|| bias).clone())
     }
 
     /// The codes of a packed weight, for activations with codes in a range, and the layer's bias, what a quantizer before it adds behind its codes
@@ -203,9 +198,10 @@ impl LayerNorm {
         (&self.weight, &self.bias, self.eps)
     }
 
-    /// Runs the layer.
+    /// Runs the layer, in the number format of `x`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        kernels::layer_norm(x, &self.weight.tensor()?, &self.bias.tensor()?, self.eps).on(&self.name)
+        let (w, b) = (self.weight.tensor()?.to_dtype(x.dtype())?, self.bias.tensor()?.to_dtype(x.dtype())?);
+        kernels::layer_norm(x, &w, &b, self.eps).on(&self.name)
     }
 }
 
@@ -224,11 +220,12 @@ impl RmsNorm {
         Ok(RmsNorm { name: name.to_string(), weight, eps })
     }
 
-    /// Runs the layer: in the wider of the two number formats, the result in that of `x`.
+    /// Runs the layer: in the wider of the two number formats, the result in that of `x`. On a CUDA device in that of
+    /// `x`, of which the kernel computes in f32.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let w = self.weight.tensor()?;
-        if w.dtype() == x.dtype() {
-            return kernels::rms_norm(x, &w, self.eps).on(&self.name);
+        if w.dtype() == x.dtype() || half_on_cuda(x) {
+            return kernels::rms_norm(x, &w.to_dtype(x.dtype())?, self.eps).on(&self.name);
         }
         let y = kernels::rms_norm(&x.to_dtype(DType::F32)?, &w.to_dtype(DType::F32)?, self.eps);
         Ok(y.on(&self.name)?.to_dtype(x.dtype())?)
@@ -255,6 +252,20 @@ impl Embedding {
             Error::Candle(source) => Error::On { name: self.name.clone(), source },
             other => other,
         })
+    }
+}
+
+/// Whether products of `x` are those of its own format, to which weights are rounded: elsewhere what is trained sets it.
+fn half_on_cuda(x: &Tensor) -> bool {
+    x.device().is_cuda() && matches!(x.dtype(), DType::F16 | DType::BF16)
+}
+
+/// What a model is given, in the number format of its activations: bf16 on a CUDA device where products are, else as it
+/// is. Weights, their gradients and the loss stay f32.
+pub fn activations(x: &Tensor) -> Result<Tensor> {
+    match x.device().is_cuda() && kernels::arithmetic() == kernels::Arithmetic::Bf16 {
+        true => Ok(x.to_dtype(DType::BF16)?),
+        false => Ok(x.clone()),
     }
 }
 

@@ -4,7 +4,7 @@
 use candle_core::Tensor;
 
 use super::attention::site;
-use super::nn::Linear;
+use super::nn::{activations, Linear};
 use crate::weights::{Granularity, Shifts, Signedness, Site, Tap, Weights};
 use crate::{kernels, Error, On, Result};
 
@@ -57,7 +57,7 @@ impl PatchEmbedding {
             )));
         }
         // A step for each colour and a shift for each pixel: [batch, colours, pixels].
-        let flat = images.reshape((batch, channels, height * width))?;
+        let flat = activations(images)?.reshape((batch, channels, height * width))?;
         let images = self.image.forward(&flat)?.tensor()?.reshape(images.shape())?;
         self.projection.forward_float(&kernels::patchify(&images, self.patch_size)?)
     }

@@ -81,7 +81,8 @@ impl Block {
     /// `h: [batch, rows, columns, channels]`; `drop` acts on what each branch adds.
     fn forward(&self, h: &Tensor, drop: impl Fn(Tensor, u64) -> Result<Tensor>) -> Result<Tensor> {
         let x = self.windows.partition(&self.norm_before.forward(h)?)?;
-        let x = self.attention.forward(&x, Some(&self.bias.tensor()?))?;
+        let bias = self.bias.tensor()?.to_dtype(x.dtype())?;
+        let x = self.attention.forward(&x, Some(&bias))?;
         let h = (h + drop(self.windows.merge(&x)?, 0)?)?;
         let branch = drop(self.mlp.forward(&self.norm_after.forward(&h)?)?, 1)?;
         Ok((h + branch)?)

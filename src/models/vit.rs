@@ -40,7 +40,7 @@ impl Head {
     }
 
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.linear.forward(&self.input.forward(x)?)
+        Ok(self.linear.forward(&self.input.forward(x)?)?.to_dtype(DType::F32)?)
     }
 }
 
@@ -244,14 +244,16 @@ impl Vit {
         let batch = patches.dim(0)?;
         let hidden = self.config.hidden;
         let token = |w: &Weight| -> Result<Tensor> {
-            Ok(w.tensor()?.reshape((1, 1, hidden))?.broadcast_as((batch, 1, hidden))?)
+            let w = w.tensor()?.to_dtype(patches.dtype())?;
+            Ok(w.reshape((1, 1, hidden))?.broadcast_as((batch, 1, hidden))?)
         };
         let mut parts = vec![token(&self.class_token)?];
         if let Some(distillation) = &self.distillation_token {
             parts.push(token(distillation)?);
         }
+        let positions = self.positions.tensor()?.to_dtype(patches.dtype())?;
+        let positions = positions.reshape((self.config.tokens(), hidden))?;
         parts.push(patches);
-        let positions = self.positions.tensor()?.reshape((self.config.tokens(), hidden))?;
         let mut h = kernels::add_bias(&Tensor::cat(&parts, 1)?, &positions)?;
         let prefix = self.config.prefix();
         see(&format!("{prefix}.embeddings"), &h)?;

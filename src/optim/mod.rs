@@ -16,11 +16,34 @@ use crate::select::matches;
 use crate::weights::Param;
 use crate::{Error, Result};
 
+/// A parameter and where it goes in a step.
+#[derive(Debug)]
+pub struct Move<'a> {
+    /// The parameter.
+    pub param: &'a Param,
+    /// Its gradient, before clipping.
+    pub grad: &'a Tensor,
+    /// Its learning rate.
+    pub lr: f64,
+    /// Whether weight decay acts on it.
+    pub decay: bool,
+    /// Where 0, entries that are held still bit for bit; `None`: none.
+    pub free: Option<&'a Tensor>,
+}
+
 /// An update rule and its state, one entry for each parameter that it has seen.
 pub trait Optimizer: Send {
     /// Moves `param` in place along `grad` at learning rate `lr`; `decay` tells whether weight decay
     /// acts on it.
     fn update(&mut self, param: &Param, grad: &Tensor, lr: f64, decay: bool) -> Result<()>;
+
+    /// Moves all of `moves` at once, without waiting for the device: the gradients are clipped to a norm of `clip`
+    /// together (0: not at all), and where the norm is not finite nothing moves at all. Gives the norm of all
+    /// gradients before clipping and that of each, f32 `[1 + moves]` on the device. `None` where the rule has no such
+    /// launch for these tensors, which [`Optimizer::update`] then takes one by one.
+    fn update_all(&mut self, _moves: &[Move<'_>], _clip: f64) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
 
     /// The state as named tensors, `PARAMETER#PART`, in the order in which parameters were first seen.
     fn state(&self) -> Result<Vec<(String, Tensor)>>;

@@ -215,7 +215,7 @@ pub fn run(recipe: &Recipe, dir: &Path, device: &Device, progress: &dyn Progress
     }
     let metrics = Metrics::open(&dir.join("metrics.jsonl"), state.metrics_lines)?;
     if let Some(saved) = &saved {
-        progress.note(&format!("continuing from step {} ({})", state.step, saved.dir.display()));
+        saved.say(device, progress);
     }
     let preprocess = Arc::new(start.preprocess.clone());
     let images = Images { recipe, dataset: &dataset, preprocess, model: &start.config, device };
@@ -226,6 +226,7 @@ pub fn run(recipe: &Recipe, dir: &Path, device: &Device, progress: &dyn Progress
         device,
         progress,
         metrics,
+        seen: None,
         average: None,
         earlier_s: state.wall_s,
         state,
@@ -263,7 +264,7 @@ fn finish(trainer: &mut Trainer<'_, Images<'_>>, start: &Start, trained: Trained
     put("packed_bytes", json!(packed_bytes));
     put("compression", json!(trainer.state.fp_bytes as f64 / packed_bytes.max(1) as f64));
     let coarse = crate::train::coarse(&weights);
-    put("oscillation", json!(tracker.figures(|name| coarse.contains(name)).percent));
+    put("oscillation", json!(tracker.figures(|name| coarse.contains(name))?.percent));
     put("frozen", json!(trainer.state.frozen));
     let rate = trainer.state.samples_per_s;
     put("train_samples_per_s", if rate > 0.0 { json!(rate) } else { Value::Null });
@@ -342,7 +343,11 @@ pub(crate) fn summary_head(
         "bits": recipe.transform.first().map(|t| t.bits),
         "act_bits": recipe.activation.bits,
     });
-    head.as_object().cloned().unwrap_or_default()
+    let mut head = head.as_object().cloned().unwrap_or_default();
+    head.extend(
+        crate::device::peak_bytes(device).map(|bytes| ("peak_device_bytes".to_string(), json!(bytes))),
+    );
+    head
 }
 
 /// Writes summary.json, and the report with its figures before it.

@@ -12,7 +12,8 @@ use crate::optim::Optimizer;
 use crate::recipe::{CalmQk, DistillKind, PhaseConfig, Recipe, When};
 use crate::train::supply::Supply;
 use crate::train::{
-    phase_steps, resume, signal, Average, Classify, Images, Phase, Progress, Quiet, Tracker, Trainer,
+    phase_steps, resume, signal, Average, Classify, Images, Phase, Progress, Quiet, Recordings, Tracker,
+    Trainer,
 };
 use crate::transform::ActQuant;
 use crate::weights::{Pickle, Weights};
@@ -123,7 +124,7 @@ pub(super) fn train_phases(
             trainer.state.phase_step = 0;
             trainer.state.best = None;
             trainer.state.stale = 0;
-            trainer.save(&weights, optimizer.as_ref(), &tracker)?;
+            trainer.save(&weights, optimizer.as_ref(), &mut tracker)?;
         }
         run_phase(trainer, start, index, &weights, &mut tracker, optimizer.as_mut())?;
         carried = (phase.quantize || recipe.optimizer.remembers()).then_some(optimizer);
@@ -199,7 +200,8 @@ fn run_phase(
     let weights = calm.as_ref().unwrap_or(weights);
     let model = start.config.build(weights)?;
     let drop_path = Some((recipe.train.drop_path, recipe.seed));
-    let task = Classify { model, teacher, distill: recipe.distill.kind, drop_path, heads: None };
+    let recordings = recipe.train.graphs.then(Recordings::default);
+    let task = Classify { model, teacher, distill: recipe.distill.kind, drop_path, heads: None, recordings };
     let phase = Phase { config, weights, task: &task, optimizer, tracker };
     let before = trainer.state.phase_step;
     trainer.run(phase)?;

@@ -5,7 +5,7 @@ use candle_core::Device;
 use super::start::{open_data, prepare};
 use super::{qkr, targets};
 use crate::data::Dataset;
-use crate::kernels::Groups;
+use crate::kernels::{Arithmetic, Groups};
 use crate::models::attention::with_products;
 use crate::models::{SwinConfig, VisionConfig, VitConfig};
 use crate::recipe::{Recipe, When};
@@ -24,6 +24,8 @@ pub struct Plan {
     pub phases: Vec<(String, usize)>,
     /// Estimated peak memory in bytes.
     pub memory: usize,
+    /// Of a CUDA device the estimated peak of what is in use there, in bytes, without the driver's own.
+    pub device_memory: Option<usize>,
     /// What is worth a line.
     pub notes: Vec<String>,
 }
@@ -69,9 +71,20 @@ pub fn plan(recipe: &Recipe, device: &Device) -> Result<Plan> {
     let products: Vec<bool> = places.iter().map(|place| held.contains(place)).collect();
     // The product of each, what it is quantized to, and its gradient.
     let made: usize = held.iter().map(|place| 3 * 4 * place.heads * place.width * place.width).sum();
-    let memory = memory_estimate(recipe, &start.config, params, codes, &products)
-        + made
-        + data_estimate(recipe, &start.config, dataset.as_ref())?;
+    // Activations are halves where a CUDA device multiplies halves; weights are then rounded to them, too.
+    let half = device.is_cuda() && recipe.train.products == Arithmetic::Bf16;
+    let rounded = if half { 2 * params } else { 0 };
+    let tensors_bytes =
+        tensor_estimate(recipe, &start.config, (params, codes), &products, if half { 2 } else { 4 })
+            + made
+            + rounded;
+    let data = data_estimate(recipe, &start.config, dataset.as_ref())?;
+    let (memory, device_memory) = match device.is_cuda() {
+        // The checkpoint is read and written by way of the host.
+        true => (PROGRAM + 8 * params + data, Some(tensors_bytes)),
+        // Blocks of the allocator that do not fit the next size asked for: seen to be about a seventh.
+        false => (PROGRAM + (tensors_bytes - made) * 8 / 7 + made + data, None),
+    };
     let mut notes: Vec<String> = dataset.iter().flat_map(|d| d.notes.clone()).collect();
     notes.extend(start.notes);
     let bits = |name: &str| chosen.get(name).map(|target| target.bits);
@@ -79,17 +92,21 @@ pub fn plan(recipe: &Recipe, device: &Device) -> Result<Plan> {
     if samples > 0 {
         notes.push(format!("{samples} training samples, {} steps an epoch", epoch_steps(recipe, samples)));
     }
-    Ok(Plan { tensors, params, phases, memory, notes })
+    Ok(Plan { tensors, params, phases, memory, device_memory, notes })
 }
 
-/// Peak memory of a run, in bytes: parameters with their gradients, moments and teacher, what is kept of
-/// each code, and the activations that a forward pass of one batch leaves behind for its backward pass.
-fn memory_estimate(
+/// The program without tensors, in bytes.
+const PROGRAM: usize = 72 << 20;
+
+/// Tensors of a run at its peak, in bytes: parameters with their gradients, moments and teacher, what is kept of
+/// each code, and the activations, of `width` bytes each, that a forward pass of one batch leaves behind for its
+/// backward pass.
+fn tensor_estimate(
     recipe: &Recipe,
     config: &VisionConfig,
-    params: usize,
-    codes: usize,
+    (params, codes): (usize, usize),
     products: &[bool],
+    width: usize,
 ) -> usize {
     let quantized = recipe.activation.bits != 32;
     let of = |block: usize| Kept { quantized, product: products.get(block).copied().unwrap_or(false) };
@@ -106,15 +123,13 @@ fn memory_estimate(
             12 * binary.shapes().iter().map(|(_, shape)| shape[0] + shape[1]).sum::<usize>()
         }
     };
-    let activations = 4 * recipe.train.batch_size * values;
+    let activations = width * recipe.train.batch_size * values;
     let average = if recipe.train.ema > 0.0 { 4 } else { 0 };
     let state = params * (4 * 4 + recipe.optimizer.state_bytes() + average);
     // The tracks of the codes; while annealed, what is free and what was there before the step.
     let calm = if recipe.phase.iter().any(|p| p.calm.is_some()) { 8 } else { 0 };
     let tracks = codes * (12 + calm);
-    let program = 72 << 20;
-    // Blocks of the allocator that do not fit the next size asked for: seen to be about a seventh.
-    program + (state + activations + tracks) * 8 / 7
+    state + activations + tracks
 }
 
 /// What decides how much a block keeps.

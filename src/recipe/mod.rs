@@ -229,6 +229,9 @@ pub struct TrainConfig {
     pub checkpointing: bool,
     /// What the factors of matrix products are rounded to; sums, activations and what is trained stay in f32.
     pub products: Arithmetic,
+    /// Whether the passes of a vision transformer on a CUDA device are recorded as graphs and launched as a whole.
+    /// Without effect on other devices, under stochastic depth and for language models.
+    pub graphs: bool,
     /// The folder of an earlier run, or of the optimizer's state that it left: what classp remembers of the
     /// tasks before. None: nothing.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -258,6 +261,7 @@ impl Default for TrainConfig {
             on_nan: OnNan::Stop,
             checkpointing: false,
             products: Arithmetic::F32,
+            graphs: false,
             optimizer_state: None,
             allow_partial: false,
         }
@@ -392,6 +396,11 @@ impl Recipe {
         if let Some(continual) = &self.continual {
             return self.check_continual(continual);
         }
+        if self.train.graphs && self.train.drop_path > 0.0 {
+            return Err(Error::usage(
+                "train.graphs: train.drop_path draws anew at every step, which no recording can",
+            ));
+        }
         match self.transform.is_empty() {
             true => Err(Error::usage("transform: found none, expected a weight quantizer")),
             false => Ok(()),
@@ -466,6 +475,7 @@ impl Recipe {
             ("qkr", self.qkr.is_some()),
             ("continual", self.continual.is_some()),
             ("train.drop_path", self.train.drop_path > 0.0),
+            ("train.graphs", self.train.graphs),
         ];
         if let Some((table, _)) = stray.iter().find(|(_, there)| *there) {
             return Err(Error::usage(format!("{table}: only a vision transformer has it")));

@@ -1,10 +1,12 @@
 //! The trainer: phases as data, one loop for all of them.
 
 pub mod average;
+pub mod figure;
 pub mod heads;
 pub mod layers;
 pub mod metrics;
 pub mod oscillation;
+pub mod recordings;
 pub mod resume;
 pub mod signal;
 pub mod step;
@@ -18,9 +20,11 @@ use candle_core::{Device, Tensor};
 use serde_json::{json, Map, Value};
 
 pub use average::Average;
+pub use figure::Figure;
 pub use heads::Heads;
 pub use metrics::{peak_rss_bytes, Metrics};
 pub use oscillation::Tracker;
+pub use recordings::Recordings;
 pub use resume::State;
 pub use supply::{Batches, Images, Supply};
 pub use task::{evaluate, evaluate_with, Accuracy, Classify, Pass, Task};
@@ -53,6 +57,27 @@ impl Progress for Quiet {
     fn finish(&self) {}
 }
 
+/// The figures of the last step that was read.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Seen {
+    /// Mean loss.
+    pub loss: f64,
+    /// Percent of predictions that were right.
+    pub top1: f64,
+    /// Norm of the gradient before clipping.
+    pub grad_norm: f64,
+}
+
+/// A step whose figures are not read yet.
+struct Waiting {
+    /// Its number in the phase.
+    at: usize,
+    samples: Vec<u32>,
+    moved: step::Moved,
+    loss: Figure,
+    top1: Figure,
+}
+
 /// A run in the middle of its work: what all phases share.
 pub struct Trainer<'a, S: Supply> {
     /// The resolved recipe.
@@ -71,6 +96,8 @@ pub struct Trainer<'a, S: Supply> {
     pub state: State,
     /// The running average of the trainables, where the recipe wants one.
     pub average: Option<Average>,
+    /// The figures of the last step that was read.
+    pub seen: Option<Seen>,
     /// When this process took the run up.
     pub started: Instant,
     /// Seconds that earlier processes spent on it.
@@ -169,9 +196,15 @@ impl<S: Supply> Trainer<'_, S> {
     }
 
     /// Saves a checkpoint of where the run stands.
-    pub fn save(&mut self, weights: &Weights, optimizer: &dyn Optimizer, tracker: &Tracker) -> Result<()> {
+    pub fn save(
+        &mut self,
+        weights: &Weights,
+        optimizer: &dyn Optimizer,
+        tracker: &mut Tracker,
+    ) -> Result<()> {
         self.metrics.sync()?;
         self.state.metrics_lines = self.metrics.lines();
+        self.state.device = crate::device::name(self.device);
         self.state.wall_s = self.wall_s();
         self.state.taps = weights.taps().map(|(name, rule)| (name.to_string(), rule.describe())).collect();
         self.state.tracked = tracker.names();
@@ -256,6 +289,7 @@ impl<S: Supply> Trainer<'_, S> {
         }
         let mut loader: Option<Batches<'_, <S::Task as Task>::Batch>> = None;
         let (mut seen, mut seconds) = (0usize, 0f64);
+        let mut waiting: Vec<Waiting> = Vec::new();
         self.progress.start(&config.name, rate.steps);
         let tired = |state: &State| recipe.train.patience > 0 && state.stale >= recipe.train.patience;
         while self.state.phase_step < rate.steps && !tired(&self.state) {
@@ -288,12 +322,15 @@ impl<S: Supply> Trainer<'_, S> {
                 free: &free,
                 first,
             };
+            let samples: Vec<u32> = batches.iter().flat_map(<S::Task as Task>::samples).collect();
+            let broken = |at: usize, message: &str, samples: &[u32]| {
+                format!("phase {}, step {at}: {message}; samples {}", config.name, few(samples))
+            };
             let step = match step::take(task, &batches, &params, &mut rule, self.device) {
                 Err(Error::NotFinite(message)) => {
-                    let samples: Vec<u32> = batches.iter().flat_map(<S::Task as Task>::samples).collect();
-                    let message =
-                        format!("phase {}, step {at}: {message}; samples {}", config.name, few(&samples));
-                    self.not_finite(message, &params, optimizer)?;
+                    self.not_finite(broken(at, &message, &samples), &params, optimizer)?;
+                    self.state.phase_step += 1;
+                    self.state.step += 1;
                     continue;
                 }
                 Err(Error::Run(message)) => {
@@ -310,36 +347,54 @@ impl<S: Supply> Trainer<'_, S> {
             if let Some(average) = &mut self.average {
                 average.update(&params)?;
             }
-            self.say_still(lr, &params, &step.still);
+            self.say_still(lr, &params, &step.moved.still);
+            let done = at + 1;
+            let last = done == rate.steps;
+            let stop = signal::asked();
+            let log_due = done.is_multiple_of(recipe.train.log_steps) || last;
+            let eval_due = recipe.train.eval_steps;
+            let eval_due = last || (eval_due > 0 && done.is_multiple_of(eval_due));
+            let checkpoint = match recipe.train.checkpoint_steps {
+                0 => within + 1 == rate.epoch_steps,
+                n => done.is_multiple_of(n),
+            };
+            waiting.push(Waiting { at, samples, moved: step.moved, loss: step.loss, top1: step.top1 });
+            // Nobody waits for a device at every step.
+            let due = log_due || eval_due || checkpoint || first || stop.is_some() || self.seen.is_none();
+            let due = due || self.device.is_cpu();
+            if due {
+                for (at, message, samples) in self.read(&mut waiting, &params)? {
+                    // Nothing moved at that step.
+                    self.not_finite(broken(at, &message, &samples), &params, optimizer)?;
+                }
+            }
             seconds += begun.elapsed().as_secs_f64();
             seen += step.counted;
             self.state.samples_per_s = seen as f64 / seconds.max(1e-9);
             self.state.phase_step += 1;
             self.state.step += 1;
-            let done = self.state.phase_step;
+            let shown = self.seen.unwrap_or_default();
             let right = match supply.counts_right() {
-                true => format!("  top-1 {:.1} %", step.top1),
+                true => format!("  top-1 {:.1} %", shown.top1),
                 false => String::new(),
             };
             let message = format!(
                 "loss {:.4}{right}  lr {lr:.1e}  {:.0} {}",
-                step.loss,
+                shown.loss,
                 self.state.samples_per_s,
                 supply.unit().1
             );
             self.progress.tick(done, &message);
-            let last = done == rate.steps;
-            if done.is_multiple_of(recipe.train.log_steps) || last {
+            if log_due {
                 let epoch = epoch as f64 + (within + 1) as f64 / rate.epoch_steps as f64;
                 // A line of all layers is long: a few hundred of them show a phase of any length.
                 let sparse =
                     recipe.train.log_steps * rate.steps.div_ceil(LAYER_LINES * recipe.train.log_steps).max(1);
                 let layers_due = last || done.is_multiple_of(sparse);
                 let figures = optimizer.figures();
-                self.log(config, &step, lr, epoch, weights, tracker, &figures, layers_due)?;
+                self.log(config, lr, epoch, weights, tracker, &figures, layers_due)?;
             }
-            let due = recipe.train.eval_steps;
-            if last || (due > 0 && done.is_multiple_of(due)) {
+            if eval_due {
                 if let Some(average) = &mut self.average {
                     average.swap(&params)?;
                 }
@@ -360,12 +415,7 @@ impl<S: Supply> Trainer<'_, S> {
                     self.progress.start(&config.name, rate.steps);
                 }
             }
-            let checkpoint = match recipe.train.checkpoint_steps {
-                0 => within + 1 == rate.epoch_steps,
-                n => done.is_multiple_of(n),
-            };
             let best = self.state.best.is_some_and(|(_, step)| step == self.state.step);
-            let stop = signal::asked();
             if (checkpoint || best || stop.is_some()) && !last {
                 self.save(weights, optimizer, tracker)?;
             }
@@ -420,9 +470,34 @@ impl<S: Supply> Trainer<'_, S> {
             }
         }
         self.progress.note(&format!("{message}: step left out"));
-        self.state.phase_step += 1;
-        self.state.step += 1;
         Ok(())
+    }
+
+    /// Reads what steps left on their device and remembers the figures of the last one. Gives the steps whose loss or
+    /// gradient was not finite, with what it was and their samples.
+    fn read(
+        &mut self,
+        waiting: &mut Vec<Waiting>,
+        params: &[Param],
+    ) -> Result<Vec<(usize, String, Vec<u32>)>> {
+        let mut broken = Vec::new();
+        let figures: Vec<&Figure> =
+            waiting.iter().flat_map(|step| [&step.loss, &step.top1, &step.moved.norm]).collect();
+        let read = figure::read_all(&figures)?;
+        for (step, figures) in waiting.drain(..).zip(read.chunks_exact(3)) {
+            let &[loss, top1, grad_norm] = figures else { continue };
+            if !loss.is_finite() {
+                broken.push((step.at, format!("the loss is {loss}, expected a finite number"), step.samples));
+            } else if !grad_norm.is_finite() {
+                let norms = step.moved.norms.map(|n| n.to_vec1::<f32>()).transpose()?.unwrap_or_default();
+                let of = norms.iter().skip(1).position(|norm| !norm.is_finite()).and_then(|i| params.get(i));
+                let of = of.map_or("the parameters together", |param| param.name.as_str());
+                broken.push((step.at, format!("the gradient of {of} is not finite"), step.samples));
+            } else {
+                self.seen = Some(Seen { loss, top1, grad_norm });
+            }
+        }
+        Ok(broken)
     }
 
     /// Puts the trainables back to where the best evaluation of the phase saw them.
@@ -485,26 +560,26 @@ impl<S: Supply> Trainer<'_, S> {
     fn log(
         &mut self,
         phase: &PhaseConfig,
-        step: &step::Step,
         lr: f64,
         epoch: f64,
         weights: &Weights,
-        tracker: &Tracker,
+        tracker: &mut Tracker,
         figures: &[(&'static str, f64)],
         layers_due: bool,
     ) -> Result<()> {
+        let seen = self.seen.unwrap_or_default();
         let mut line = Map::new();
         let mut put = |key: &str, value: Value| line.insert(key.to_string(), value);
         put("step", json!(self.state.step));
         put("epoch", json!(epoch));
         put("split", json!("train"));
         put("phase", json!(phase.name));
-        put("loss", json!(step.loss));
+        put("loss", json!(seen.loss));
         if self.supply.counts_right() {
-            put("top1", json!(step.top1));
+            put("top1", json!(seen.top1));
         }
         put("lr", json!(lr));
-        put("grad_norm", json!(step.grad_norm));
+        put("grad_norm", json!(seen.grad_norm));
         for (key, value) in figures {
             put(key, json!(value));
         }
@@ -512,7 +587,7 @@ impl<S: Supply> Trainer<'_, S> {
         if phase.quantize {
             let coarse = coarse(weights);
             let counts = |name: &str| coarse.contains(name);
-            let figures = tracker.figures(counts);
+            let figures = tracker.figures(counts)?;
             put("oscillation", json!(figures.percent));
             put("osc_ema_mean", json!(figures.ema_mean));
             put("flip_rate", json!(figures.flip_rate));
@@ -526,10 +601,14 @@ impl<S: Supply> Trainer<'_, S> {
         }
         put(self.supply.unit().0, json!(self.state.samples_per_s));
         put("peak_rss_bytes", json!(peak_rss_bytes()));
+        if let Some(bytes) = crate::device::peak_bytes(self.device) {
+            put("peak_device_bytes", json!(bytes));
+        }
         self.metrics.write(line)?;
         if !phase.quantize || !layers_due {
             return Ok(());
         }
+        tracker.fetch()?;
         let mut layers = Vec::new();
         for (name, weight) in weights.iter() {
             let Some(track) = tracker.track(name) else { continue };

@@ -8,6 +8,8 @@ use candle_core::{DType, Device, Tensor};
 use indexmap::IndexMap;
 use rayon::prelude::*;
 
+#[cfg(feature = "cuda")]
+use crate::kernels::cuda::{History, HostHistory};
 use crate::{Error, Result};
 
 /// Momentum of the exponential mean.
@@ -116,6 +118,26 @@ impl Track {
     }
 }
 
+#[cfg(feature = "cuda")]
+impl Track {
+    fn history(&self) -> HostHistory {
+        HostHistory {
+            last: self.last.clone(),
+            direction: self.direction.clone(),
+            ema: self.ema.clone(),
+            total: self.total.clone(),
+            sign: self.sign.clone(),
+            turned: self.turned.clone(),
+            changed: self.changed,
+        }
+    }
+
+    fn of(history: HostHistory) -> Self {
+        let HostHistory { last, direction, ema, total, sign, turned, changed } = history;
+        Track { last, direction, ema, total, sign, turned, changed }
+    }
+}
+
 /// What the tracks of all weights say together.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Oscillation {
@@ -127,10 +149,13 @@ pub struct Oscillation {
     pub flip_rate: f64,
 }
 
-/// The tracks of all quantized weights, by name.
-#[derive(Clone, Debug, Default)]
+/// The tracks of all quantized weights, by name. Those of weights on a CUDA device are followed there: what the host has
+/// of them is what [`Tracker::fetch`] brought.
+#[derive(Debug, Default)]
 pub struct Tracker {
     tracks: IndexMap<String, Track>,
+    #[cfg(feature = "cuda")]
+    there: IndexMap<String, History>,
 }
 
 impl Tracker {
@@ -139,6 +164,11 @@ impl Tracker {
         let mut values = IndexMap::with_capacity(codes.len());
         for (name, codes) in codes {
             self.tracks.entry(name.clone()).or_default();
+            #[cfg(feature = "cuda")]
+            if codes.device().is_cuda() {
+                self.observe_there(&name, &codes)?;
+                continue;
+            }
             values.insert(name, codes.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?);
         }
         let mut work: Vec<(&mut Track, &Vec<f32>)> =
@@ -155,9 +185,42 @@ impl Tracker {
         gradients: impl Iterator<Item = (&'a str, &'a Tensor)>,
     ) -> Result<()> {
         for (name, gradient) in gradients {
+            #[cfg(feature = "cuda")]
+            if let Some(history) = self.there.get_mut(name) {
+                history.observe_gradient(gradient)?;
+                continue;
+            }
             if let Some(track) = self.tracks.get_mut(name) {
                 track.observe_gradient(&gradient.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?);
             }
+        }
+        Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn observe_there(&mut self, name: &str, codes: &Tensor) -> Result<()> {
+        if let Some(history) = self.there.get(name).filter(|h| h.count() == codes.elem_count()) {
+            return Ok(history.observe(codes, MOMENTUM, OSCILLATES)?);
+        }
+        // The first codes, or the first behind a checkpoint.
+        let Some(track) = self.tracks.get_mut(name) else { return Ok(()) };
+        let known = track.last.len() == codes.elem_count();
+        if !known {
+            track.observe(&codes.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?, MOMENTUM);
+        }
+        let history = History::there(&track.history(), codes.device())?;
+        if known {
+            history.observe(codes, MOMENTUM, OSCILLATES)?;
+        }
+        self.there.insert(name.to_string(), history);
+        Ok(())
+    }
+
+    /// Brings what is followed on a device to the host, for [`Tracker::track`]; waits for it.
+    pub fn fetch(&mut self) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        for (name, history) in &self.there {
+            self.tracks.insert(name.clone(), Track::of(history.read()?));
         }
         Ok(())
     }
@@ -169,7 +232,35 @@ impl Tracker {
 
     /// How many codes are tracked of the weights that `counts` names.
     pub fn codes(&self, counts: impl Fn(&str) -> bool) -> usize {
-        self.tracks.iter().filter(|(name, _)| counts(name)).map(|(_, t)| t.ema.len()).sum()
+        self.tracks.iter().filter(|(name, _)| counts(name)).map(|(name, t)| self.length(name, t)).sum()
+    }
+
+    /// Three sums, with what the histories on a device add to them.
+    #[cfg(feature = "cuda")]
+    fn with_those_there(&self, mut sums: [f64; 3], counts: &impl Fn(&str) -> bool) -> Result<[f64; 3]> {
+        let there: Vec<&Tensor> =
+            self.there.iter().filter(|(name, _)| counts(name)).map(|(_, h)| h.figures()).collect();
+        if !there.is_empty() {
+            for row in Tensor::cat(&there, 0)?.to_vec2::<f64>()? {
+                sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
+            }
+        }
+        Ok(sums)
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn with_those_there(&self, sums: [f64; 3], _counts: &impl Fn(&str) -> bool) -> Result<[f64; 3]> {
+        Ok(sums)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn length(&self, name: &str, track: &Track) -> usize {
+        self.there.get(name).map_or(track.ema.len(), History::count)
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn length(&self, _name: &str, track: &Track) -> usize {
+        track.ema.len()
     }
 
     /// The names of the tracked weights, in order.
@@ -178,20 +269,31 @@ impl Tracker {
     }
 
     /// The figures over the weights that `counts` names.
-    pub fn figures(&self, counts: impl Fn(&str) -> bool) -> Oscillation {
-        let counted = || self.tracks.iter().filter(|(name, _)| counts(name)).map(|(_, track)| track);
-        let n: usize = counted().map(|t| t.ema.len()).sum();
-        let each = || counted().flat_map(|t| &t.ema);
+    pub fn figures(&self, counts: impl Fn(&str) -> bool) -> Result<Oscillation> {
+        let n = self.codes(&counts);
         let share = |count: f64| if n == 0 { 0.0 } else { count / n as f64 };
-        Oscillation {
-            ema_mean: share(each().map(|&e| f64::from(e)).sum()),
-            percent: 100.0 * share(each().filter(|e| **e > OSCILLATES).count() as f64),
-            flip_rate: share(counted().map(|t| t.changed).sum::<usize>() as f64),
-        }
+        let on_host = |name: &str| {
+            #[cfg(feature = "cuda")]
+            if self.there.contains_key(name) {
+                return false;
+            }
+            counts(name)
+        };
+        let counted = || self.tracks.iter().filter(|(name, _)| on_host(name)).map(|(_, track)| track);
+        let each = || counted().flat_map(|t| &t.ema);
+        let here = [
+            each().map(|&e| f64::from(e)).sum(),
+            each().filter(|e| **e > OSCILLATES).count() as f64,
+            counted().map(|t| t.changed).sum::<usize>() as f64,
+        ];
+        let sums = self.with_those_there(here, &counts)?;
+        let [means, above, changed] = sums.map(share);
+        Ok(Oscillation { ema_mean: means, percent: 100.0 * above, flip_rate: changed })
     }
 
     /// The state as named tensors.
-    pub fn state(&self) -> Result<Vec<(String, Tensor)>> {
+    pub fn state(&mut self) -> Result<Vec<(String, Tensor)>> {
+        self.fetch()?;
         let mut tensors = Vec::new();
         for (name, track) in &self.tracks {
             let n = track.last.len();
@@ -234,7 +336,7 @@ impl Tracker {
             let track = Track { last, direction, ema, total, sign, ..Track::default() };
             tracks.insert(name.clone(), track);
         }
-        Ok(Tracker { tracks })
+        Ok(Tracker { tracks, ..Tracker::default() })
     }
 }
 
@@ -264,8 +366,9 @@ mod tests {
             let gradient = Tensor::new(&v, &Device::Cpu).unwrap();
             tracker.observe_gradients([("w", &gradient)].into_iter()).unwrap();
         }
-        assert!((tracker.figures(|_| true).flip_rate - 2.0 / 3.0).abs() < 1e-9);
-        assert!((tracker.figures(|_| true).percent - 100.0 / 3.0).abs() < 1e-9);
+        let figures = tracker.figures(|_| true).unwrap();
+        assert!((figures.flip_rate - 2.0 / 3.0).abs() < 1e-9);
+        assert!((figures.percent - 100.0 / 3.0).abs() < 1e-9);
         let state: std::collections::HashMap<String, Tensor> = tracker.state().unwrap().into_iter().collect();
         let read = |name: &str| Ok(state.get(name).cloned());
         let mut back = Tracker::restore(&["w".to_string()], &read).unwrap();

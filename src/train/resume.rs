@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::task::Accuracy;
+use super::Progress;
 use crate::weights::{checkpoint, Checkpoint, Param, Weights};
 use crate::{files, Error, Result};
 
@@ -24,6 +25,9 @@ const STATE_VERSION: u64 = 1;
 pub struct State {
     /// The version of this file.
     pub version: u64,
+    /// The device of the steps up to here; of an older checkpoint nothing.
+    #[serde(default)]
+    pub device: String,
     /// Index of the phase in the recipe.
     pub phase: usize,
     /// Steps of that phase that are done.
@@ -70,6 +74,7 @@ impl Default for State {
     fn default() -> Self {
         State {
             version: STATE_VERSION,
+            device: String::new(),
             phase: 0,
             phase_step: 0,
             step: 0,
@@ -203,6 +208,18 @@ fn read(dir: PathBuf) -> Result<Saved> {
 }
 
 impl Saved {
+    /// Says where the run goes on, and where on another device than before.
+    pub fn say(&self, device: &Device, progress: &dyn Progress) {
+        progress.note(&format!("continuing from step {} ({})", self.state.step, self.dir.display()));
+        let now = crate::device::name(device);
+        if !self.state.device.is_empty() && self.state.device != now {
+            progress.note(&format!(
+                "the steps before were taken on {}, those from here on {now}: exactness ends here",
+                self.state.device
+            ));
+        }
+    }
+
     /// Sets every parameter to its saved value. A missing one, a different shape and a saved one that
     /// nobody wants are errors.
     pub fn restore(&self, params: &[Param], device: &Device) -> Result<()> {

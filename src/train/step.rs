@@ -2,24 +2,35 @@
 
 use candle_core::{DType, Device, Tensor};
 
+use super::figure::Figure;
 use super::task::Task;
-use crate::optim::{Optimizer, OptimizerConfig};
+use crate::optim::{Move, Optimizer, OptimizerConfig};
 use crate::weights::{Param, Role, Weights};
 use crate::{Error, Result};
 
-/// What a step did.
+/// What a step did. Figures of a step on a CUDA device stay there until they are read.
 #[derive(Debug)]
 pub struct Step {
     /// Mean loss over the samples of the step.
-    pub loss: f64,
+    pub loss: Figure,
     /// Percent of predictions that were right, before the update.
-    pub top1: f64,
+    pub top1: Figure,
     /// Samples, or tokens of text.
     pub counted: usize,
-    /// Norm of the gradient of all trainables together, before clipping.
-    pub grad_norm: f64,
     /// The gradient of each parameter, before clipping.
     pub grads: Vec<Option<Tensor>>,
+    /// How the parameters moved.
+    pub moved: Moved,
+}
+
+/// How parameters moved.
+#[derive(Debug, Default)]
+pub struct Moved {
+    /// Norm of the gradient of all parameters together, before clipping. Where it turns out not to be finite, nothing
+    /// moved.
+    pub norm: Figure,
+    /// On a CUDA device the same and then the norm of each parameter's gradient, f32.
+    pub norms: Option<Tensor>,
     /// At a phase's first step: the parameters whose gradient was exactly zero or that did not move.
     pub still: Vec<String>,
 }
@@ -60,12 +71,12 @@ pub fn free(weights: &Weights, params: &[Param]) -> Result<Vec<Option<Tensor>>> 
 fn gradients<T: Task>(task: &T, batches: &[T::Batch], params: &[Param], device: &Device) -> Result<Step> {
     let total: usize = batches.iter().map(T::predictions).sum();
     let mut sums: Vec<Option<Tensor>> = vec![None; params.len()];
-    let (mut loss, mut right) = (0f64, 0usize);
+    let (mut loss, mut right) = (Figure::Known(0.0), Figure::Known(0.0));
     for batch in batches {
         let share = T::predictions(batch) as f64 / total.max(1) as f64;
         let pass = task.learn(batch, params, device)?;
-        loss += pass.loss * share;
-        right += pass.right;
+        loss = loss.plus(&pass.loss, share)?;
+        right = right.plus(&pass.right, 1.0)?;
         for ((sum, param), grad) in sums.iter_mut().zip(params).zip(pass.grads) {
             let Some(grad) = grad else { continue };
             // LSQ divides by the root of the samples of the pass: over a share of the step's samples
@@ -81,9 +92,9 @@ fn gradients<T: Task>(task: &T, batches: &[T::Batch], params: &[Param], device: 
             });
         }
     }
-    let top1 = 100.0 * right as f64 / total.max(1) as f64;
+    let top1 = Figure::Known(0.0).plus(&right, 100.0 / total.max(1) as f64)?;
     let counted = batches.iter().map(T::counted).sum();
-    Ok(Step { loss, top1, counted, grad_norm: 0.0, grads: sums, still: Vec::new() })
+    Ok(Step { loss, top1, counted, grads: sums, moved: Moved::default() })
 }
 
 fn squared_norm(grad: &Tensor) -> Result<f64> {
@@ -91,10 +102,21 @@ fn squared_norm(grad: &Tensor) -> Result<f64> {
     Ok(sum.to_scalar::<f64>()?)
 }
 
+/// A gradient that cannot be followed.
+fn not_finite(name: &str) -> Error {
+    Error::NotFinite(format!("the gradient of {name} is not finite"))
+}
+
+/// Whether a parameter stands where it stood `before`.
+fn stands(param: &Param, before: &Tensor) -> Result<bool> {
+    let moved = (param.var.as_detached_tensor() - before)?.abs()?.sum_all()?;
+    Ok(moved.to_dtype(DType::F32)?.to_scalar::<f32>()? == 0.0)
+}
+
 /// Moves `params` along `grads`: norm, clipping, update, then what annealing holds goes back to where it
-/// was, so that neither weight decay nor momentum moves it. Returns the norm before clipping and, at a
-/// first step, the names of the parameters whose gradient was exactly zero or that did not move.
-pub fn update(params: &[Param], grads: &[Option<Tensor>], rule: &mut Rule<'_>) -> Result<(f64, Vec<String>)> {
+/// was, so that neither weight decay nor momentum moves it. Errs where a gradient is not finite, on a CUDA device at a
+/// first step only: at others nothing moves then, which the norm tells whoever reads it.
+pub fn update(params: &[Param], grads: &[Option<Tensor>], rule: &mut Rule<'_>) -> Result<Moved> {
     if rule.first {
         let silent: Vec<&str> =
             params.iter().zip(grads).filter(|(_, g)| g.is_none()).map(|(p, _)| p.name.as_str()).collect();
@@ -107,11 +129,14 @@ pub fn update(params: &[Param], grads: &[Option<Tensor>], rule: &mut Rule<'_>) -
             )));
         }
     }
+    if let Some(moved) = update_all(params, grads, rule)? {
+        return Ok(moved);
+    }
     let mut norms = Vec::with_capacity(params.len());
     for (param, grad) in params.iter().zip(grads) {
         let norm = grad.as_ref().map(squared_norm).transpose()?.unwrap_or(0.0);
         if !norm.is_finite() {
-            return Err(Error::NotFinite(format!("the gradient of {} is not finite", param.name)));
+            return Err(not_finite(&param.name));
         }
         norms.push(norm);
     }
@@ -135,14 +160,43 @@ pub fn update(params: &[Param], grads: &[Option<Tensor>], rule: &mut Rule<'_>) -
             let moved = param.var.as_detached_tensor();
             param.var.set(&free.ne(0.0)?.where_cond(&moved, &before)?)?;
         }
-        if rule.first {
-            let moved = (param.var.as_detached_tensor() - before)?.abs()?.sum_all()?;
-            if norms[i] == 0.0 || moved.to_dtype(DType::F32)?.to_scalar::<f32>()? == 0.0 {
-                still.push(param.name.clone());
+        if rule.first && (norms[i] == 0.0 || stands(param, &before)?) {
+            still.push(param.name.clone());
+        }
+    }
+    Ok(Moved { norm: Figure::Known(norm), norms: None, still })
+}
+
+/// [`update`] in one launch, where the rule has one for these tensors.
+fn update_all(params: &[Param], grads: &[Option<Tensor>], rule: &mut Rule<'_>) -> Result<Option<Moved>> {
+    let mut moves = Vec::with_capacity(params.len());
+    for (i, (param, grad)) in params.iter().zip(grads).enumerate() {
+        let Some(grad) = grad.as_ref().filter(|grad| grad.device().is_cuda()) else { continue };
+        let lr = rule.lr * rule.factors.get(i).copied().unwrap_or(1.0);
+        let free = rule.free.get(i).and_then(Option::as_ref);
+        moves.push(Move { param, grad, lr, decay: rule.config.decays(param), free });
+    }
+    if moves.is_empty() {
+        return Ok(None);
+    }
+    let before = match rule.first {
+        true => moves.iter().map(|m| Ok(m.param.var.as_tensor().copy()?.detach())).collect::<Result<_>>()?,
+        false => Vec::new(),
+    };
+    let Some(norms) = rule.optimizer.update_all(&moves, rule.clip)? else { return Ok(None) };
+    let mut still = Vec::new();
+    if rule.first {
+        let each = norms.to_vec1::<f32>()?;
+        for ((moved, norm), before) in moves.iter().zip(&each[1..]).zip(&before) {
+            if !norm.is_finite() {
+                return Err(not_finite(&moved.param.name));
+            }
+            if *norm == 0.0 || stands(moved.param, before)? {
+                still.push(moved.param.name.clone());
             }
         }
     }
-    Ok((norm, still))
+    Ok(Some(Moved { norm: Figure::of(&norms.get(0)?)?, norms: Some(norms), still }))
 }
 
 /// Takes one step over `batches`. A phase's first step errs where a trainable receives no gradient.
@@ -154,6 +208,6 @@ pub fn take<T: Task>(
     device: &Device,
 ) -> Result<Step> {
     let mut step = gradients(task, batches, params, device)?;
-    (step.grad_norm, step.still) = update(params, &step.grads, rule)?;
+    step.moved = update(params, &step.grads, rule)?;
     Ok(step)
 }

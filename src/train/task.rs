@@ -12,7 +12,7 @@ use crate::recipe::DistillKind;
 use crate::weights::Param;
 use crate::{kernels, Error, Result};
 
-use super::{signal, Heads, Progress};
+use super::{signal, Figure, Heads, Progress, Recordings};
 
 /// The figures of an evaluation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -33,9 +33,9 @@ pub struct Accuracy {
 #[derive(Debug)]
 pub struct Pass {
     /// Mean loss over what was predicted.
-    pub loss: f64,
+    pub loss: Figure,
     /// How many of the predictions were right.
-    pub right: usize,
+    pub right: Figure,
     /// The gradient of the mean loss for each parameter; `None` where none arrived.
     pub grads: Vec<Option<Tensor>>,
 }
@@ -73,6 +73,8 @@ pub struct Classify {
     pub drop_path: Option<(f64, u64)>,
     /// The classes of each task, where an image's task is known: the class head answers among its own.
     pub heads: Option<Heads>,
+    /// Where passes on a CUDA device are recorded; nothing: each is launched step by step.
+    pub recordings: Option<Recordings>,
 }
 
 /// The loss of a batch (mean over its samples, with its graph) and how many of its answers are right.
@@ -80,8 +82,10 @@ pub struct Classify {
 pub struct Loss {
     /// The scalar to go backward from.
     pub loss: Tensor,
+    /// Its value.
+    pub value: Figure,
     /// Samples whose label has the largest logit.
-    pub right: usize,
+    pub right: Figure,
 }
 
 /// Training loss on logits (Liu et al. 2023 as released; ofq.md 6.1): cross-entropy with the labels,
@@ -136,11 +140,20 @@ impl Classify {
     /// The loss of `batch`.
     pub fn loss(&self, batch: &Batch, device: &Device) -> Result<Loss> {
         let labels = Tensor::from_slice(&batch.labels, batch.labels.len(), device)?;
+        self.loss_of(batch, (&batch.images, &labels, batch.targets.as_ref()))
+    }
+
+    /// The same of a batch whose images, labels and soft targets lie at these places.
+    fn loss_of(
+        &self,
+        batch: &Batch,
+        (images, labels, targets): (&Tensor, &Tensor, Option<&Tensor>),
+    ) -> Result<Loss> {
         let drop = self.drop_path.map(|(rate, seed)| {
             let samples = batch.indices.clone();
             DropPath { rate, seed, epoch: batch.epoch, samples }
         });
-        let mut output = self.model.train(&batch.images, drop.as_ref())?;
+        let mut output = self.model.train(images, drop.as_ref())?;
         if let Some(heads) = &self.heads {
             output.class = heads.open(&output.class, &batch.labels)?;
             if let Some(other) = &output.distillation {
@@ -150,20 +163,44 @@ impl Classify {
         let teacher = match (&self.teacher, self.distill) {
             (None, _) | (_, DistillKind::None) => None,
             (Some(teacher), DistillKind::Soft | DistillKind::Pld) => {
-                Some(teacher.forward(&batch.images)?.class.detach())
+                Some(teacher.forward(images)?.class.detach())
             }
         };
         let taught = teacher.as_ref().map(|logits| (logits, self.distill));
-        let loss = distillation_loss(&output, &labels, batch.targets.as_ref(), taught)?;
-        let value = loss.to_dtype(DType::F32)?.to_scalar::<f32>()?;
-        if !value.is_finite() {
-            let place = self.model.not_finite(&batch.images)?;
+        let loss = distillation_loss(&output, labels, targets, taught)?;
+        let value = Figure::of(&loss)?;
+        if value.known_broken() {
+            let value = value.read()?;
+            let place = self.model.not_finite(images)?;
             let place = place.map(|layer| format!("; first seen behind {layer}")).unwrap_or_default();
             return Err(Error::NotFinite(format!("the loss is {value}, expected a finite number{place}")));
         }
-        let logits = output.logits()?.detach().to_vec2::<f32>()?;
-        let right = logits.iter().zip(&batch.labels).filter(|(row, label)| rank(row, **label) == 0).count();
-        Ok(Loss { loss, right })
+        let logits = output.logits()?.detach();
+        let right = match logits.device().is_cpu() {
+            false => Figure::of(&logits.argmax(D::Minus1)?.eq(labels)?.to_dtype(DType::F32)?.sum_all()?)?,
+            true => {
+                let logits = logits.to_vec2::<f32>()?;
+                let right = logits.iter().zip(&batch.labels).filter(|(row, label)| rank(row, **label) == 0);
+                Figure::Known(right.count() as f64)
+            }
+        };
+        Ok(Loss { loss, value, right })
+    }
+}
+
+impl Classify {
+    /// Forward and backward over a batch whose images, labels and soft targets lie at these places.
+    pub(super) fn pass(
+        &self,
+        batch: &Batch,
+        places: (&Tensor, &Tensor, Option<&Tensor>),
+        params: &[Param],
+    ) -> Result<Pass> {
+        let (out, tape) = tape::record(|| self.loss_of(batch, places))?;
+        let wanted: Vec<&Tensor> = params.iter().map(|p| p.var.as_tensor()).collect();
+        let mut grads = tape.backward(&out.loss, &wanted)?;
+        let grads = wanted.iter().map(|x| grads.remove(x)).collect();
+        Ok(Pass { loss: out.value, right: out.right, grads })
     }
 }
 
@@ -171,12 +208,12 @@ impl Task for Classify {
     type Batch = Batch;
 
     fn learn(&self, batch: &Batch, params: &[Param], device: &Device) -> Result<Pass> {
-        let (out, tape) = tape::record(|| self.loss(batch, device))?;
-        let loss = f64::from(out.loss.to_scalar::<f32>()?);
-        let wanted: Vec<&Tensor> = params.iter().map(|p| p.var.as_tensor()).collect();
-        let mut grads = tape.backward(&out.loss, &wanted)?;
-        let grads = wanted.iter().map(|x| grads.remove(x)).collect();
-        Ok(Pass { loss, right: out.right, grads })
+        #[cfg(feature = "cuda")]
+        if let (Some(recordings), true) = (&self.recordings, device.is_cuda()) {
+            return recordings.learn(self, batch, params, device);
+        }
+        let labels = Tensor::from_slice(&batch.labels, batch.labels.len(), device)?;
+        self.pass(batch, (&batch.images, &labels, batch.targets.as_ref()), params)
     }
 
     fn predictions(batch: &Batch) -> usize {

@@ -75,6 +75,7 @@ impl Transform for EmbeddingLora {
     fn rows(&self, ids: &Tensor, inputs: &[Weight]) -> Result<Tensor> {
         let e = only("embedding_lora", inputs)?.rows(ids)?.to_dtype(DType::F32)?;
         let (flat, width) = (ids.flatten_all()?.to_dtype(DType::U32)?, self.b.dim(0)?);
+        let flat = flat.to_device(self.a.device())?;
         let picked = kernels::pick_rows(&self.a.t()?, &flat)?; // [ids, r]
         let change = (kernels::linear(&picked, &self.b, None)? * self.scale)?;
         Ok((e.reshape(((), width))? + change)?.reshape(e.shape())?)

@@ -124,10 +124,10 @@ impl QuantizationConfig {
                 grid,
                 entry.group_size,
                 &entry.shape,
-                &checkpoint.tensor(&codes, device)?,
-                &checkpoint.tensor(&scale, device)?,
+                &checkpoint.tensor(&codes, &Device::Cpu)?,
+                &checkpoint.tensor(&scale, &Device::Cpu)?,
             )?;
-            weights.insert(name.clone(), Weight::from(Expr::Packed(packed)));
+            weights.insert(name.clone(), Weight::from(Expr::Packed(packed.to_device(device))));
             used.extend([codes, scale]);
         }
         for (name, value) in &self.activations {

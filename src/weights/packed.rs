@@ -11,7 +11,7 @@ use candle_core::{DType, Device, Storage, Tensor};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::kernels::{Groups, Levels, PackedRows};
+use crate::kernels::{packed_rows, packed_values, Groups, Levels, PackedRows};
 use crate::{Error, Result};
 
 /// Where the levels of a grid lie.
@@ -228,33 +228,34 @@ impl Packed {
         &self.device
     }
 
+    /// The same weight, its results made on `device`.
+    pub fn to_device(mut self, device: &Device) -> Self {
+        self.device = device.clone();
+        self
+    }
+
     /// The codes `k` as whole f32 numbers, in the weight's shape.
     pub fn codes(&self) -> Result<Tensor> {
-        self.read(|rows, row, out| rows.codes_of(row, out))
+        let cols = self.rows.cols;
+        let mut codes = vec![0f32; self.rows.rows() * cols];
+        codes.par_chunks_mut(cols).enumerate().for_each(|(row, out)| self.rows.codes_of(row, out));
+        Ok(Tensor::from_vec(codes, self.shape.as_slice(), &self.device)?)
     }
 
     /// The dense f32 weight: exactly the values that fake quantization gives.
     pub fn tensor(&self) -> Result<Tensor> {
-        self.read(PackedRows::values)
-    }
-
-    fn read(&self, of: impl Fn(&PackedRows, usize, &mut [f32]) + Sync) -> Result<Tensor> {
-        let cols = self.rows.cols;
-        let mut values = vec![0f32; self.rows.rows() * cols];
-        values.par_chunks_mut(cols).enumerate().for_each(|(row, out)| of(&self.rows, row, out));
-        Ok(Tensor::from_vec(values, self.shape.as_slice(), &self.device)?)
+        Ok(packed_values(&self.rows, &self.device)?.reshape(self.shape.as_slice())?)
     }
 
     /// The dense f32 values of some rows, `[ids, cols]`: an embedding's, without building the rest. A row
     /// beyond the last is an error.
     pub fn select_rows(&self, ids: &[u32]) -> Result<Tensor> {
-        let (rows, cols) = (self.rows.rows(), self.rows.cols);
+        let rows = self.rows.rows();
         if let Some(id) = ids.iter().find(|id| **id as usize >= rows) {
             return Err(Error::Run(format!("row {id} of a packed weight: found {rows} rows")));
         }
-        let mut values = vec![0f32; ids.len() * cols];
-        values.par_chunks_mut(cols).zip(ids).for_each(|(out, id)| self.rows.values(*id as usize, out));
-        Ok(Tensor::from_vec(values, (ids.len(), cols), &self.device)?)
+        let ids = Tensor::from_slice(ids, ids.len(), &Device::Cpu)?;
+        Ok(packed_rows(&ids, &self.rows, &self.device)?)
     }
 
     /// What a file holds: codes u8 `[rows, row_bytes]` and steps f32 `[rows]`, or `[rows, groups]`.

@@ -73,13 +73,13 @@ pub struct GridRule {
     pub granularity: Granularity,
     /// Into how many equal parts of the last axis a token falls, each with a step of its own.
     pub groups: usize,
-    /// The steps as they act, above their floor: one, one for each channel, or one for each token and, within
+    /// The steps, f32, of which one below 1e-5 acts as that: one, one for each channel, or one for each token and, within
     /// it, part of the last axis.
-    pub step: Vec<f32>,
-    /// Added before, along the last axis.
-    pub shift_in: Option<Vec<f32>>,
-    /// Added after, along the last axis.
-    pub shift_out: Option<Vec<f32>>,
+    pub step: Tensor,
+    /// Added before, along the last axis, f32.
+    pub shift_in: Option<Tensor>,
+    /// Added after, along the last axis, f32.
+    pub shift_out: Option<Tensor>,
 }
 
 /// Makes the rule of a tap from the first activation seen there; `None` leaves the tap open.
@@ -156,6 +156,11 @@ impl Tap {
         Ok(Activation { name: self.name.clone(), x: x.clone(), rule, float: OnceCell::new() })
     }
 
+    /// Whether nothing hangs here: what passes leaves as it came, and nobody sees it.
+    pub fn is_open(&self) -> bool {
+        matches!(self.hung, Hung::Nothing)
+    }
+
     /// The rule that hangs here.
     pub fn rule(&self) -> Option<&Arc<dyn Transform>> {
         match &self.hung {
@@ -197,7 +202,7 @@ impl Activation {
         &self.x
     }
 
-    /// What a frozen rule on a grid does, in numbers; see [`Transform::grid_rule`].
+    /// What a frozen rule on a grid does; see [`Transform::grid_rule`].
     pub fn grid_rule(&self) -> Result<Option<GridRule>> {
         match &self.rule {
             Some(rule) => rule.grid_rule().map_err(|e| named(&self.name, e)),

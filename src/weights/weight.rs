@@ -198,9 +198,9 @@ impl Weight {
         }
     }
 
-    /// Third reading: the rows `ids` of a table `[rows, cols]`, `[.., cols]` for `ids` (u32) of any shape; a
-    /// frozen table takes no gradient, and of a packed one only these rows are unpacked. An id out of
-    /// range is an error; on a CUDA device a dense table must not meet one.
+    /// Third reading: the rows `ids` of a table `[rows, cols]`, `[.., cols]` for `ids` (u32) of any shape, on the CPU or
+    /// the table's device; a frozen table takes no gradient, and of a packed one only these rows are unpacked. An id out
+    /// of range is an error, but that a packed table on another device gives NaN for it where the ids are there too.
     pub fn rows(&self, ids: &Tensor) -> Result<Tensor> {
         match self.expr() {
             Expr::Dense(table) => gather(&table.detach(), ids),
@@ -216,10 +216,10 @@ impl Weight {
             Expr::Stored { .. } => gather(&self.tensor()?, ids),
             Expr::Latent(table) => gather(table.as_tensor(), ids),
             Expr::Packed(packed) if packed.shape().len() == 2 => {
-                let rows = kernels::FrozenRows::packed(packed.rows().clone());
-                let (flat, list) = checked(ids, rows.rows())?;
-                let picked = rows.select(&list, packed.device())?;
-                Ok(picked.reshape([flat.dims(), &[rows.cols()]].concat())?)
+                if ids.device().is_cpu() {
+                    checked(ids, packed.rows().rows())?;
+                }
+                Ok(kernels::packed_rows(ids, packed.rows(), packed.device())?)
             }
             Expr::Packed(packed) => gather(&packed.tensor()?, ids),
             Expr::Node { transform, inputs } => transform.rows(ids, inputs),
@@ -361,11 +361,7 @@ fn checked(ids: &Tensor, rows: usize) -> Result<(Tensor, Vec<u32>)> {
 /// The rows `ids` of a table `[rows, cols]`, `[.., cols]`.
 fn gather(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
     let (rows, cols) = table.dims2()?;
-    // On a device nobody looks at them: the host would have to wait for all that was asked of it before.
-    let ids = match ids.device().is_cpu() {
-        true => checked(ids, rows)?.0,
-        false => ids.to_dtype(DType::U32)?,
-    };
-    let picked = kernels::pick_rows(table, &ids.flatten_all()?)?;
+    let (ids, _) = checked(ids, rows)?;
+    let picked = kernels::pick_rows(table, &ids.flatten_all()?.to_device(table.device())?)?;
     Ok(picked.reshape([ids.dims(), &[cols]].concat())?)
 }

@@ -54,7 +54,7 @@ fn low_rank_and_shared_block() {
         (vec![2, 3, 5], 7, 2),
         (vec![9, 6], 4, 3),
         (vec![1, 33], 17, 4),
-        (vec![70, 40], 24, 16),
+        (vec![9, 40], 24, 16),
     ] {
         let i = x[x.len() - 1];
         let w = small(&[o, i], 2);

@@ -11,16 +11,21 @@
 //! everything: samples packed into one row, padding, a sliding window. Probabilities are made by blocks of
 //! queries and made again going backward, so memory does not grow with `T * S`.
 //!
-//! f32 and f64 here, f16 and bf16 through f32. Source: Vaswani et al. 2017, eq. 1; grouped heads: Ainslie et
-//! al. 2023; recomputation: Dao et al. 2022.
+//! On the CPU f32 and f64, f16 and bf16 through f32; on a CUDA device f32, f16 and bf16 (kernels/attention.cu and
+//! attention_f32.cu), heads of up to 256 columns. Source: Vaswani et al. 2017, eq. 1; grouped heads: Ainslie et al.
+//! 2023; recomputation: Dao et al. 2022.
 
 use crate::kernels::tape::{self, Reads};
 use std::sync::Arc;
 
+#[cfg(feature = "cuda")]
+use super::flash;
 use crate::kernels::cpu::{self, real, Real, Road};
 use crate::kernels::linear::{add_product, product, View};
 use crate::kernels::softmax::{self, softmax_rows, softmax_rows_grad};
 use candle_core::{bail, CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
+#[cfg(feature = "cuda")]
+use candle_core::{CudaStorage, Device};
 use rayon::prelude::*;
 
 /// Queries whose probabilities are held at a time. Part of the numerics.
@@ -65,6 +70,17 @@ struct Causal {
     groups: usize,
     scale: f64,
     starts: Arc<[u32]>,
+    #[cfg(feature = "cuda")]
+    kept: flash::Kept,
+}
+
+#[cfg(feature = "cuda")]
+impl Causal {
+    fn call(&self, q: &Shape, k: &Shape) -> Result<flash::Call> {
+        let ((batch, queries, width), (_, keys, _)) = (q.dims3()?, k.dims3()?);
+        let (heads, groups, scale) = (self.heads, self.groups, self.scale);
+        Ok(flash::Call { batch, heads, groups, queries, keys, depth: width / heads, bias: None, scale })
+    }
 }
 
 /// The sizes of one call.
@@ -252,14 +268,38 @@ impl CustomOp3 for Causal {
         })
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        q: &CudaStorage,
+        ql: &Layout,
+        k: &CudaStorage,
+        kl: &Layout,
+        v: &CudaStorage,
+        vl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let call = self.call(ql.shape(), kl.shape())?;
+        // A query alone, as in decoding, sees all keys, which the kernels know without being told.
+        let all = call.queries == 1 && self.starts.iter().all(|&start| start == 0);
+        let starts = Some(&self.starts).filter(|_| !all);
+        call.forward(self.name(), [(q, ql), (k, kl), (v, vl)], None, starts, &self.kept)
+    }
+
+    #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
     fn bwd(
         &self,
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
-        _o: &Tensor,
+        o: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        #[cfg(feature = "cuda")]
+        if q.device().is_cuda() {
+            let call = self.call(q.shape(), k.shape())?;
+            let [dq, dk, dv, _] = call.gradients([q, k, v], None, o, grad, (&self.kept, false))?;
+            return Ok((dq, dk, dv));
+        }
         let op = CausalGrad { op: self.clone(), grad: grad.contiguous()? };
         let packed = q.apply_op3_no_bwd(k, v, &op)?;
         let (nq, nk) = (q.elem_count(), k.elem_count());
@@ -305,6 +345,18 @@ impl CustomOp3 for CausalGrad {
     }
 }
 
+#[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+fn road(op: &str, causal: &Causal, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Road> {
+    let named = [("q", q), ("k", k), ("v", v)];
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = q.device() {
+        if causal.call(q.shape(), k.shape())?.runs(device, q.dtype())? {
+            return cpu::road_with_cuda(op, &named);
+        }
+    }
+    cpu::road(op, &named)
+}
+
 /// Attention of `q: [B, T, heads * d]` over `k, v: [B, S, groups * d]`, S at least T, `[B, T, heads * d]`.
 /// Query t of batch entry b sees the keys `starts[b * T + t] ..= t + S - T`.
 pub fn causal_attention(
@@ -332,10 +384,19 @@ pub fn causal_attention(
     if let Some((i, start)) = starts.iter().enumerate().find(|(i, s0)| **s0 as usize > i % t + s - t) {
         bail!("{op}: expected token {i} to see itself, got a start of {start}")
     }
-    match cpu::road(op, &[("q", q), ("k", k), ("v", v)])? {
+    let causal = Causal {
+        heads,
+        groups,
+        scale,
+        starts: starts.clone(),
+        #[cfg(feature = "cuda")]
+        kept: flash::Kept::default(),
+    };
+    match road(op, &causal, q, k, v)? {
         Road::Kernel => {
-            let op = Causal { heads, groups, scale, starts: starts.clone() };
-            tape::apply3(&q.contiguous()?, &k.contiguous()?, &v.contiguous()?, op, Reads::OPERANDS)
+            // On a CUDA device backward measures dP from the rows of do * o.
+            let reads = if q.device().is_cuda() { Reads::ALL } else { Reads::OPERANDS };
+            tape::apply3(&q.contiguous()?, &k.contiguous()?, &v.contiguous()?, causal, reads)
         }
         Road::ThroughF32 => {
             let (k, v) = (cpu::wide(k)?, cpu::wide(v)?);

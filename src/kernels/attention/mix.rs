@@ -2,8 +2,12 @@
 
 use super::{check_heads, heads_first};
 use crate::kernels::cpu::{self, real, Real, Road};
+#[cfg(feature = "cuda")]
+use crate::kernels::cuda::{self, Matrices, Place};
 use crate::kernels::linear::{product, View};
 use crate::kernels::tape::{self, Reads};
+#[cfg(feature = "cuda")]
+use candle_core::{backend::BackendStorage, CudaStorage, DType};
 use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -68,6 +72,20 @@ impl Sizes {
     }
 }
 
+#[cfg(feature = "cuda")]
+impl Sizes {
+    /// `[N, M]` of each entry and head, as P.
+    fn squares(&self, at: Place, dtype: DType) -> Matrices {
+        let &Sizes { heads, n, m, .. } = self;
+        Matrices::rows(at, dtype, m, (heads * n * m, n * m))
+    }
+
+    /// `[rows, d]` of each entry and head: columns of wider rows.
+    fn heads(&self, at: Place, dtype: DType, rows: usize) -> Matrices {
+        Matrices::rows(at, dtype, self.c, (rows * self.c, self.d()))
+    }
+}
+
 /// (P, v) to o.
 #[derive(Clone, Copy)]
 struct Mix {
@@ -92,6 +110,29 @@ impl CustomOp2 for Mix {
             let shape = Shape::from((vl.dims()[0], self.sizes.n, self.sizes.c));
             Ok((<T as Real>::store(self.sizes.mix(p, v)), shape))
         })
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        p: &CudaStorage,
+        pl: &Layout,
+        v: &CudaStorage,
+        vl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (name, sizes) = (self.name(), &self.sizes);
+        let &Sizes { heads, n, m, c } = sizes;
+        let (batch, dtype) = (vl.dims()[0], p.dtype());
+        let shape = Shape::from((batch, n, c));
+        let o = cuda::unwritten(p.device(), &shape, dtype)?;
+        let operands = [
+            sizes.squares(cuda::place(name, p, pl)?, dtype),
+            sizes.heads(cuda::place(name, v, vl)?, dtype, m),
+            sizes.heads(cuda::start(&o), dtype, n),
+        ];
+        // SAFETY: P is [batch, heads, n, m], v [batch, m, c] and o [batch, n, c]; heads of o do not overlap.
+        unsafe { cuda::product(p.device(), (n, sizes.d(), m), (batch, heads), operands, (1.0, 0.0))? };
+        Ok((o, shape))
     }
 
     fn bwd(
@@ -132,6 +173,37 @@ impl CustomOp3 for MixGrad {
             Ok((<T as Real>::store(out), shape))
         })
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        p: &CudaStorage,
+        pl: &Layout,
+        v: &CudaStorage,
+        vl: &Layout,
+        g: &CudaStorage,
+        gl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (name, sizes) = (self.name(), &self.0.sizes);
+        let &Sizes { heads, n, m, .. } = sizes;
+        let (device, dtype, d) = (p.device(), p.dtype(), sizes.d());
+        let (np, nv) = (pl.shape().elem_count(), vl.shape().elem_count());
+        let shape = Shape::from(np + nv);
+        let out = cuda::unwritten(device, &shape, dtype)?;
+        let at = cuda::start(&out);
+        let p = sizes.squares(cuda::place(name, p, pl)?, dtype);
+        let v = sizes.heads(cuda::place(name, v, vl)?, dtype, m);
+        let g = sizes.heads(cuda::place(name, g, gl)?, dtype, n);
+        let (dp, dv) = (sizes.squares(at, dtype), sizes.heads(at.at(np), dtype, m));
+        let batch = (vl.dims()[0], heads);
+        // SAFETY: P and dP are [batch, heads, n, m], v and dv [batch, m, c], do [batch, n, c]; heads of dv do not
+        // overlap.
+        unsafe {
+            cuda::product(device, (n, m, d), batch, [g, v.t(), dp], (1.0, 0.0))?;
+            cuda::product(device, (m, d, n), batch, [p.t(), g, dv], (1.0, 0.0))?;
+        }
+        Ok((out, shape))
+    }
 }
 
 /// The mixed values `[B, N, C]` of `p: [B, H, N, M]` and `v: [B, M, C]`. Errs when the heads do
@@ -145,7 +217,7 @@ pub fn attention_mix(p: &Tensor, v: &Tensor, heads: usize) -> Result<Tensor> {
         (p, v) => bail!("{op}: expected p [B, {heads}, N, M] and v [B, M, C], got {p:?} and {v:?}"),
     };
     check_heads(op, heads, sizes.c)?;
-    match cpu::road(op, &[("p", p), ("v", v)])? {
+    match cpu::road_with_cuda(op, &[("p", p), ("v", v)])? {
         Road::Kernel => tape::apply2(&p.contiguous()?, &v.contiguous()?, Mix { sizes }, Reads::OPERANDS),
         Road::ThroughF32 => attention_mix(&cpu::wide(p)?, &cpu::wide(v)?, heads)?.to_dtype(p.dtype()),
         Road::Reference => reference_mix(p, v, heads),

@@ -13,16 +13,22 @@
 //! The bias is `[G, H, N or 1, M]`; G divides B and batch entry b takes group `b mod G`, so that one
 //! bias serves all batch entries (G = 1), each its own (G = B), or the windows of an image (Swin).
 //!
-//! f32 and f64 here, f16 and bf16 through f32. Source: Vaswani et al. 2017, eq. 1; the bias is that of
-//! Liu et al. 2021 (Swin), eq. 4.
+//! On the CPU f32 and f64, f16 and bf16 through f32. On a CUDA device f32, f16 and bf16: products by cuBLAS, the
+//! softmax by kernels/softmax.cu; P, and the gradient of its logits, are of the operands' type. Where nobody reads P,
+//! `attention` is both ops in one, there without P in memory (kernels/attention.cu). Source: Vaswani et al. 2017,
+//! eq. 1; the bias is that of Liu et al. 2021 (Swin), eq. 4.
 
 mod causal;
+#[cfg(feature = "cuda")]
+mod flash;
+mod fused;
 mod mix;
 mod probs;
 
 use candle_core::{bail, Result, Tensor};
 
 pub use causal::{causal_attention, reference_causal};
+pub use fused::attention;
 pub use mix::{attention_mix, reference_mix};
 pub use probs::{attention_probs, reference_probs};
 

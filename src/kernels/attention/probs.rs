@@ -1,13 +1,19 @@
 //! Attention's first half: probabilities of queries over keys (the equations are those of [`super`]).
 //!
-//! One unit of work is one head forward and one batch entry backward. A bias's gradient is summed
+//! On the CPU one unit of work is one head forward and one batch entry backward. A bias's gradient is summed
 //! in parts of the batch that depend on the shapes alone, and the parts in order.
 
+#[cfg(feature = "cuda")]
+use super::flash;
 use super::{check_heads, heads_first};
 use crate::kernels::cpu::{self, real, simd, Real, Road};
+#[cfg(feature = "cuda")]
+use crate::kernels::cuda::{self, Launch, Matrices, Place};
 use crate::kernels::linear::{add_product, product, View};
 use crate::kernels::softmax::{self, softmax_rows, softmax_rows_grad};
 use crate::kernels::tape::{self, Reads};
+#[cfg(feature = "cuda")]
+use candle_core::{backend::BackendStorage, CudaDevice, CudaStorage, DType};
 use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -36,16 +42,16 @@ pub fn reference_probs(
 
 /// The sizes of one attention.
 #[derive(Clone, Copy)]
-struct Sizes {
-    batch: usize,
-    heads: usize,
-    n: usize,
-    m: usize,
-    d: usize,
+pub(super) struct Sizes {
+    pub batch: usize,
+    pub heads: usize,
+    pub n: usize,
+    pub m: usize,
+    pub d: usize,
     /// Whether all heads read the same query.
-    shared: bool,
+    pub shared: bool,
     /// The bias's groups and rows, where there is one.
-    bias: Option<(usize, usize)>,
+    pub bias: Option<(usize, usize)>,
 }
 
 /// Query and key, and the probabilities; of a bias the shape.
@@ -212,6 +218,103 @@ impl Sizes {
     }
 }
 
+#[cfg(feature = "cuda")]
+impl Sizes {
+    /// `[N, M]` of each entry and head, as P.
+    fn squares(&self, at: Place, dtype: DType) -> Matrices {
+        let &Sizes { heads, n, m, .. } = self;
+        Matrices::rows(at, dtype, m, (heads * n * m, n * m))
+    }
+
+    /// The queries of each entry and head, `[N, d]`: columns of wider rows, or the same for all heads.
+    fn queries(&self, at: Place, dtype: DType) -> Matrices {
+        let columns = self.q_cols();
+        Matrices::rows(at, dtype, columns, (self.n * columns, if self.shared { 0 } else { self.d }))
+    }
+
+    /// The keys, `[M, d]`.
+    fn all_keys(&self, at: Place, dtype: DType) -> Matrices {
+        let columns = self.heads * self.d;
+        Matrices::rows(at, dtype, columns, (self.m * columns, self.d))
+    }
+
+    fn probs_on_cuda(
+        &self,
+        device: &CudaDevice,
+        dtype: DType,
+        (q, k, bias): (Place, Place, Option<Place>),
+        scale: f64,
+    ) -> Result<CudaStorage> {
+        let &Sizes { batch, heads, n, m, d, .. } = self;
+        let p = cuda::unwritten(device, (batch, heads, n, m), dtype)?;
+        let at = cuda::start(&p);
+        let operands = [self.queries(q, dtype), self.all_keys(k, dtype).t(), self.squares(at, dtype)];
+        // Scaled before they are rounded to halves: sums over a wide query might be beyond these.
+        // SAFETY: q has batch * n rows of q_cols, k batch * m of heads * d elements, P batch * heads * n * m.
+        unsafe { cuda::product(device, (n, m, d), (batch, heads), operands, (scale as f32, 0.0))? };
+        let (groups, rows) = self.bias.unwrap_or((1, 1));
+        let count = batch * heads * n;
+        let (launch, grid, block) = softmax::over_rows(device, "attention_probs", dtype, (count, m))?;
+        let launch = launch.place(at).maybe(bias).place(at).i64(count).i32(m).i32(heads).i32(n);
+        // SAFETY: P has `count` rows of m logits, each of which a block reads before it writes there; a bias is
+        // [groups, heads, rows, m]; grid and block are those of the kernel's header.
+        unsafe { launch.i32(groups).i32(rows).f32(1.0).run(grid, block, 0)? };
+        Ok(p)
+    }
+
+    /// dq, dk and dbias to `out`.
+    fn probs_grad_on_cuda(
+        &self,
+        device: &CudaDevice,
+        dtype: DType,
+        [q, k, p, g]: [Place; 4],
+        out: Place,
+        scale: f64,
+    ) -> Result<()> {
+        let &Sizes { batch, heads, n, m, d, .. } = self;
+        let ds = cuda::unwritten(device, (batch, heads, n, m), dtype)?;
+        let at = cuda::start(&ds);
+        softmax::softmax_rows_grad_on_cuda(device, dtype, [p, g, at], (batch * heads * n, m))?;
+        let (s, scale) = (self.squares(at, dtype), scale as f32);
+        let (nq, nk) = (batch * n * self.q_cols(), batch * m * heads * d);
+        let (queries, keys) = (self.queries(q, dtype), self.all_keys(k, dtype));
+        let dk = self.all_keys(out.at(nq), dtype);
+        // SAFETY, of the products: dS is as P; q and dq have batch * n rows of q_cols, k and dk batch * m of
+        // heads * d elements; results do not overlap.
+        // SAFETY: as above.
+        unsafe { cuda::product(device, (m, d, n), (batch, heads), [s.t(), queries, dk], (scale, 0.0))? };
+        if self.shared {
+            // Summed over the heads in f32, head after head.
+            let apart = (dtype != DType::F32).then(|| cuda::unwritten(device, nq, DType::F32)).transpose()?;
+            let sum = self.queries(apart.as_ref().map_or(out, cuda::start), DType::F32);
+            for h in 0..heads {
+                let of_head = self.squares(at.at(h * n * m), dtype);
+                let keys = self.all_keys(k.at(h * d), dtype);
+                let beta = if h == 0 { 0.0 } else { 1.0 };
+                // SAFETY: as above, of one head; what is summed has the elements of q.
+                unsafe { cuda::product(device, (n, d, m), (batch, 1), [of_head, keys, sum], (scale, beta))? };
+            }
+            if let Some(sums) = apart {
+                cuda::fold_columns(device, &sums, out, dtype, (1, nq))?;
+            }
+        } else {
+            let dq = self.queries(out, dtype);
+            // SAFETY: as above.
+            unsafe { cuda::product(device, (n, d, m), (batch, heads), [s, keys, dq], (scale, 0.0))? };
+        }
+        let Some((groups, rows)) = self.bias else { return Ok(()) };
+        let size = groups * heads * rows * m;
+        let (each, parts) = flash::parts(batch / groups, size.div_ceil(256));
+        let partial = cuda::unwritten(device, parts * size, DType::F32)?;
+        let kernel = format!("attention_bias_grad_{}", cuda::suffix("attention_probs", dtype)?);
+        let launch = Launch::new(device, "softmax", kernel).place(at).place(cuda::start(&partial));
+        let launch = launch.i32(batch).i32(heads).i32(n).i32(m).i32(groups).i32(rows).i32(each);
+        // SAFETY: dS is [batch, heads, n, m]; partial has a bias for each part, a thread for each of its entries.
+        unsafe { launch.run((size.div_ceil(256), parts, 1), (256, 1, 1), 0)? };
+        cuda::fold_columns(device, &partial, out.at(nq + nk), dtype, (parts, size))
+    }
+}
+
 /// (q, k) or (q, k, bias) to P.
 #[derive(Clone, Copy)]
 struct Probs {
@@ -235,6 +338,20 @@ impl Probs {
         })
     }
 
+    #[cfg(feature = "cuda")]
+    fn run_on_cuda(
+        &self,
+        [(q, ql), (k, kl)]: [(&CudaStorage, &Layout); 2],
+        bias: Option<(&CudaStorage, &Layout)>,
+    ) -> Result<(CudaStorage, Shape)> {
+        let name = CustomOp2::name(self);
+        let Sizes { batch, heads, n, m, .. } = self.sizes;
+        let bias = bias.map(|(b, l)| cuda::place(name, b, l)).transpose()?;
+        let places = (cuda::place(name, q, ql)?, cuda::place(name, k, kl)?, bias);
+        let p = self.sizes.probs_on_cuda(q.device(), q.dtype(), places, self.scale)?;
+        Ok((p, Shape::from((batch, heads, n, m))))
+    }
+
     /// dq, dk and dbias in one flat result.
     fn gradients(&self, q: &Tensor, k: &Tensor, p: &Tensor, grad: &Tensor) -> Result<Tensor> {
         q.apply_op3_no_bwd(k, &grad.contiguous()?, &ProbsGrad { of: *self, p: p.clone() })
@@ -254,6 +371,17 @@ impl CustomOp2 for Probs {
         kl: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         self.run([(q, ql), (k, kl)], None)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        q: &CudaStorage,
+        ql: &Layout,
+        k: &CudaStorage,
+        kl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        self.run_on_cuda([(q, ql), (k, kl)], None)
     }
 
     fn bwd(
@@ -284,6 +412,19 @@ impl CustomOp3 for Probs {
         bl: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         self.run([(q, ql), (k, kl)], Some((b, bl)))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        q: &CudaStorage,
+        ql: &Layout,
+        k: &CudaStorage,
+        kl: &Layout,
+        b: &CudaStorage,
+        bl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        self.run_on_cuda([(q, ql), (k, kl)], Some((b, bl)))
     }
 
     fn bwd(
@@ -333,9 +474,35 @@ impl CustomOp3 for ProbsGrad {
             Ok((<T as Real>::store(out), shape))
         })
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        q: &CudaStorage,
+        ql: &Layout,
+        k: &CudaStorage,
+        kl: &Layout,
+        g: &CudaStorage,
+        gl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (name, device, dtype) = (self.name(), g.device(), g.dtype());
+        let (p, pl) = self.p.storage_and_layout();
+        let places = [
+            cuda::place(name, q, ql)?,
+            cuda::place(name, k, kl)?,
+            cuda::place(name, cuda::storage(name, &p)?, pl)?,
+            cuda::place(name, g, gl)?,
+        ];
+        let Sizes { heads, m, bias, .. } = self.of.sizes;
+        let size = bias.map_or(0, |(groups, rows)| groups * heads * rows * m);
+        let shape = Shape::from(ql.shape().elem_count() + kl.shape().elem_count() + size);
+        let out = cuda::unwritten(device, &shape, dtype)?;
+        self.of.sizes.probs_grad_on_cuda(device, dtype, places, cuda::start(&out), self.of.scale)?;
+        Ok((out, shape))
+    }
 }
 
-fn sizes(op: &str, q: &Tensor, k: &Tensor, heads: usize, bias: Option<&Tensor>) -> Result<Sizes> {
+pub(super) fn sizes(op: &str, q: &Tensor, k: &Tensor, heads: usize, bias: Option<&Tensor>) -> Result<Sizes> {
     let (batch, n, m, qc, kc) = match (q.dims(), k.dims()) {
         (&[b, n, qc], &[kb, m, kc]) if b == kb && b * n * m > 0 => (b, n, m, qc, kc),
         (q, k) => bail!("{op}: expected q [B, N, C] and k [B, M, C], got {q:?} and {k:?}"),
@@ -374,7 +541,7 @@ pub fn attention_probs(
     let sizes = sizes(op, q, k, heads, bias)?;
     let mut named = vec![("q", q), ("k", k)];
     named.extend(bias.map(|b| ("bias", b)));
-    match cpu::road(op, &named)? {
+    match cpu::road_with_cuda(op, &named)? {
         Road::Kernel => {
             let (q, k, probs) = (q.contiguous()?, k.contiguous()?, Probs { sizes, scale });
             match bias {

@@ -18,7 +18,7 @@ pub(crate) fn open(ordinal: usize) -> Result<Device> {
     Ok(opened)
 }
 
-/// Bytes of the device that were in use at most, all at once, since it was opened or [`forget_peak`]; 0 where the
+/// Bytes of the device that were in use at most, all at once, since it was opened; 0 where the
 /// driver has no pool.
 pub(crate) fn peak_bytes(device: &CudaDevice) -> Result<u64> {
     if !device.cuda_stream().context().has_async_alloc() {
@@ -33,19 +33,6 @@ pub(crate) fn peak_bytes(device: &CudaDevice) -> Result<u64> {
             .w()?;
     }
     Ok(value)
-}
-
-/// Counts [`peak_bytes`] anew from what is in use now.
-pub(crate) fn forget_peak(device: &CudaDevice) -> Result<()> {
-    match device.cuda_stream().context().has_async_alloc() {
-        true => set(device, Attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH, 0),
-        false => Ok(()),
-    }
-}
-
-/// Bytes of the device's memory.
-pub(crate) fn memory(device: &CudaDevice) -> Result<u64> {
-    Ok(device.cuda_stream().context().total_mem().w()? as u64)
 }
 
 fn pool(device: &CudaDevice) -> Result<sys::CUmemoryPool> {

@@ -155,7 +155,7 @@ pub(in crate::kernels) fn tensor(results: CudaStorage, shape: impl Into<Shape>) 
 pub(in crate::kernels) struct Operand<'a>(pub &'a Tensor, pub bool);
 
 /// `scale a b` in `dtype`, a matrix without a graph; the tensors are contiguous and on one device.
-pub(in crate::kernels) fn product(
+pub(in crate::kernels) fn product_of(
     op: &str,
     a: Operand,
     b: Operand,

@@ -16,10 +16,17 @@ use candle_core::{bail, CudaDevice, CudaStorage, DType, Layout, Result, Shape};
 mod columns;
 mod device;
 mod gemm;
+mod graph;
+mod oscillation;
+mod product;
+mod transfer;
 pub(in crate::kernels) use columns::{add_bias, column_sums, fold_columns, row_grid, Parts};
-#[allow(unused_imports)]
-pub(crate) use device::{forget_peak, memory, open, peak_bytes};
-pub(in crate::kernels) use gemm::{gemm, product, product_into, tensor, Matrix, Operand};
+pub(crate) use device::{open, peak_bytes};
+pub(in crate::kernels) use gemm::{gemm, product_into, product_of, tensor, Matrix, Operand};
+pub(crate) use graph::{warm, Graph};
+pub(crate) use oscillation::{History, HostHistory};
+pub(in crate::kernels) use product::{product, Matrices};
+pub(crate) use transfer::upload;
 
 /// The image of one kernels/*.cu, for all architectures that it was compiled for.
 struct Module {
@@ -41,7 +48,7 @@ struct Loaded {
 struct Cache {
     modules: HashMap<(usize, &'static str), Arc<CudaModule>>,
     kernels: HashMap<(usize, &'static str, String), Loaded>,
-    multiprocessors: HashMap<usize, u32>,
+    attributes: HashMap<(usize, i32), u32>,
 }
 
 static CACHE: LazyLock<Mutex<Cache>> = LazyLock::new(Mutex::default);
@@ -89,17 +96,28 @@ fn cache() -> std::sync::MutexGuard<'static, Cache> {
     CACHE.lock().unwrap_or_else(|e| e.into_inner())
 }
 
+/// A number that the driver knows of a device.
+fn attribute(device: &CudaDevice, which: sys::CUdevice_attribute_enum) -> Result<u32> {
+    let context = device.cuda_stream().context().clone();
+    let key = (Arc::as_ptr(&context) as usize, which as i32);
+    if let Some(&value) = cache().attributes.get(&key) {
+        return Ok(value);
+    }
+    let value = context.attribute(which).w()? as u32;
+    cache().attributes.insert(key, value);
+    Ok(value)
+}
+
 /// The number of multiprocessors of a device.
 pub(super) fn multiprocessors(device: &CudaDevice) -> Result<u32> {
-    let context = device.cuda_stream().context().clone();
-    let at = Arc::as_ptr(&context) as usize;
-    if let Some(&count) = cache().multiprocessors.get(&at) {
-        return Ok(count);
-    }
     let count = sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
-    let count = (context.attribute(count).w()? as u32).max(1);
-    cache().multiprocessors.insert(at, count);
-    Ok(count)
+    Ok(attribute(device, count)?.max(1))
+}
+
+/// Bytes of shared memory that a block may be allowed to ask for.
+pub(super) fn shared_memory(device: &CudaDevice) -> Result<usize> {
+    let most = sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+    Ok(attribute(device, most)? as usize)
 }
 
 /// How the kernels' names end for elements of a type.

@@ -5,14 +5,19 @@
 //! are codes themselves, where a row has one step. `x: [.., in]`, codes `[out, in]` packed,
 //! `y: [.., out]`, f32.
 //!
-//! Where no kernel reads the codes, the weight is unpacked by panels of rows that stay in cache, once for all tokens; so
-//! too in the backward pass, which gives `dx = dy · W` and nothing for the frozen weight.
+//! Where no kernel of the CPU reads the codes, the weight is unpacked by panels of rows that stay in cache, once for all
+//! tokens; so too in the backward pass, which gives `dx = dy · W` and nothing for the frozen weight. On a CUDA device the
+//! codes are repacked once (kernels/packed*.cu), and activations of f16 and bf16 give products of their own type.
 
 mod codes;
 mod decode;
+#[cfg(feature = "cuda")]
+mod device;
 pub mod edges;
 pub mod gemm8;
 pub mod gemv;
+#[cfg(any(test, feature = "cuda"))]
+mod geometry;
 mod isa;
 #[cfg(target_arch = "x86_64")]
 mod panels;
@@ -23,7 +28,10 @@ pub mod table;
 mod unpack;
 
 use crate::kernels::tape::{self, Reads};
-use candle_core::{bail, CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor};
+#[cfg(feature = "cuda")]
+use candle_core::{backend::BackendStorage, CudaStorage};
+use candle_core::{bail, CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
 
 pub use codes::{code_stride, codes_len, Codes, CodesRef};
 pub use isa::Isa;
@@ -65,6 +73,11 @@ impl CustomOp1 for PackedMatmul {
         Ok((CpuStorage::F32(y), with_last(layout, self.0.rows())))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.0.on_device(x.device())?.product(x, layout)
+    }
+
     fn bwd(&self, _x: &Tensor, _y: &Tensor, g: &Tensor) -> Result<Option<Tensor>> {
         Ok(Some(g.contiguous()?.apply_op1_no_bwd(&PackedMatmulBwd(self.0.clone()))?))
     }
@@ -79,8 +92,112 @@ impl CustomOp1 for PackedMatmulBwd {
         let dx = panels_of(Source::Packed(&self.0), &self.0).product_back(slice(g, layout)?);
         Ok((CpuStorage::F32(dx), with_last(layout, self.0.cols)))
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, g: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.0.on_device(g.device())?.product_back(g, layout)
+    }
 }
 
+/// Rows of a packed weight by their numbers.
+struct Gather(PackedRows);
+
+impl CustomOp1 for Gather {
+    fn name(&self) -> &'static str {
+        "packed-rows"
+    }
+
+    fn cpu_fwd(&self, ids: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (rows, cols) = (self.0.rows(), self.0.cols);
+        let Some((from, to)) = layout.contiguous_offsets() else {
+            bail!("packed rows: expected contiguous ids")
+        };
+        let ids = &ids.as_slice::<u32>()?[from..to];
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= rows) {
+            bail!("packed rows: found id {id}, expected one below the {rows} rows")
+        }
+        let mut values = vec![0f32; ids.len() * cols];
+        values.par_chunks_mut(cols).zip(ids).for_each(|(out, &id)| self.0.values(id as usize, out));
+        Ok((CpuStorage::F32(values), Shape::from([layout.dims(), &[cols]].concat())))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, ids: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        let (device, count) = (ids.device(), layout.shape().elem_count());
+        let place = crate::kernels::cuda::place("packed rows", ids, layout)?;
+        let ids = device::Ids { place, dtype: ids.dtype(), count };
+        let values = self.0.on_device(device)?.values(device, DType::F32, Some(ids))?;
+        Ok((values, Shape::from([layout.dims(), &[self.0.cols]].concat())))
+    }
+}
+
+/// The rows `ids` of a packed weight, `[.., in]` for ids of any shape and whole type, f32 on `device`. An id out of range
+/// is an error where the ids are on the CPU; to look at those of a device would be to wait for it: such an id gives
+/// a row of NaN.
+pub fn packed_rows(ids: &Tensor, rows: &PackedRows, device: &Device) -> Result<Tensor> {
+    let wide = ids.dtype() == DType::I64 && ids.device().is_cuda();
+    let ids = if wide { ids.clone() } else { ids.to_dtype(DType::U32)? };
+    if ids.elem_count() == 0 {
+        return Tensor::zeros([ids.dims(), &[rows.cols]].concat(), DType::F32, device);
+    }
+    if ids.device().is_cpu() && !device.is_cpu() {
+        let most = ids.flatten_all()?.max(0)?.to_scalar::<u32>()?;
+        if most as usize >= rows.rows() {
+            bail!("packed rows: found id {most}, expected one below the {} rows", rows.rows())
+        }
+    }
+    let on = if device.is_cuda() { device } else { &Device::Cpu };
+    let ids = ids.to_device(on)?.contiguous()?;
+    ids.apply_op1_no_bwd(&Gather(rows.clone()))?.to_device(device)
+}
+
+/// The dense values of a packed weight, `[out, in]`, f32 on `device`, the same to the bit on any.
+pub fn packed_values(rows: &PackedRows, device: &Device) -> Result<Tensor> {
+    let shape = (rows.rows(), rows.cols);
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(cuda) = device {
+        let values = rows.on_device(cuda)?.values(cuda, DType::F32, None)?;
+        let storage = candle_core::Storage::Cuda(values);
+        return Ok(Tensor::from_storage(storage, shape, candle_core::op::BackpropOp::none(), false));
+    }
+    let mut values = vec![0f32; shape.0 * shape.1];
+    values.par_chunks_mut(rows.cols.max(1)).enumerate().for_each(|(row, out)| rows.values(row, out));
+    Tensor::from_vec(values, shape, device)
+}
+
+#[cfg(feature = "cuda")]
+impl PackedRows {
+    /// `x W^T` on a CUDA device, or `x W`, in the type of x.
+    pub(super) fn product_on_cuda(
+        &self,
+        x: &CudaStorage,
+        xl: &Layout,
+        back: bool,
+    ) -> Result<(CudaStorage, Shape)> {
+        let there = self.on_device(x.device())?;
+        match back {
+            false => there.product(x, xl),
+            true => there.product_back(x, xl),
+        }
+    }
+
+    /// The values of `count` rows from `first` on, on a CUDA device.
+    pub(super) fn values_on_cuda(
+        &self,
+        device: &candle_core::CudaDevice,
+        dtype: DType,
+        (first, count): (usize, usize),
+    ) -> Result<CudaStorage> {
+        self.on_device(device)?.values_from(device, dtype, (first, count))
+    }
+}
+
+/// Whether a CUDA body takes activations of this type as they are.
+fn has_body(x: &Tensor) -> bool {
+    x.device().is_cuda() && matches!(x.dtype(), DType::F32 | DType::F16 | DType::BF16)
+}
+
+/// `x` as the kernels take it: contiguous, of f32 but for what a CUDA body takes as it is.
 fn check(op: &str, x: &Tensor, rows: &PackedRows) -> Result<Tensor> {
     let found = x.dims().last().copied().unwrap_or(0);
     if found != rows.cols {
@@ -89,7 +206,10 @@ fn check(op: &str, x: &Tensor, rows: &PackedRows) -> Result<Tensor> {
     if x.elem_count() == 0 {
         bail!("{op}: found an empty activation {:?}", x.dims());
     }
-    x.to_dtype(DType::F32)?.contiguous()
+    match has_body(x) {
+        true => x.contiguous(),
+        false => x.to_dtype(DType::F32)?.contiguous(),
+    }
 }
 
 /// The dense values of a packed weight, `[out, in]`.
@@ -107,7 +227,7 @@ pub fn reference(x: &Tensor, rows: &PackedRows) -> Result<Tensor> {
 /// `x [.., in]` times the transposed packed weight, `[.., out]` in `x`'s dtype; differentiable in `x`.
 pub fn packed_matmul(x: &Tensor, rows: &PackedRows) -> Result<Tensor> {
     let input = check("packed matmul", x, rows)?;
-    let y = match input.device().is_cpu() {
+    let y = match input.device().is_cpu() || has_body(&input) {
         true => tape::apply1(&input, PackedMatmul(rows.clone()), Reads::NOTHING)?,
         false => reference(&input, rows)?,
     };
@@ -127,7 +247,7 @@ pub fn packed_matmul_int8(x: &Tensor, rows: &PackedRows) -> Result<Tensor> {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Var};
+    use candle_core::Var;
 
     use super::rows::tests::{grids, random_rows};
     use super::*;

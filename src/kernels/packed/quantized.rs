@@ -1,15 +1,19 @@
 //! Products of activations that are codes: whole sums, scaled at the end.
 
+#[cfg(feature = "cuda")]
+use candle_core::{backend::BackendStorage, CudaStorage};
 use candle_core::{bail, CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
+#[cfg(feature = "cuda")]
+use super::device;
 use super::gemm8::{self, Tokens};
 use super::rows::PackedRows;
 use super::table::{self, Scales};
-use super::{check, dense, panels_of, slice};
-use crate::kernels::cpu;
+use super::{check, dense, has_body, packed_matmul, panels_of, slice};
 use crate::kernels::fake_quant::{Levels, SCALE_FLOOR};
 use crate::kernels::rows::{with_last, Source};
+use crate::kernels::{add_bias, cpu};
 
 /// Whole numbers below this are exact in f32, whatever the order of a sum of them.
 const EXACT: i64 = 1 << 24;
@@ -73,18 +77,20 @@ fn codes_product(q: &[f32], bound: u32, step: &[f32], rows: &PackedRows) -> Opti
 /// How activations become codes: `clamp(rne((x + shift) / step), lo, hi)`, a step below 1e-5 taken as that (ofq.md 2.1).
 #[derive(Clone, Debug)]
 pub struct Rounding {
-    /// Token `t` of the flattened leading axes has the step `t mod len`.
-    pub step: Vec<f32>,
-    /// Added before, `[in]`; empty: nothing.
-    pub shift: Vec<f32>,
+    /// Token `t` of the flattened leading axes has the step `t mod len`; f32.
+    pub step: Tensor,
+    /// Added before, `[in]`, f32; none: nothing.
+    pub shift: Option<Tensor>,
     /// The range of the codes, without a half offset.
     pub levels: Levels,
 }
 
-/// x to the product of its codes with a packed weight.
+/// x to the product of its codes with a packed weight, and a bias.
 struct RoundedCodes {
     rounding: Rounding,
     rows: PackedRows,
+    /// Of the CUDA body alone.
+    bias: Option<Tensor>,
 }
 
 impl CustomOp1 for RoundedCodes {
@@ -94,7 +100,9 @@ impl CustomOp1 for RoundedCodes {
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (x, rows) = (slice(x, layout)?, &self.rows);
-        let Rounding { step, shift, levels } = &self.rounding;
+        let levels = self.rounding.levels;
+        let list = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
+        let (step, shift) = (list(&self.rounding.step)?, self.rounding.shift.as_ref().map(list).transpose()?);
         let tokens = x.len() / rows.cols;
         // A comparison, not `max`: a NaN must stay one.
         let lift = |s: &f32| if *s < SCALE_FLOOR as f32 { SCALE_FLOOR as f32 } else { *s };
@@ -104,13 +112,13 @@ impl CustomOp1 for RoundedCodes {
         if let Some(table) = two_bits.then(|| rows.for_two_bits(levels.lo < 0)).flatten() {
             let each: Vec<f32> = (0..tokens).map(|t| step[t % step.len()]).collect();
             let unit: Vec<f32> = rows.step.iter().map(|step| step * rows.unit()).collect();
-            let shift = (!shift.is_empty()).then_some(shift.as_slice());
             table.product(
-                table::Activations::Values(x, shift),
+                table::Activations::Values(x, shift.as_deref()),
                 Scales { x: &each, w: &unit, bias: None },
                 &mut y,
             );
         } else if let Some(weight) = rows.for_codes() {
+            let shift = shift.as_deref().unwrap_or_default();
             let how = gemm8::Quantizer { step: &step, lo: levels.lo, hi: levels.hi, shift };
             weight.product_of(x, tokens, rows.cols, how, &rows.step, &[], &mut y);
         } else {
@@ -118,26 +126,114 @@ impl CustomOp1 for RoundedCodes {
         }
         Ok((CpuStorage::F32(y), with_last(layout, rows.rows())))
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        let Rounding { step, shift, levels: Levels { lo, hi, .. } } = &self.rounding;
+        let (shift, bias) = (shift.as_ref(), self.bias.as_ref());
+        let codes = device::Codes { rounds: true, lo: *lo, hi: *hi, step, shift, bias };
+        self.rows.on_device(x.device())?.codes_product(x, layout, &codes)
+    }
 }
 
-/// As [`packed_codes_matmul`] of the codes that `rounding` makes of `x [.., in]` in f32, rounded on the way into the
-/// product; none where there is no integer product for the weight, the codes or the device. Not differentiable.
-pub fn packed_quantized_matmul(x: &Tensor, rounding: Rounding, rows: &PackedRows) -> Result<Option<Tensor>> {
+/// Whether a CUDA device has a product of whole numbers for these activations.
+#[cfg(feature = "cuda")]
+fn has_whole(x: &Tensor, rows: &PackedRows) -> Result<bool> {
+    match x.device() {
+        candle_core::Device::Cuda(device) => {
+            rows.on_device(device)?.takes_codes(device, x.elem_count() / rows.cols.max(1))
+        }
+        _ => Ok(false),
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn has_whole(_x: &Tensor, _rows: &PackedRows) -> Result<bool> {
+    Ok(false)
+}
+
+/// As [`packed_codes_matmul`] of the codes that `rounding` makes of `x [.., in]`, rounded on the way into the product,
+/// with `bias [out]` added; none where there is no integer product for the weight, the codes, the type of `x` (f32, on a
+/// CUDA device also f16 and bf16) or the device. Not differentiable.
+pub fn packed_quantized_matmul(
+    x: &Tensor,
+    rounding: Rounding,
+    rows: &PackedRows,
+    bias: Option<&Tensor>,
+) -> Result<Option<Tensor>> {
     let op = "packed quantized matmul";
     let levels = rounding.levels;
     let bytes = (-128..=0).contains(&levels.lo) && levels.hi <= if levels.lo < 0 { 127 } else { 255 };
-    if x.dtype() != DType::F32 || !x.device().is_cpu() || !bytes || levels.half || !rows.takes_codes() {
+    if !bytes || levels.half || !rows.takes_codes() {
+        return Ok(None);
+    }
+    let here = x.device().is_cpu() && x.dtype() == DType::F32;
+    if !here && !(has_body(x) && has_whole(x, rows)?) {
         return Ok(None);
     }
     let x = check(op, x, rows)?.detach();
     let tokens = x.elem_count() / rows.cols;
-    if rounding.step.is_empty() || !tokens.is_multiple_of(rounding.step.len()) {
-        bail!("{op}: found {} steps for {tokens} tokens", rounding.step.len());
+    let steps = rounding.step.elem_count();
+    if steps == 0 || !tokens.is_multiple_of(steps) {
+        bail!("{op}: found {steps} steps for {tokens} tokens");
     }
-    if !rounding.shift.is_empty() && rounding.shift.len() != rows.cols {
-        bail!("{op}: found {} shifts, expected {}", rounding.shift.len(), rows.cols);
+    if let Some(shifts) = rounding.shift.as_ref().map(Tensor::elem_count).filter(|&n| n != rows.cols) {
+        bail!("{op}: found {shifts} shifts, expected {}", rows.cols);
     }
-    x.apply_op1_no_bwd(&RoundedCodes { rounding, rows: rows.clone() }).map(Some)
+    if here {
+        let y = x.apply_op1_no_bwd(&RoundedCodes { rounding, rows: rows.clone(), bias: None })?;
+        return Ok(Some(match bias {
+            Some(bias) => add_bias(&y, bias)?,
+            None => y,
+        }));
+    }
+    let plain = |t: &Tensor| t.detach().to_device(x.device())?.to_dtype(DType::F32)?.contiguous();
+    let rounding = Rounding {
+        step: plain(&rounding.step)?,
+        shift: rounding.shift.as_ref().map(plain).transpose()?,
+        levels,
+    };
+    let bias = bias.map(plain).transpose()?;
+    x.apply_op1_no_bwd(&RoundedCodes { rounding, rows: rows.clone(), bias }).map(Some)
+}
+
+/// q, codes of magnitude at most `bound` and steps of their own, to their product with a packed weight on a device.
+#[cfg(feature = "cuda")]
+struct CodesOnDevice {
+    rows: PackedRows,
+    bound: u32,
+    step: Tensor,
+}
+
+#[cfg(feature = "cuda")]
+impl CustomOp1 for CodesOnDevice {
+    fn name(&self) -> &'static str {
+        "packed-codes-matmul"
+    }
+
+    fn cpu_fwd(&self, _q: &CpuStorage, _layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        bail!("{}: expected codes on a CUDA device", self.name())
+    }
+
+    fn cuda_fwd(&self, q: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        // Signed grids reach 128 at most, and what does not is the same either way.
+        let (lo, hi) = if self.bound > 128 { (0, 255) } else { (-128, 127) };
+        let codes = device::Codes { rounds: false, lo, hi, step: &self.step, shift: None, bias: None };
+        self.rows.on_device(q.device())?.codes_product(q, layout, &codes)
+    }
+}
+
+/// [`packed_codes_matmul`] on a CUDA device.
+#[cfg(feature = "cuda")]
+fn codes_on_device(q: &Tensor, bound: u32, x_step: &Tensor, rows: &PackedRows) -> Result<Tensor> {
+    let (tokens, n) = (q.elem_count() / rows.cols, x_step.elem_count());
+    let step = x_step.detach().to_device(q.device())?.to_dtype(DType::F32)?.flatten_all()?.contiguous()?;
+    if bound <= 255 && rows.takes_codes() && has_whole(q, rows)? {
+        return q.apply_op1_no_bwd(&CodesOnDevice { rows: rows.clone(), bound, step });
+    }
+    let sums = packed_matmul(q, rows)?;
+    let scaled = sums.reshape((tokens / n, n, rows.rows()))?.broadcast_mul(&step.reshape((n, 1))?)?;
+    scaled.reshape(sums.shape())
 }
 
 struct PackedSums {
@@ -189,14 +285,19 @@ impl CustomOp1 for PackedSums {
 /// flattened leading axes has the step `x_step[t mod len]`. Gives
 /// `x_step[t] step[o] Σ_k q[t, k] (code[o, k] + offset)`, `[.., out]`, f32: the sum exact, each factor
 /// rounded once. Where a row has several steps they stand inside the sum, which is then one of floats.
+/// On a CUDA device nobody looks at the codes first: above a bound of 128 they are taken to be from 0 on.
 /// Not differentiable.
 pub fn packed_codes_matmul(q: &Tensor, bound: u32, x_step: &Tensor, rows: &PackedRows) -> Result<Tensor> {
-    let q = check("packed codes matmul", q, rows)?.detach();
-    let tokens = q.elem_count() / rows.cols;
-    let step = x_step.detach().to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-    if step.is_empty() || !tokens.is_multiple_of(step.len()) {
-        bail!("packed codes matmul: found {} steps for {tokens} tokens", step.len());
+    let q = check("packed codes matmul", q, rows)?.detach().to_dtype(DType::F32)?;
+    let (tokens, steps) = (q.elem_count() / rows.cols, x_step.elem_count());
+    if steps == 0 || !tokens.is_multiple_of(steps) {
+        bail!("packed codes matmul: found {steps} steps for {tokens} tokens");
     }
+    #[cfg(feature = "cuda")]
+    if q.device().is_cuda() {
+        return codes_on_device(&q, bound, x_step, rows);
+    }
+    let step = x_step.detach().to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
     let bare = rows.groups().group().is_none();
     let exact = i64::from(bound) * rows.largest_whole() * (rows.cols as i64) < EXACT;
     if q.device().is_cpu() {
@@ -260,12 +361,12 @@ mod tests {
                 let x = Tensor::from_vec(x, (3, cols), &Device::Cpu).unwrap();
                 let step: Vec<f32> = (0..3).map(|t| 0.3 + 0.1 * t as f32).collect();
                 let shift: Vec<f32> = (0..cols).map(|_| 0.2 * random.normal()).collect();
-                let rounding = Rounding { step: step.clone(), shift: shift.clone(), levels: codes };
-                let got = packed_quantized_matmul(&x, rounding, &packed).unwrap();
-                // A weight of 8 bits that are not a signed byte has no integer product.
-                let Some(got) = got else { continue };
                 let step = Tensor::new(step, &Device::Cpu).unwrap();
                 let shift = Tensor::new(shift, &Device::Cpu).unwrap();
+                let rounding = Rounding { step: step.clone(), shift: Some(shift.clone()), levels: codes };
+                let got = packed_quantized_matmul(&x, rounding, &packed, None).unwrap();
+                // A weight of 8 bits that are not a signed byte has no integer product.
+                let Some(got) = got else { continue };
                 let q = crate::kernels::lsq_codes(&x, &step, Some(&shift), codes, Some(0)).unwrap();
                 let bound = codes.lo.unsigned_abs().max(codes.hi.unsigned_abs());
                 let want = packed_codes_matmul(&q, bound, &step, &packed).unwrap();

@@ -6,6 +6,11 @@
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
+#[cfg(feature = "cuda")]
+use candle_core::{cuda_backend::DeviceId, CudaDevice};
+
+#[cfg(feature = "cuda")]
+use super::device::OnDevice;
 use super::gemm8::Gemm8Weights;
 use super::gemv::GemvWeights;
 use super::isa::Isa;
@@ -88,6 +93,9 @@ struct Repacked {
     many: OnceLock<Option<Gemm8Weights>>,
     /// For signed 2-bit activations, and for unsigned ones.
     tables: [OnceLock<TableWeights>; 2],
+    /// On each CUDA device that asked.
+    #[cfg(feature = "cuda")]
+    devices: std::sync::Mutex<Vec<(DeviceId, Arc<OnDevice>)>>,
 }
 
 impl PackedRows {
@@ -121,6 +129,18 @@ impl PackedRows {
                 Isa::best(),
             )
         })
+    }
+
+    /// The rows as the kernels of a CUDA device read them, brought there by whoever asks first.
+    #[cfg(feature = "cuda")]
+    pub(super) fn on_device(&self, device: &CudaDevice) -> candle_core::Result<Arc<OnDevice>> {
+        let mut devices = self.repacked.devices.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some((_, found)) = devices.iter().find(|(id, _)| *id == device.id()) {
+            return Ok(found.clone());
+        }
+        let made = Arc::new(OnDevice::new(device, self)?);
+        devices.push((device.id(), made.clone()));
+        Ok(made)
     }
 
     /// Whether products with codes are for these rows: one step each, and sums that 32 bits hold.

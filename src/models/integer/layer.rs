@@ -1,9 +1,10 @@
 //! What the integer road keeps of a tap, a layer and a norm: plain numbers.
 
-use candle_core::DType;
+use candle_core::{DType, Tensor};
 
 use crate::kernels::packed::edges::{self, Rounding};
 use crate::kernels::packed::{CodeMatrix, Isa};
+use crate::kernels::SCALE_FLOOR;
 use crate::models::nn::{LayerNorm, Linear};
 use crate::weights::{Granularity, Tap, Weight};
 use crate::Result;
@@ -38,24 +39,25 @@ impl Quantizer {
             return Ok(None);
         };
         let levels = rule.grid.levels();
+        let list = |t: &Tensor| t.to_vec1::<f32>();
+        // The floor as the quantizer has it.
+        let step = list(&rule.step.maximum(SCALE_FLOOR)?)?;
+        let shift_in = rule.shift_in.as_ref().map(list).transpose()?;
+        let shift_out = rule.shift_out.as_ref().map(list).transpose()?;
         let fits = |shift: &Option<Vec<f32>>| shift.as_ref().is_none_or(|s| s.len() == width);
-        let steps = match (rule.granularity, rule.step.as_slice()) {
+        let steps = match (rule.granularity, step.as_slice()) {
             (Granularity::Tensor, [step]) => Steps::One(*step),
             (Granularity::Token, steps) if !steps.is_empty() && steps.len().is_multiple_of(rule.groups) => {
-                Steps::Tokens(rule.step)
+                Steps::Tokens(step)
             }
-            (Granularity::Channel, steps) if steps.len() == width => Steps::Columns(rule.step),
+            (Granularity::Channel, steps) if steps.len() == width => Steps::Columns(step),
             _ => return Ok(None),
         };
-        if levels.half
-            || !width.is_multiple_of(rule.groups)
-            || !fits(&rule.shift_in)
-            || !fits(&rule.shift_out)
-        {
+        if levels.half || !width.is_multiple_of(rule.groups) || !fits(&shift_in) || !fits(&shift_out) {
             return Ok(None);
         }
         let finite = |numbers: &[f32]| numbers.iter().all(|v| v.is_finite());
-        let shifts = [&rule.shift_in, &rule.shift_out];
+        let shifts = [&shift_in, &shift_out];
         if !shifts.into_iter().flatten().all(|shift| finite(shift)) {
             return Ok(None);
         }
@@ -70,8 +72,8 @@ impl Quantizer {
             edges,
             steps,
             groups: rule.groups,
-            shift_in: rule.shift_in.unwrap_or_else(|| vec![0.0; width]),
-            shift_out: rule.shift_out,
+            shift_in: shift_in.unwrap_or_else(|| vec![0.0; width]),
+            shift_out,
         }))
     }
 
