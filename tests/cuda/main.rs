@@ -5,8 +5,12 @@
 #![cfg(feature = "cuda")]
 
 mod activations;
+mod adapters;
 mod attention;
+mod beside;
 mod device;
+mod images;
+mod losses;
 mod optim;
 mod packed;
 mod quant;
