@@ -73,6 +73,10 @@ pub(crate) trait Many: Send + Sync {
     fn name(&self) -> &'static str;
     /// The result, on the CPU.
     fn cpu_fwd(&self, x: &[(&CpuStorage, &Layout)]) -> Result<(CpuStorage, Shape)>;
+    /// The result, on a CUDA device.
+    fn cuda_fwd(&self, _x: &[(&CudaStorage, &Layout)]) -> Result<(CudaStorage, Shape)> {
+        Err(candle_core::Error::Cuda(format!("no cuda implementation for {}", self.name()).into()))
+    }
     /// The gradient of each operand that takes one.
     fn bwd(&self, x: &[Tensor], y: &Tensor, grad: &Tensor) -> Result<Vec<Option<Tensor>>>;
     /// What [`Many::bwd`] reads.
@@ -269,25 +273,33 @@ pub(crate) fn apply3<C: CustomOp3 + Send + Sync + 'static>(
     write_down(result, Applied::Three(Box::new(op)), &[x, y, z], reads)
 }
 
-/// `op` of `x`, differentiable.
+/// `op` of the operands `x`, which share a device, differentiable.
 pub(crate) fn apply<C: Many + 'static>(x: Vec<Tensor>, op: C) -> Result<Tensor> {
     let tracked = x.iter().any(Tensor::track_op);
-    if !x.iter().all(|x| x.device().is_cpu()) || (tracked && !recording()) {
+    if tracked && !recording() {
         return op.composed(&x);
     }
     let (storage, shape) = {
         let held: Vec<_> = x.iter().map(Tensor::storage_and_layout).collect();
-        let mut operands = Vec::with_capacity(held.len());
+        let (mut here, mut there) = (Vec::new(), Vec::new());
         for (storage, layout) in &held {
-            operands.push((cpu::host(op.name(), storage)?, *layout));
+            match &**storage {
+                Storage::Cpu(x) => here.push((x, *layout)),
+                Storage::Cuda(x) => there.push((x, *layout)),
+                _ => {}
+            }
         }
-        op.cpu_fwd(&operands)?
+        match (here.len() == held.len(), there.len() == held.len()) {
+            (true, _) => on_cpu(op.cpu_fwd(&here)?),
+            (_, true) => on_cuda(op.cuda_fwd(&there)?),
+            _ => one_device(op.name())?,
+        }
     };
     if !tracked {
-        return Ok(Tensor::from_storage(Storage::Cpu(storage), shape, BackpropOp::none(), false));
+        return Ok(Tensor::from_storage(storage, shape, BackpropOp::none(), false));
     }
     let reads = op.reads();
-    write_down(on_cpu((storage, shape)), Applied::Many(Box::new(op)), &x.iter().collect::<Vec<_>>(), reads)
+    write_down((storage, shape), Applied::Many(Box::new(op)), &x.iter().collect::<Vec<_>>(), reads)
 }
 
 /// A scalar whose gradient in x is given: what candle's walk begins from. Its value is nobody's.
