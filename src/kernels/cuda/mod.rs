@@ -15,9 +15,11 @@ use candle_core::{bail, CudaDevice, CudaStorage, DType, Layout, Result, Shape};
 
 mod columns;
 mod device;
+mod together;
 pub(in crate::kernels) use columns::{add_bias, column_sums, fold_columns, row_grid, Parts};
 #[allow(unused_imports)]
 pub(crate) use device::{forget_peak, memory, open, peak_bytes};
+pub(crate) use together::{floats, integers, Moved, Rule, Together};
 
 /// The image of one kernels/*.cu, for all architectures that it was compiled for.
 struct Module {
