@@ -10,6 +10,7 @@ use candle_core::cpu::erf::erf_f64;
 use candle_core::{Device, Tensor, Var};
 use qtune::kernels::{self, AdamWParams, ClasspParams, GradSum, Levels, Moments, Test};
 use qtune::optim::lion::{Lion, LionConfig};
+use qtune::optim::sgd::{Sgd, SgdConfig};
 use qtune::optim::{Optimizer, OptimizerConfig};
 use qtune::random::Random;
 use qtune::train::step::{self, Rule};
@@ -529,5 +530,37 @@ fn lion_and_what_annealing_holds() {
     same_sums("weight", &got, &list(weight.as_tensor()));
     for (i, (got, w)) in got.iter().zip(&w).enumerate().filter(|(i, _)| i % 3 == 0) {
         assert_eq!(got.to_bits(), w.to_bits(), "entry {i} is held");
+    }
+}
+
+#[test]
+fn sgd_and_what_clips() {
+    let Some(check) = Check::compile() else { return };
+    let (w, g, h) = (floats("w"), floats("gradient"), floats("later"));
+    let shape = [w.len(), 1];
+    let config = SgdConfig { momentum: 0.9, weight_decay: 0.1, ..SgdConfig::default() };
+    let lr = 0.03;
+    for decay in [false, true] {
+        let factors = [config.momentum, lr, if decay { 1.0 - lr * config.weight_decay } else { 1.0 }];
+        let factors = factors.map(|f| [f as f32]);
+        let weight = var(&w, &shape);
+        let (mut rule, mut at, mut v) = (Sgd::new(config.clone()), w.clone(), vec![0f32; w.len()]);
+        for g in [&g, &h, &g] {
+            rule.update(&param(&weight), &tensor(g, &shape), lr, decay).unwrap();
+            let [momentum, lr, keep] = &factors;
+            [at, v] = check.run("sgd", &[&at, g, &v, momentum, lr, keep]).try_into().unwrap();
+            same_sums("velocity", &v, &list(&rule.state().unwrap()[0].1));
+            same_sums("weight", &at, &list(weight.as_tensor()));
+        }
+    }
+
+    let norms = [0.0, 0.25, 0.5, 0.7, 3e38, f32::INFINITY, f32::NAN];
+    for clip in [0.0f32, 0.5, -1.0] {
+        let want = norms.map(|norm| match norm {
+            norm if !norm.is_finite() => f32::NAN,
+            norm if clip > 0.0 && norm > clip => (f64::from(clip) / f64::from(norm)) as f32,
+            _ => 1.0,
+        });
+        same(&format!("scale of clip {clip}"), &check.one("clip_scale", &[&norms, &[clip]]), &want);
     }
 }

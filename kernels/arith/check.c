@@ -71,6 +71,14 @@
     r[0] = lion_weight(a[0], a[2], a[1], f);                                                                 \
     r[1] = lion_momentum(a[2], a[1], f);                                                                     \
   })                                                                                                         \
+  /* w, g, velocity, momentum, lr, keep */                                                                   \
+  X(sgd, 6, 2, {                                                                                             \
+    const Sgd f = {a[3], a[4], a[5], 0.0f};                                                                  \
+    r[1] = sgd_velocity(a[2], a[1], f);                                                                      \
+    r[0] = sgd_weight(a[0], r[1], f);                                                                        \
+  })                                                                                                         \
+  /* norm, clip */                                                                                           \
+  X(clip_scale, 2, 1, r[0] = clip_scale(a[0], a[1]))                                                         \
   /* free, moved, before */                                                                                  \
   X(held_or, 3, 1, r[0] = held_or(a[0], a[1], a[2]))
 

@@ -1,6 +1,6 @@
-/* One entry's step of AdamW, CLASSP and Lion, and what annealing holds still; the arithmetic of
- * src/kernels/adamw.rs, src/kernels/classp.rs, src/optim/lion.rs and src/train/step.rs. Factors come rounded
- * from f64. */
+/* One entry's step of AdamW, CLASSP, Lion and SGD, what clips its gradient and what annealing holds still; the
+ * arithmetic of src/kernels/adamw.rs, src/kernels/classp.rs, src/optim/lion.rs, src/optim/sgd.rs and
+ * src/train/step.rs. Factors come rounded from f64. */
 #ifndef QTUNE_ARITH_OPTIM_H
 #define QTUNE_ARITH_OPTIM_H
 
@@ -111,6 +111,27 @@ QT_FN float lion_weight(float w, float m, float g, Lion f) {
 
 /* The momentum after the step, of the one before it. */
 QT_FN float lion_momentum(float m, float g, Lion f) { return m * f.beta2 + g * f.rest2; }
+
+/* What an SGD step multiplies with. */
+typedef struct {
+  float momentum;
+  float lr;
+  float keep; /* 1 - lr decay */
+  float unused;
+} Sgd;
+
+QT_FN float sgd_velocity(float velocity, float g, Sgd f) { return g + velocity * f.momentum; }
+
+/* The weight after the step; the velocity is the one after it. */
+QT_FN float sgd_weight(float w, float velocity, Sgd f) { return w * f.keep - velocity * f.lr; }
+
+/* What gradients of the norm `norm` are multiplied by: it clips them to the norm `clip`, 0 for no clipping. NaN where
+ * the norm is no finite f32: then nothing is to move. */
+QT_FN float clip_scale(double norm, double clip) {
+  const float rounded = (float)norm;
+  if (!(rounded - rounded == 0.0f)) return rounded - rounded;
+  return clip > 0.0 && norm > clip ? (float)(clip / norm) : 1.0f;
+}
 
 /* An entry that annealing holds (free is 0) stays what it was, bit for bit, against momentum and decay. */
 QT_FN float held_or(float free, float moved, float before) { return free != 0.0f ? moved : before; }

@@ -6,10 +6,12 @@
 //! ```
 //!
 //! p in f32 or f64, any shape; m and v in f32 beside it. The factors come from f64, the elements
-//! are computed in the type of p. Source: Loshchilov and Hutter 2019, algorithm 2, with the
+//! are computed in the type of p; on a CUDA device f32 in place (kernels/optim.cu). Source: Loshchilov and Hutter 2019, algorithm 2, with the
 //! learning rate multiplied into the decay as PyTorch does.
 
 use super::cpu::{self, real, simd, Real};
+#[cfg(feature = "cuda")]
+use super::cuda;
 use candle_core::{bail, CpuStorage, DType, Device, InplaceOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 use std::sync::Mutex;
@@ -69,7 +71,8 @@ impl Moments {
                 let tensor = |x: &[f32]| Tensor::from_slice(x, &self.shape, &Device::Cpu);
                 Ok((tensor(m)?, tensor(v)?))
             }
-            State::Device { m, v } => Ok((m.clone(), v.clone())),
+            // Copies: a step moves them in place.
+            State::Device { m, v } => Ok((m.force_contiguous()?, v.force_contiguous()?)),
         }
     }
 
@@ -88,7 +91,7 @@ impl Moments {
             let host = |x: &Tensor| x.flatten_all()?.to_vec1::<f32>();
             State::Host { m: host(m)?, v: host(v)? }
         } else if m.device().same_device(v.device()) {
-            State::Device { m: m.detach(), v: v.detach() }
+            State::Device { m: m.detach().force_contiguous()?, v: v.detach().force_contiguous()? }
         } else {
             bail!("adamw: expected two moments on one device")
         };
@@ -98,6 +101,29 @@ impl Moments {
     /// The shape of the parameter.
     pub fn shape(&self) -> &Shape {
         &self.shape
+    }
+
+    /// (m, v) where they lie on a device, to be moved in place.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on_device(&self) -> Option<[&Tensor; 2]> {
+        match &self.state {
+            State::Host { .. } => None,
+            State::Device { m, v } => Some([m, v]),
+        }
+    }
+}
+
+impl AdamWParams {
+    /// The factors of step number `step` as the kernel takes them.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn words(&self, step: u64) -> [u64; 4] {
+        let f = Factors::new(step, self);
+        [
+            cuda::floats(f.beta1, f.rest1),
+            cuda::floats(f.beta2, f.rest2),
+            cuda::floats(f.rate, f.correct2),
+            cuda::floats(f.eps, f.keep),
+        ]
     }
 }
 
@@ -229,6 +255,12 @@ pub fn adamw_step(
         State::Host { m, v } if p.device().is_cpu() => {
             let fused = AdamW { factors: Factors::new(step, params), moments: Mutex::new((m, v)) };
             p.inplace_op2(&grad, &fused)
+        }
+        #[cfg(feature = "cuda")]
+        State::Device { m, v } if p.device().is_cuda() && p.dtype() == DType::F32 => {
+            let moved = cuda::Moved { weight: p, grad: &grad, state: [Some(&*m), Some(&*v)], free: None };
+            let factors = params.words(step);
+            cuda::Together::default().run(cuda::Rule::AdamW, &[moved], &factors, None).map(drop)
         }
         State::Device { m, v } if p.device().same_device(m.device()) => {
             let (new, m1, v1) = reference(&p.detach(), &grad, (m, v), step, params)?;

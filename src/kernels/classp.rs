@@ -8,12 +8,14 @@
 //! elsewhere w and S stay as they are
 //! ```
 //!
-//! w in f32 or f64, any shape; S beside it in the same type. Powers 1, 2 and 1/2 are computed in the type
-//! of w, others through f64. Source: Ludwig 2024 (arXiv 2405.09637), the pseudo-code, in which the gradient
+//! w in f32 or f64, any shape; S beside it in the same type; on a CUDA device f32 in place (kernels/optim.cu).
+//! Powers 1, 2 and 1/2 are computed in the type of w, others through f64. Source: Ludwig 2024 (arXiv 2405.09637), the pseudo-code, in which the gradient
 //! of the step is in S before the step is scaled. The released code tests a whole tensor at once and adds
 //! |g| whatever p is: [`Test::Tensor`] does as it does.
 
 use super::cpu::{self, real, simd, Real};
+#[cfg(feature = "cuda")]
+use super::cuda;
 use candle_core::{
     bail, CpuStorage, DType, Device, InplaceOp2, Layout, Result, Shape, Storage, Tensor, WithDType,
 };
@@ -107,7 +109,17 @@ impl GradSum {
             State::Host(sum) => {
                 Tensor::from_slice(f32::cpu_storage_as_slice(sum)?, &self.shape, &Device::Cpu)
             }
-            State::Device(sum) => Ok(sum.clone()),
+            // A copy: a step moves it in place.
+            State::Device(sum) => sum.force_contiguous(),
+        }
+    }
+
+    /// S where it lies on a device, to be moved in place.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on_device(&self) -> Option<&Tensor> {
+        match &self.state {
+            State::Host(_) => None,
+            State::Device(sum) => Some(sum),
         }
     }
 
@@ -118,7 +130,7 @@ impl GradSum {
         let state = match (sum.device().is_cpu(), sum.dtype()) {
             (true, DType::F32) => State::Host(CpuStorage::F32(flat()?.to_vec1()?)),
             (true, DType::F64) => State::Host(CpuStorage::F64(flat()?.to_vec1()?)),
-            (false, DType::F32 | DType::F64) => State::Device(sum.detach()),
+            (false, DType::F32 | DType::F64) => State::Device(sum.detach().force_contiguous()?),
             (_, found) => bail!("classp: expected a sum in F32 or F64, got {found:?}"),
         };
         Ok(GradSum { shape: sum.shape().clone(), state })
@@ -157,11 +169,71 @@ impl GradSum {
             State::Host(sum) => {
                 real!("classp", sum, T => Ok(run(T::cpu_storage_as_slice(sum)?)))
             }
+            #[cfg(feature = "cuda")]
+            State::Device(sum) if sum.device().is_cuda() && sum.dtype() == DType::F32 => {
+                Ok(on_cuda(&[sum])?.first().copied().unwrap_or_default())
+            }
             State::Device(sum) => Ok(SumFigures {
                 total: sum.to_dtype(DType::F64)?.sum_all()?.to_scalar()?,
                 touched: count(&sum.gt(0.0)?)?,
             }),
         }
+    }
+}
+
+/// The figures of each of `sums`, in one pass for all that lie on a CUDA device.
+pub(crate) fn figures(sums: &[&GradSum]) -> Result<Vec<SumFigures>> {
+    #[cfg(feature = "cuda")]
+    {
+        let there = sums.iter().filter_map(|sum| sum.on_device().filter(|s| s.dtype() == DType::F32));
+        let there: Vec<&Tensor> = there.filter(|sum| sum.device().is_cuda()).collect();
+        if there.len() == sums.len() {
+            return on_cuda(&there);
+        }
+    }
+    sums.iter().map(|sum| sum.figures()).collect()
+}
+
+#[cfg(feature = "cuda")]
+fn on_cuda(sums: &[&Tensor]) -> Result<Vec<SumFigures>> {
+    let figures = cuda::Together::default().figures(sums)?;
+    Ok(figures.into_iter().map(|(total, touched)| SumFigures { total, touched }).collect())
+}
+
+/// How many entries passed in a step.
+#[derive(Clone, Debug)]
+pub(crate) enum Passed {
+    /// Counted.
+    Known(usize),
+    /// Number so and so of a list on a device, i64.
+    #[cfg(feature = "cuda")]
+    Listed(Tensor, usize),
+}
+
+impl Passed {
+    /// The total of several, each list of a device read once.
+    pub(crate) fn total<'a>(all: impl Iterator<Item = &'a Passed>) -> Result<usize> {
+        let mut total = 0;
+        #[cfg(feature = "cuda")]
+        let mut read: Vec<(candle_core::TensorId, Vec<i64>)> = Vec::new();
+        for passed in all {
+            total += match passed {
+                Passed::Known(count) => *count,
+                #[cfg(feature = "cuda")]
+                Passed::Listed(list, i) => {
+                    let known = read.iter().position(|(id, _)| *id == list.id());
+                    let at = known.map_or_else(
+                        || {
+                            read.push((list.id(), list.to_vec1()?));
+                            Ok::<_, candle_core::Error>(read.len() - 1)
+                        },
+                        Ok,
+                    )?;
+                    read[at].1.get(*i).map_or(0, |&count| count as usize)
+                }
+            };
+        }
+        Ok(total)
     }
 }
 
@@ -247,6 +319,41 @@ impl Factors {
             scaling: p.scaling,
             decay: p.weight_decay,
         }
+    }
+}
+
+impl ClasspParams {
+    /// The factors of a step as the kernel takes them.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn words(&self) -> [u64; 6] {
+        let power = match Power::of(self.power) {
+            Power::One => 0,
+            Power::Two => 1,
+            Power::Half => 2,
+            Power::Other(_) => 3,
+        };
+        // A tensor that is tested whole passes where 1 exceeds the threshold: else no square is large enough.
+        let (test, threshold) = match self.test {
+            Test::Entry if self.threshold == 0.0 => (1, 0.0),
+            Test::Entry => (2, self.threshold),
+            Test::Tensor if self.threshold < 1.0 => (0, self.threshold),
+            Test::Tensor => (2, f64::INFINITY),
+        };
+        let plain = u32::from(self.test == Test::Tensor);
+        [
+            cuda::floats(self.lr, threshold),
+            cuda::floats(self.epsilon, self.weight_decay),
+            self.power.to_bits(),
+            (1.0 / self.power).to_bits(),
+            cuda::integers(power, test),
+            cuda::integers(plain, u32::from(self.scaling)),
+        ]
+    }
+
+    /// The kernel that takes steps of which these are one.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn rule(all: &[ClasspParams]) -> cuda::Rule {
+        cuda::Rule::Classp { whole: all.iter().any(|p| p.test == Test::Tensor) }
     }
 }
 
@@ -349,6 +456,11 @@ fn any(grad: &Tensor) -> Result<bool> {
 /// of w, `sum` too. Returns how many entries passed the test. Half-precision parameters are refused: steps
 /// of a large sum fall below half of their last bit.
 pub fn classp_step(w: &Tensor, grad: &Tensor, sum: &mut GradSum, params: &ClasspParams) -> Result<usize> {
+    Passed::total([step(w, grad, sum, params)?].iter())
+}
+
+/// As [`classp_step`], without waiting for a device's count.
+pub(crate) fn step(w: &Tensor, grad: &Tensor, sum: &mut GradSum, params: &ClasspParams) -> Result<Passed> {
     let op = "classp";
     if grad.shape() != w.shape() || sum.shape() != w.shape() {
         bail!(
@@ -371,20 +483,27 @@ pub fn classp_step(w: &Tensor, grad: &Tensor, sum: &mut GradSum, params: &Classp
             if params.test == Test::Tensor {
                 let moves = f64::from(u8::from(any(&grad)?)) > params.threshold;
                 if !moves {
-                    return Ok(0);
+                    return Ok(Passed::Known(0));
                 }
             }
             let fused =
                 Classp { factors: Factors::new(params), sum: Mutex::new(s), passed: AtomicUsize::new(0) };
             w.inplace_op2(&grad, &fused)?;
-            Ok(fused.passed.into_inner())
+            Ok(Passed::Known(fused.passed.into_inner()))
+        }
+        #[cfg(feature = "cuda")]
+        State::Device(s) if w.device().is_cuda() && w.dtype() == DType::F32 => {
+            let moved = cuda::Moved { weight: w, grad: &grad, state: [Some(&*s), None], free: None };
+            let rule = ClasspParams::rule(std::slice::from_ref(params));
+            let left = cuda::Together::default().run(rule, &[moved], &params.words(), None)?;
+            Ok(left.passed.map_or(Passed::Known(0), |passed| Passed::Listed(passed, 0)))
         }
         State::Device(s) if w.device().same_device(s.device()) => {
             let (new, s1, passed) = reference(&w.detach(), &grad, s, params)?;
             let count = w.elem_count();
             w.reshape(count)?.slice_set(&new.reshape(count)?, 0, 0)?;
             *s = s1;
-            Ok(passed)
+            Ok(Passed::Known(passed))
         }
         _ => bail!("{op}: expected the sum on the device of the parameter"),
     }

@@ -63,6 +63,7 @@ pub use block_affine::block_affine;
 pub use block_sum::block_sum;
 pub use classifier::{classifier_cross_entropy, classifier_cross_entropy_in};
 pub use classp::{classp_step, ClasspParams, GradSum, SumFigures, Test};
+pub(crate) use classp::{figures as classp_figures, step as classp_step_counted, Passed};
 pub use conv::{conv2d, Convolution};
 pub use cross_entropy::{cross_entropy, soft_cross_entropy};
 pub use dropout::{dropout, DropoutMask};

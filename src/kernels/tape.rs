@@ -273,7 +273,7 @@ pub(crate) fn apply3<C: CustomOp3 + Send + Sync + 'static>(
     write_down(result, Applied::Three(Box::new(op)), &[x, y, z], reads)
 }
 
-/// `op` of `x`, differentiable.
+/// `op` of the operands `x`, which share a device, differentiable.
 pub(crate) fn apply<C: Many + 'static>(x: Vec<Tensor>, op: C) -> Result<Tensor> {
     let tracked = x.iter().any(Tensor::track_op);
     let on = |what: fn(&Device) -> bool| x.iter().all(|x| what(x.device()));

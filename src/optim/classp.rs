@@ -9,8 +9,12 @@ use candle_core::{DType, Device, Tensor};
 use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
 
-use super::{tokens, Optimizer};
-use crate::kernels::{self, ClasspParams, GradSum, Test};
+#[cfg(feature = "cuda")]
+use super::{one_launch, Move};
+use super::{stored, tokens, Optimizer};
+#[cfg(feature = "cuda")]
+use crate::kernels::cuda::{Moved, Together};
+use crate::kernels::{self, ClasspParams, GradSum, Passed, Test};
 use crate::select::matches;
 use crate::weights::{Param, Role};
 use crate::{Error, On, Result};
@@ -278,7 +282,7 @@ struct Entry {
     /// The total of the quantiles measured so far, and of how many steps.
     measured: (f64, usize),
     /// Entries that moved in its last step.
-    passed: usize,
+    passed: Passed,
 }
 
 /// The rule: the sums of each parameter, and the number of the task.
@@ -287,6 +291,8 @@ pub struct Classp {
     config: ClasspConfig,
     task: u32,
     entries: IndexMap<String, Entry>,
+    #[cfg(feature = "cuda")]
+    together: Together,
 }
 
 /// The name of the task's number among the state.
@@ -295,7 +301,24 @@ pub(super) const TASK: &str = "classp#task";
 impl Classp {
     /// On the first task, with sums of zero.
     pub fn new(config: ClasspConfig) -> Self {
-        Classp { config, task: 0, entries: IndexMap::new() }
+        Classp {
+            config,
+            task: 0,
+            entries: IndexMap::new(),
+            #[cfg(feature = "cuda")]
+            together: Together::default(),
+        }
+    }
+
+    /// Sees that there is a sum.
+    fn begin(&mut self, param: &Param) -> Result<()> {
+        if !self.entries.contains_key(&param.name) {
+            let var = &param.var;
+            let sum = GradSum::zeros(var.shape(), var.dtype(), var.device()).on(&param.name)?;
+            let entry = Entry { sum, measured: (0.0, 0), passed: Passed::Known(0) };
+            self.entries.insert(param.name.clone(), entry);
+        }
+        Ok(())
     }
 }
 
@@ -320,30 +343,64 @@ impl Optimizer for Classp {
             return Err(Error::tensor(&param.name, message));
         }
         let mut settings = self.config.settings(param, self.task, lr, decay);
-        if !self.entries.contains_key(&param.name) {
-            let sum = GradSum::zeros(var.shape(), var.dtype(), var.device()).on(&param.name)?;
-            self.entries.insert(param.name.clone(), Entry { sum, measured: (0.0, 0), passed: 0 });
-        }
+        self.begin(param)?;
         let Some(entry) = self.entries.get_mut(&param.name) else { return Ok(()) };
         if let Some(q) = self.config.threshold_quantile.filter(|_| self.config.measures(param)) {
             let (total, steps) = &mut entry.measured;
             if *steps < self.config.quantile_steps {
                 *total += quantile_of_squares(grad, q)?;
                 *steps += 1;
-                entry.passed = 0;
+                entry.passed = Passed::Known(0);
                 return Ok(());
             }
             settings.threshold = *total / *steps as f64;
         }
         entry.passed =
-            kernels::classp_step(var.as_tensor(), grad, &mut entry.sum, &settings).on(&param.name)?;
+            kernels::classp_step_counted(var.as_tensor(), grad, &mut entry.sum, &settings).on(&param.name)?;
         Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn update_all(&mut self, moves: &[Move<'_>], clip: f64) -> Result<Option<Tensor>> {
+        if !one_launch(moves) {
+            return Ok(None);
+        }
+        for m in moves {
+            self.begin(m.param)?;
+        }
+        let mut settings = Vec::with_capacity(moves.len());
+        let (mut moved, mut factors) = (Vec::with_capacity(moves.len()), Vec::with_capacity(6 * moves.len()));
+        for Move { param, grad, lr, decay, free } in moves {
+            let Some(entry) = self.entries.get(&param.name) else { return Ok(None) };
+            let Some(sum) = entry.sum.on_device() else { return Ok(None) };
+            let mut own = self.config.settings(param, self.task, *lr, *decay);
+            if self.config.measures(param) {
+                let (total, steps) = entry.measured;
+                // What is measured is read on the CPU.
+                if steps < self.config.quantile_steps {
+                    return Ok(None);
+                }
+                own.threshold = total / steps as f64;
+            }
+            factors.extend(own.words());
+            settings.push(own);
+            let state = [Some(sum), None];
+            moved.push(Moved { weight: param.var.as_tensor(), grad, state, free: *free });
+        }
+        let rule = ClasspParams::rule(&settings);
+        let left = self.together.run(rule, &moved, &factors, Some(clip))?;
+        for (i, m) in moves.iter().enumerate() {
+            if let (Some(entry), Some(passed)) = (self.entries.get_mut(&m.param.name), &left.passed) {
+                entry.passed = Passed::Listed(passed.clone(), i);
+            }
+        }
+        Ok(left.norms)
     }
 
     fn state(&self) -> Result<Vec<(String, Tensor)>> {
         let mut tensors = vec![(TASK.to_string(), Tensor::new(&[self.task], &Device::Cpu)?)];
         for (name, entry) in &self.entries {
-            tensors.push((format!("{name}#grad_sum"), entry.sum.export()?));
+            tensors.push((format!("{name}#grad_sum"), stored(&entry.sum.export()?)?));
             if self.config.threshold_quantile.is_some() {
                 let (total, steps) = entry.measured;
                 let measured = Tensor::new(&[total, steps as f64], &Device::Cpu)?;
@@ -360,7 +417,7 @@ impl Optimizer for Classp {
     fn restore(&mut self, params: &[Param], read: &dyn Fn(&str) -> Result<Tensor>) -> Result<()> {
         self.task = read(TASK)?.flatten_all()?.get(0)?.to_scalar::<u32>()?;
         for Param { name, var, .. } in params {
-            let sum = read(&format!("{name}#grad_sum"))?;
+            let sum = read(&format!("{name}#grad_sum"))?.to_device(var.device())?;
             if sum.dims() != var.dims() || sum.dtype() != var.dtype() {
                 return Err(Error::tensor(
                     format!("{name}#grad_sum"),
@@ -380,7 +437,7 @@ impl Optimizer for Classp {
                     measured = (total, steps as usize);
                 }
             }
-            let entry = Entry { sum: GradSum::import(&sum).on(name)?, measured, passed: 0 };
+            let entry = Entry { sum: GradSum::import(&sum).on(name)?, measured, passed: Passed::Known(0) };
             self.entries.insert(name.clone(), entry);
         }
         Ok(())
@@ -388,21 +445,19 @@ impl Optimizer for Classp {
 
     fn next_task(&mut self) {
         self.task += 1;
-        self.entries.values_mut().for_each(|entry| entry.passed = 0);
+        self.entries.values_mut().for_each(|entry| entry.passed = Passed::Known(0));
     }
 
     /// Percent of the entries that moved in the last step, the mean of S, percent of the entries whose S is
     /// above zero: the signs that a threshold is in a sensible range.
     fn figures(&self) -> Vec<(&'static str, f64)> {
-        let (mut count, mut passed, mut total, mut touched) = (0usize, 0usize, 0f64, 0usize);
-        for entry in self.entries.values() {
-            // A device that fails here fails the next step too, which says so.
-            let figures = entry.sum.figures().unwrap_or_default();
-            count += entry.sum.shape().elem_count();
-            passed += entry.passed;
-            total += figures.total;
-            touched += figures.touched;
-        }
+        let sums: Vec<&GradSum> = self.entries.values().map(|entry| &entry.sum).collect();
+        // A device that fails here fails the next step too, which says so.
+        let figures = kernels::classp_figures(&sums).unwrap_or_default();
+        let passed = Passed::total(self.entries.values().map(|entry| &entry.passed)).unwrap_or_default();
+        let count: usize = sums.iter().map(|sum| sum.shape().elem_count()).sum();
+        let total: f64 = figures.iter().map(|figures| figures.total).sum();
+        let touched: usize = figures.iter().map(|figures| figures.touched).sum();
         let share = |n: usize| 100.0 * n as f64 / count.max(1) as f64;
         vec![
             ("passing", share(passed)),

@@ -7,7 +7,11 @@ use candle_core::{DType, Tensor};
 use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
 
-use super::{tokens, Optimizer};
+#[cfg(feature = "cuda")]
+use super::{one_launch, Move};
+use super::{own, stored, tokens, Optimizer};
+#[cfg(feature = "cuda")]
+use crate::kernels::cuda::{floats, Moved, Rule, Together};
 use crate::weights::Param;
 use crate::{On, Result};
 
@@ -36,17 +40,51 @@ impl Default for LionConfig {
 pub struct Lion {
     config: LionConfig,
     momenta: IndexMap<String, Tensor>,
+    #[cfg(feature = "cuda")]
+    together: Together,
 }
 
 impl Lion {
     /// With zero momenta.
     pub fn new(config: LionConfig) -> Self {
-        Lion { config, momenta: IndexMap::new() }
+        Lion {
+            config,
+            momenta: IndexMap::new(),
+            #[cfg(feature = "cuda")]
+            together: Together::default(),
+        }
+    }
+
+    /// A step of all of `moves`, which one launch takes.
+    #[cfg(feature = "cuda")]
+    fn launch(&mut self, moves: &[Move<'_>], clip: Option<f64>) -> Result<Option<Tensor>> {
+        for Move { param, .. } in moves {
+            if !self.momenta.contains_key(&param.name) {
+                let zeros = Tensor::zeros(param.var.shape(), DType::F32, param.var.device())?;
+                self.momenta.insert(param.name.clone(), zeros);
+            }
+        }
+        let LionConfig { beta1, beta2, weight_decay, .. } = self.config;
+        let (mut moved, mut factors) = (Vec::with_capacity(moves.len()), Vec::with_capacity(3 * moves.len()));
+        for Move { param, grad, lr, decay, free } in moves {
+            let keep = if *decay && weight_decay > 0.0 { 1.0 - lr * weight_decay } else { 1.0 };
+            factors.extend([floats(beta1, 1.0 - beta1), floats(beta2, 1.0 - beta2), floats(*lr, keep)]);
+            let state = [self.momenta.get(&param.name), None];
+            moved.push(Moved { weight: param.var.as_tensor(), grad, state, free: *free });
+        }
+        Ok(self.together.run(Rule::Lion, &moved, &factors, clip)?.norms)
     }
 }
 
 impl Optimizer for Lion {
     fn update(&mut self, param: &Param, grad: &Tensor, lr: f64, decay: bool) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        {
+            let alone = [Move { param, grad, lr, decay, free: None }];
+            if one_launch(&alone) {
+                return self.launch(&alone, None).map(drop);
+            }
+        }
         let LionConfig { beta1, beta2, weight_decay, .. } = self.config;
         let grad = grad.to_dtype(DType::F32)?;
         let momentum = match self.momenta.get(&param.name) {
@@ -64,8 +102,16 @@ impl Optimizer for Lion {
         Ok(())
     }
 
+    #[cfg(feature = "cuda")]
+    fn update_all(&mut self, moves: &[Move<'_>], clip: f64) -> Result<Option<Tensor>> {
+        match one_launch(moves) {
+            true => self.launch(moves, Some(clip)),
+            false => Ok(None),
+        }
+    }
+
     fn state(&self) -> Result<Vec<(String, Tensor)>> {
-        Ok(self.momenta.iter().map(|(name, m)| (format!("{name}#m"), m.clone())).collect())
+        self.momenta.iter().map(|(name, m)| Ok((format!("{name}#m"), stored(m)?))).collect()
     }
 
     fn retain(&mut self, params: &[Param]) {
@@ -73,9 +119,9 @@ impl Optimizer for Lion {
     }
 
     fn restore(&mut self, params: &[Param], read: &dyn Fn(&str) -> Result<Tensor>) -> Result<()> {
-        for Param { name, var, .. } in params {
-            let momentum = read(&format!("{name}#m"))?.to_device(var.device())?;
-            self.momenta.insert(name.clone(), momentum);
+        for param in params {
+            let momentum = own(&read(&format!("{}#m", param.name))?, param)?;
+            self.momenta.insert(param.name.clone(), momentum);
         }
         Ok(())
     }

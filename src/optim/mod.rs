@@ -7,7 +7,7 @@ pub mod schedule;
 pub mod sgd;
 pub mod state;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 pub use schedule::{Rate, Schedule};
@@ -16,18 +16,18 @@ use crate::select::matches;
 use crate::weights::Param;
 use crate::{Error, Result};
 
-/// A parameter and where it goes in a step.
-#[derive(Debug)]
+/// A parameter that a step moves, and how.
+#[derive(Clone, Copy, Debug)]
 pub struct Move<'a> {
     /// The parameter.
     pub param: &'a Param,
-    /// Its gradient, before clipping.
+    /// Its gradient, of its shape.
     pub grad: &'a Tensor,
     /// Its learning rate.
     pub lr: f64,
     /// Whether weight decay acts on it.
     pub decay: bool,
-    /// Where 0, entries that are held still bit for bit; `None`: none.
+    /// Of its shape: entries at 0 keep their weight bit for bit, their state goes on; `None`: all move.
     pub free: Option<&'a Tensor>,
 }
 
@@ -37,15 +37,22 @@ pub trait Optimizer: Send {
     /// acts on it.
     fn update(&mut self, param: &Param, grad: &Tensor, lr: f64, decay: bool) -> Result<()>;
 
-    /// Moves all of `moves` at once, without waiting for the device: the gradients are clipped to a norm of `clip`
-    /// together (0: not at all), and where the norm is not finite nothing moves at all. Gives the norm of all
-    /// gradients before clipping and that of each, f32 `[1 + moves]` on the device. `None` where the rule has no such
-    /// launch for these tensors, which [`Optimizer::update`] then takes one by one.
+    /// Moves all of `moves` in place, each parameter at most once, in one launch on their device, without waiting for
+    /// it: along their gradients, which are clipped to the norm `clip` of all of them together (0: not).
+    ///
+    /// Gives, on the device, f32 `[1 + moves]`: that norm before it was clipped, then the norm of each gradient. Where
+    /// the norm is not a finite f32 every weight and all state stay as they are, which [`Optimizer::left_out`] is to
+    /// be told of. `None`: the rule has no such launch for these tensors, and nothing was done; [`Optimizer::update`]
+    /// takes them one by one. There is one for f32 parameters on one CUDA device with gradients in f32, f16 or bf16.
     fn update_all(&mut self, _moves: &[Move<'_>], _clip: f64) -> Result<Option<Tensor>> {
         Ok(None)
     }
 
-    /// The state as named tensors, `PARAMETER#PART`, in the order in which parameters were first seen.
+    /// Hears that an [`Optimizer::update_all`] of these parameters moved nothing, its norm not being finite: that step
+    /// does not count.
+    fn left_out(&mut self, _params: &[Param]) {}
+
+    /// The state as named tensors on the CPU, `PARAMETER#PART`, in the order in which parameters were first seen.
     fn state(&self) -> Result<Vec<(String, Tensor)>>;
 
     /// Drops the state of every parameter that is not among `params`.
@@ -165,6 +172,42 @@ impl OptimizerConfig {
     pub fn decays(&self, param: &Param) -> bool {
         param.var.rank() > 1 && !self.no_decay().iter().any(|pattern| matches(pattern, &param.name))
     }
+}
+
+/// Whether one launch takes all of `moves`.
+#[cfg(feature = "cuda")]
+fn one_launch(moves: &[Move<'_>]) -> bool {
+    use candle_core::DType;
+    let Some(first) = moves.first() else { return false };
+    let (device, dtype) = (first.param.var.device(), first.grad.dtype());
+    let there = |t: &Tensor, of: &Tensor| t.device().same_device(device) && t.dims() == of.dims();
+    let takes = |m: &Move<'_>| {
+        let w = m.param.var.as_tensor();
+        w.dtype() == DType::F32
+            && w.is_contiguous()
+            && there(w, w)
+            && m.grad.dtype() == dtype
+            && there(m.grad, w)
+            && m.free.is_none_or(|free| there(free, w))
+    };
+    let mut names = std::collections::HashSet::with_capacity(moves.len());
+    device.is_cuda()
+        && matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
+        && moves.iter().all(|m| takes(m) && names.insert(m.param.name.as_str()))
+}
+
+/// A stored tensor as the state of `param`: on its device, where a step may move it in place.
+fn own(stored: &Tensor, param: &Param) -> Result<Tensor> {
+    let device = param.var.device();
+    Ok(match device.is_cpu() {
+        true => stored.to_device(device)?,
+        false => stored.to_device(device)?.force_contiguous()?,
+    })
+}
+
+/// State as it is stored.
+fn stored(state: &Tensor) -> Result<Tensor> {
+    Ok(state.to_device(&Device::Cpu)?)
 }
 
 /// Tokens and position embeddings: no weight decay, as in DeiT.

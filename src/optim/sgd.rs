@@ -4,7 +4,11 @@ use candle_core::Tensor;
 use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
 
-use super::{tokens, Optimizer};
+#[cfg(feature = "cuda")]
+use super::{one_launch, Move};
+use super::{own, stored, tokens, Optimizer};
+#[cfg(feature = "cuda")]
+use crate::kernels::cuda::{floats, Moved, Rule, Together};
 use crate::weights::Param;
 use crate::Result;
 
@@ -31,17 +35,60 @@ impl Default for SgdConfig {
 pub struct Sgd {
     config: SgdConfig,
     velocity: IndexMap<String, Tensor>,
+    #[cfg(feature = "cuda")]
+    together: Together,
 }
 
 impl Sgd {
     /// With zero velocity.
     pub fn new(config: SgdConfig) -> Self {
-        Sgd { config, velocity: IndexMap::new() }
+        Sgd {
+            config,
+            velocity: IndexMap::new(),
+            #[cfg(feature = "cuda")]
+            together: Together::default(),
+        }
+    }
+
+    fn keep(&self, lr: f64, decay: bool) -> f64 {
+        if decay {
+            1.0 - lr * self.config.weight_decay
+        } else {
+            1.0
+        }
+    }
+
+    /// A step of all of `moves`, which one launch takes.
+    #[cfg(feature = "cuda")]
+    fn launch(&mut self, moves: &[Move<'_>], clip: Option<f64>) -> Result<Option<Tensor>> {
+        let momentum = self.config.momentum;
+        for Move { param, .. } in moves.iter().filter(|_| momentum != 0.0) {
+            if !self.velocity.contains_key(&param.name) {
+                let (shape, device) = (param.var.shape(), param.var.device());
+                let zeros = Tensor::zeros(shape, candle_core::DType::F32, device)?;
+                self.velocity.insert(param.name.clone(), zeros);
+            }
+        }
+        let (mut moved, mut factors) = (Vec::with_capacity(moves.len()), Vec::with_capacity(2 * moves.len()));
+        for Move { param, grad, lr, decay, free } in moves {
+            factors.extend([floats(momentum, *lr), floats(self.keep(*lr, *decay), 0.0)]);
+            let state = [self.velocity.get(&param.name), None];
+            moved.push(Moved { weight: param.var.as_tensor(), grad, state, free: *free });
+        }
+        let rule = if momentum == 0.0 { Rule::SgdPlain } else { Rule::Sgd };
+        Ok(self.together.run(rule, &moved, &factors, clip)?.norms)
     }
 }
 
 impl Optimizer for Sgd {
     fn update(&mut self, param: &Param, grad: &Tensor, lr: f64, decay: bool) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        {
+            let alone = [Move { param, grad, lr, decay, free: None }];
+            if one_launch(&alone) {
+                return self.launch(&alone, None).map(drop);
+            }
+        }
         let mut direction = grad.detach();
         if self.config.momentum != 0.0 {
             if let Some(velocity) = self.velocity.get(&param.name) {
@@ -50,13 +97,21 @@ impl Optimizer for Sgd {
             self.velocity.insert(param.name.clone(), direction.clone());
         }
         let w = param.var.as_detached_tensor();
-        let keep = if decay { 1.0 - lr * self.config.weight_decay } else { 1.0 };
+        let keep = self.keep(lr, decay);
         param.var.set(&((w * keep)? - (direction * lr)?)?)?;
         Ok(())
     }
 
+    #[cfg(feature = "cuda")]
+    fn update_all(&mut self, moves: &[Move<'_>], clip: f64) -> Result<Option<Tensor>> {
+        match one_launch(moves) {
+            true => self.launch(moves, Some(clip)),
+            false => Ok(None),
+        }
+    }
+
     fn state(&self) -> Result<Vec<(String, Tensor)>> {
-        Ok(self.velocity.iter().map(|(name, v)| (format!("{name}#velocity"), v.clone())).collect())
+        self.velocity.iter().map(|(name, v)| Ok((format!("{name}#velocity"), stored(v)?))).collect()
     }
 
     fn retain(&mut self, params: &[Param]) {
@@ -66,7 +121,7 @@ impl Optimizer for Sgd {
     fn restore(&mut self, params: &[Param], read: &dyn Fn(&str) -> Result<Tensor>) -> Result<()> {
         if self.config.momentum != 0.0 {
             for param in params {
-                let velocity = read(&format!("{}#velocity", param.name))?;
+                let velocity = own(&read(&format!("{}#velocity", param.name))?, param)?;
                 self.velocity.insert(param.name.clone(), velocity);
             }
         }

@@ -365,6 +365,7 @@ impl<S: Supply> Trainer<'_, S> {
             if due {
                 for (at, message, samples) in self.read(&mut waiting, &params)? {
                     // Nothing moved at that step.
+                    optimizer.left_out(&params);
                     self.not_finite(broken(at, &message, &samples), &params, optimizer)?;
                 }
             }

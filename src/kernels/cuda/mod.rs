@@ -19,6 +19,7 @@ mod gemm;
 mod graph;
 mod oscillation;
 mod product;
+mod together;
 mod transfer;
 pub(in crate::kernels) use columns::{add_bias, column_sums, fold_columns, row_grid, Parts};
 pub(crate) use device::{open, peak_bytes};
@@ -26,6 +27,7 @@ pub(in crate::kernels) use gemm::{gemm, product_into, product_of, tensor, Matrix
 pub(crate) use graph::{warm, Graph};
 pub(crate) use oscillation::{History, HostHistory};
 pub(in crate::kernels) use product::{product, Matrices};
+pub(crate) use together::{floats, integers, Moved, Rule, Together};
 pub(crate) use transfer::upload;
 
 /// The image of one kernels/*.cu, for all architectures that it was compiled for.

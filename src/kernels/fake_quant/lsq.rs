@@ -8,11 +8,15 @@
 //! ```
 
 use super::site::{Site, SCALE_FLOOR};
-use super::statsq::run_statsq;
+use super::statsq::{at_least_f32, run_statsq};
 use super::{rne, Emit, Levels};
 use crate::kernels::cpu::{self, real, Real, Road};
+#[cfg(feature = "cuda")]
+use crate::kernels::cuda;
 use crate::kernels::tape::{self, Many};
 use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor};
+#[cfg(feature = "cuda")]
+use candle_core::{op::BackpropOp, CudaStorage, Storage};
 
 /// LSQ in plain candle ops; arguments as [`lsq`].
 pub fn reference_lsq(
@@ -63,6 +67,43 @@ impl Lsq {
         let behind = if self.shifts.1 { at(2 + usize::from(self.shifts.0))? } else { Vec::new() };
         Ok((before, behind))
     }
+
+    /// The shift before it and the one behind it among the operands.
+    #[cfg(feature = "cuda")]
+    fn pick<X: Copy>(&self, operands: &[X]) -> Result<(Option<X>, Option<X>)> {
+        let expected = 2 + usize::from(self.shifts.0) + usize::from(self.shifts.1);
+        if operands.len() != expected {
+            bail!("lsq: expected {expected} operands, got {}", operands.len())
+        }
+        let mut shifts = operands[2..].iter().copied();
+        let before = if self.shifts.0 { shifts.next() } else { None };
+        Ok((before, shifts.next()))
+    }
+
+    /// As [`Many::bwd`]; dx lies by itself, so that it can go while the others wait for the update.
+    #[cfg(feature = "cuda")]
+    fn bwd_on_cuda(&self, operands: &[Tensor], grad: &Tensor) -> Result<Vec<Option<Tensor>>> {
+        let held: Vec<_> = operands.iter().chain([grad]).map(Tensor::storage_and_layout).collect();
+        let mut there = Vec::with_capacity(held.len());
+        for (storage, layout) in &held {
+            there.push((cuda::storage("lsq", storage)?, *layout));
+        }
+        let Some((&g, there)) = there.split_last() else { bail!("lsq: expected a gradient") };
+        let (before, behind) = self.pick(there)?;
+        let (dx, rest) = self.site.backward_on_cuda(there[0], g, there[1], before, behind.is_some())?;
+        let tensor = |storage: CudaStorage, shape: Shape| {
+            Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
+        };
+        let count: usize = operands[1..].iter().map(Tensor::elem_count).sum();
+        let rest = tensor(rest, Shape::from(count));
+        let mut found = vec![Some(tensor(dx, operands[0].shape().clone()))];
+        let mut at = 0;
+        for operand in &operands[1..] {
+            found.push(Some(cpu::unpack(&rest, at, operand.shape())?));
+            at += operand.elem_count();
+        }
+        Ok(found)
+    }
 }
 
 impl Many for Lsq {
@@ -80,7 +121,18 @@ impl Many for Lsq {
         })
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, operands: &[(&CudaStorage, &Layout)]) -> Result<Option<(CudaStorage, Shape)>> {
+        let shifts = self.pick(operands)?;
+        let y = self.site.forward_on_cuda(operands[0], operands[1], shifts, self.codes)?;
+        Ok(Some((y, operands[0].1.shape().clone())))
+    }
+
     fn bwd(&self, operands: &[Tensor], _y: &Tensor, grad: &Tensor) -> Result<Vec<Option<Tensor>>> {
+        #[cfg(feature = "cuda")]
+        if grad.device().is_cuda() {
+            return self.bwd_on_cuda(operands, &grad.contiguous()?);
+        }
         let [x, s, shifts @ ..] = operands else { bail!("lsq: expected x and scales") };
         let op = LsqGrad { of: self.clone(), s: s.clone(), grad: grad.contiguous()? };
         let packed = match (self.shifts.0, shifts.first()) {
@@ -113,6 +165,11 @@ impl Many for Lsq {
             _ => (None, None),
         };
         let parts = self.site.parts;
+        if matches!(x.dtype(), DType::F16 | DType::BF16) && (parts > 1 || behind.is_some()) {
+            // Between these ops nothing may be rounded: a code would be another.
+            let wide: Vec<Tensor> = operands.iter().map(cpu::wide).collect::<Result<_>>()?;
+            return self.composed(&wide)?.to_dtype(x.dtype());
+        }
         let (seen, before) = match before {
             // A shift lies along all parts.
             Some(before) if parts > 1 => (crate::kernels::add_bias(x, before)?, None),
@@ -128,7 +185,7 @@ impl Many for Lsq {
                 seen.reshape(dims)?
             }
         };
-        let y = match x.device().is_cpu() {
+        let y = match cpu::road_with_cuda("lsq", &[("x", x)])? == Road::Kernel {
             true => alone(&seen, s, before, self.levels, self.axis, self.codes)?,
             false => reference_lsq(&seen, s, before, self.levels, self.axis)?,
         };
@@ -177,6 +234,19 @@ impl CustomOp3 for Alone {
         bl: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         Many::cpu_fwd(&self.0, &[(x, xl), (s, sl), (b, bl)])
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        xl: &Layout,
+        s: &CudaStorage,
+        sl: &Layout,
+        b: &CudaStorage,
+        bl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        Many::cuda_fwd(&self.0, &[(x, xl), (s, sl), (b, bl)])
     }
 
     fn bwd(
@@ -280,7 +350,7 @@ fn run_lsq(
     named.extend(shift_in.map(|t| ("shift_in", t)));
     named.extend(shift_out.map(|t| ("shift_out", t)));
     let lsq = Lsq { site, levels, axis, codes, shifts: (shift_in.is_some(), shift_out.is_some()) };
-    match cpu::road(op, &named)? {
+    match cpu::road_with_cuda(op, &named)? {
         Road::Kernel => {
             let mut operands = vec![x.contiguous()?, s.contiguous()?];
             for shift in shifts {
@@ -320,7 +390,7 @@ pub fn lsq_init(x: &Tensor, levels: Levels, axis: Option<usize>, factor: f64) ->
         Some(a) if a < x.rank() => x.dim(a)?,
         Some(a) => bail!("{op}: expected a scale axis below {}, got {a}", x.rank()),
     };
-    let x = if x.dtype() == DType::F64 { x.detach() } else { cpu::wide(&x.detach())? };
+    let x = at_least_f32(x)?;
     let dummy = Tensor::zeros(scales, x.dtype(), x.device())?;
     Site::new(op, x.dims(), 1, &dummy, &[], levels, axis)?;
     // One row per scale; a calibration pass, so the copy does not matter.

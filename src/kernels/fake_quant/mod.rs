@@ -8,12 +8,21 @@
 //! ```
 //!
 //! A step below the smallest normal f32 makes a row of zeros with codes 0. A NaN stays a NaN.
+//!
+//! On the CPU f32 and f64, f16 and bf16 through f32; on a CUDA device f32, f16 and bf16 (kernels/grid.cu,
+//! kernels/statsq.cu, kernels/lsq.cu), whose codes on given steps are those of the CPU to the bit.
 
+#[cfg(feature = "cuda")]
+mod launch;
 mod lsq;
 mod site;
 mod statsq;
 
 use super::cpu::{self, real, simd, Real, Road};
+#[cfg(feature = "cuda")]
+use super::cuda::{self, Launch};
+#[cfg(feature = "cuda")]
+use candle_core::{backend::BackendStorage, CudaStorage};
 use candle_core::{bail, CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -187,6 +196,36 @@ impl CustomOp2 for OnGrid {
             Ok((<T as Real>::store(y), wl.shape().clone()))
         })
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        w: &CudaStorage,
+        wl: &Layout,
+        s: &CudaStorage,
+        sl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (name, device, dtype) = (self.name(), w.device(), w.dtype());
+        let (rows, width) = wl.shape().dims2()?;
+        let codes = matches!(self.emit, Emit::Codes);
+        let y = cuda::unwritten(device, wl.shape(), if codes { DType::F32 } else { dtype })?;
+        let kernel = if codes { "grid_codes" } else { "grid_values" };
+        let mut launch = Launch::new(device, "grid", format!("{kernel}_{}", cuda::suffix(name, dtype)?))
+            .place(cuda::place(name, w, wl)?)
+            .place(cuda::place(name, s, sl)?)
+            .place(cuda::start(&y))
+            .i64(rows)
+            .i32(width)
+            .f32(self.levels.offset() as f32);
+        if codes {
+            launch = launch.f32(self.levels.lo as f32).f32(self.levels.hi as f32);
+        }
+        let (grid, block) = cuda::row_grid(rows, width);
+        // SAFETY: w and y have rows * width elements and there is a step for each row, as `check_step` saw; rows are
+        // strided over.
+        unsafe { launch.run(grid, block, 0)? };
+        Ok((y, wl.shape().clone()))
+    }
 }
 
 fn check_rows(op: &str, w: &Tensor, bits: u8) -> Result<()> {
@@ -212,7 +251,7 @@ fn check_step(op: &str, w: &Tensor, step: &Tensor) -> Result<()> {
 pub fn quantize(w: &Tensor, step: &Tensor, levels: Levels) -> Result<Tensor> {
     check_step("quantize", w, step)?;
     let (w, step) = (w.detach(), step.detach());
-    match cpu::road("quantize", &[("w", &w), ("step", &step)])? {
+    match cpu::road_with_cuda("quantize", &[("w", &w), ("step", &step)])? {
         Road::Kernel => {
             let op = OnGrid { levels, emit: Emit::Codes };
             w.contiguous()?.apply_op2_no_bwd(&step.contiguous()?, &op)?.to_dtype(DType::F32)
@@ -227,7 +266,7 @@ pub fn quantize(w: &Tensor, step: &Tensor, levels: Levels) -> Result<Tensor> {
 pub fn dequantize(codes: &Tensor, step: &Tensor, levels: Levels) -> Result<Tensor> {
     check_step("dequantize", codes, step)?;
     let (codes, step) = (codes.detach().to_dtype(step.dtype())?, step.detach());
-    match cpu::road("dequantize", &[("codes", &codes), ("step", &step)])? {
+    match cpu::road_with_cuda("dequantize", &[("codes", &codes), ("step", &step)])? {
         Road::Kernel => {
             let op = OnGrid { levels, emit: Emit::Values };
             codes.contiguous()?.apply_op2_no_bwd(&step.contiguous()?, &op)

@@ -12,18 +12,18 @@ pub const SCALE_FLOOR: f64 = 1e-5;
 /// Where an LSQ quantizer sits: how the elements of x share scales.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Site {
-    levels: Levels,
+    pub(super) levels: Levels,
     /// Length of a row.
     pub(super) width: usize,
     /// Rows that the last axis of x as it is falls into.
     pub(super) parts: usize,
     /// Elements between one change of scale and the next.
-    run: usize,
-    scales: usize,
+    pub(super) run: usize,
+    pub(super) scales: usize,
     /// Elements of x that share one scale.
     shared: usize,
     /// The scale belongs to the last axis.
-    per_column: bool,
+    pub(super) per_column: bool,
 }
 
 impl Site {

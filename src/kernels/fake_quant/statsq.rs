@@ -17,7 +17,11 @@
 
 use super::{check_rows, on_grid, reference_dequantize, reference_quantize, Emit, Levels};
 use crate::kernels::cpu::{self, real, simd, Real, Road};
+#[cfg(feature = "cuda")]
+use crate::kernels::cuda::{self, Launch, Place};
 use crate::kernels::tape::{self, Reads};
+#[cfg(feature = "cuda")]
+use candle_core::{backend::BackendStorage, CudaDevice, CudaStorage};
 use candle_core::{bail, CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor, D};
 use rayon::prelude::*;
 
@@ -128,6 +132,52 @@ fn free<T: Real>(w: &[T], width: usize, bits: u8, band: f64, g: &[T]) -> Vec<T> 
     out
 }
 
+/// `n = 2^(bits-1)`.
+#[cfg(feature = "cuda")]
+fn half_levels(bits: u8) -> f32 {
+    (1u32 << (bits - 1)) as f32
+}
+
+/// `KERNEL(places.., rows, cols, a group for each row, numbers..)` of kernels/statsq.cu; `most` threads a block.
+#[cfg(feature = "cuda")]
+fn launch(
+    device: &CudaDevice,
+    kernel: &str,
+    dtype: DType,
+    places: &[Place],
+    (rows, width): (usize, usize),
+    numbers: &[f32],
+    most: usize,
+) -> Result<()> {
+    if rows > i32::MAX as usize || width > i32::MAX as usize {
+        bail!("{kernel}: expected fewer than 2^31 rows and columns, got [{rows}, {width}]")
+    }
+    let wide = cuda::wide(dtype);
+    // What a thread keeps of a row (KEPT of the kernel), wherever the elements lie.
+    let kept = if width.is_multiple_of(wide) { 16 } else { 8 };
+    let threads = match width {
+        0..=512 => 128,
+        _ => width.div_ceil(kept).next_multiple_of(32).clamp(128, most),
+    };
+    // Rows of a block.
+    let teams = match width {
+        0..=64 => threads / 8,
+        _ if width <= 32 * kept => threads / 32,
+        _ => 1,
+    };
+    let mut launch = Launch::new(device, "statsq", format!("{kernel}_{}", cuda::suffix(kernel, dtype)?));
+    for place in places {
+        launch = launch.place(*place);
+    }
+    launch = launch.i64(rows).i64(width).i64(width);
+    for number in numbers {
+        launch = launch.f32(*number);
+    }
+    // SAFETY: the callers give places of rows * width elements, of a scale for each row, or none, in the kernel's
+    // order; blocks are whole warps and rows are strided over.
+    unsafe { launch.run((rows.div_ceil(teams).min(1 << 20), 1, 1), (threads, 1, 1), 0) }
+}
+
 #[derive(Clone, Copy)]
 struct StatsQ {
     bits: u8,
@@ -157,6 +207,17 @@ impl CustomOp1 for Free {
             Ok((<T as Real>::store(y), layout.shape().clone()))
         })
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, w: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        let name = CustomOp1::name(self);
+        let y = cuda::unwritten(w.device(), layout.shape(), DType::F32)?;
+        let places = [cuda::place(name, w, layout)?, cuda::start(&y)];
+        let numbers = [half_levels(self.bits), self.band as f32];
+        let shape = layout.shape().dims2()?;
+        launch(w.device(), "statsq_free", w.dtype(), &places, shape, &numbers, 1024)?;
+        Ok((y, layout.shape().clone()))
+    }
 }
 
 impl CustomOp2 for Free {
@@ -177,6 +238,22 @@ impl CustomOp2 for Free {
             let (w, g) = (<T as Real>::slice(name, w, wl)?, <T as Real>::slice(name, g, gl)?);
             Ok((<T as Real>::store(free(w, width, self.bits, self.band, g)), wl.shape().clone()))
         })
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        w: &CudaStorage,
+        wl: &Layout,
+        g: &CudaStorage,
+        gl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let name = CustomOp2::name(self);
+        let dw = cuda::unwritten(w.device(), wl.shape(), w.dtype())?;
+        let places = [cuda::place(name, w, wl)?, cuda::place(name, g, gl)?, cuda::start(&dw)];
+        let numbers = [half_levels(self.bits), self.band as f32];
+        launch(w.device(), "statsq_grad", w.dtype(), &places, wl.shape().dims2()?, &numbers, 512)?;
+        Ok((dw, wl.shape().clone()))
     }
 }
 
@@ -201,6 +278,26 @@ impl CustomOp1 for StatsQ {
         })
     }
 
+    /// Scales and codes in f32 whatever the dtype of w.
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, w: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        let (name, device, dtype) = (self.name(), w.device(), w.dtype());
+        let (rows, width) = layout.shape().dims2()?;
+        let (kernel, y) = match self.emit {
+            Emit::Scale => ("statsq_scale", cuda::unwritten(device, rows, DType::F32)?),
+            Emit::Codes => ("statsq_codes", cuda::unwritten(device, layout.shape(), DType::F32)?),
+            Emit::Values => ("statsq", cuda::unwritten(device, layout.shape(), dtype)?),
+        };
+        let mut places = vec![cuda::place(name, w, layout)?, cuda::start(&y)];
+        if let Emit::Scale = self.emit {
+            launch(device, kernel, dtype, &places, (rows, width), &[], 1024)?;
+            return Ok((y, Shape::from(rows)));
+        }
+        places.push(Place::NULL);
+        launch(device, kernel, dtype, &places, (rows, width), &[half_levels(self.bits)], 1024)?;
+        Ok((y, layout.shape().clone()))
+    }
+
     fn bwd(&self, w: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         match self.band {
             None => Ok(Some(grad.clone())),
@@ -209,14 +306,14 @@ impl CustomOp1 for StatsQ {
     }
 }
 
-/// The rule in every form, on whichever road there is.
+/// The rule in every form, on whichever road there is. On a CUDA device scales and codes are f32 at least.
 pub(super) fn run_statsq(op: &str, w: &Tensor, bits: u8, emit: Emit) -> Result<Tensor> {
     run_annealed(op, w, bits, emit, None)
 }
 
 fn run_annealed(op: &str, w: &Tensor, bits: u8, emit: Emit, band: Option<f64>) -> Result<Tensor> {
     check_rows(op, w, bits)?;
-    match cpu::road(op, &[("w", w)])? {
+    match cpu::road_with_cuda(op, &[("w", w)])? {
         Road::Kernel => tape::apply1(&w.contiguous()?, StatsQ { bits, emit, band }, Reads::OPERANDS),
         Road::ThroughF32 => run_annealed(op, &cpu::wide(w)?, bits, emit, band)?.to_dtype(w.dtype()),
         Road::Reference => {
@@ -259,10 +356,19 @@ pub fn statsq_free(w: &Tensor, bits: u8, band: f64) -> Result<Tensor> {
     let op = "statsq_free";
     check_band(op, band)?;
     check_rows(op, w, bits)?;
-    let w = if w.dtype() == DType::F64 { w.detach() } else { cpu::wide(&w.detach())? };
-    match cpu::road(op, &[("w", &w)])? {
+    let w = at_least_f32(w)?;
+    match cpu::road_with_cuda(op, &[("w", &w)])? {
         Road::Reference => reference_statsq_free(&w, bits, band),
         _ => w.contiguous()?.apply_op1_no_bwd(&Free { bits, band }),
+    }
+}
+
+/// `w` without a gradient, in f32 where it is narrower, unless a kernel makes f32 of it.
+pub(super) fn at_least_f32(w: &Tensor) -> Result<Tensor> {
+    match w.dtype() {
+        DType::F64 => Ok(w.detach()),
+        DType::F16 | DType::BF16 if w.device().is_cuda() => Ok(w.detach()),
+        _ => cpu::wide(&w.detach()),
     }
 }
 
@@ -276,7 +382,7 @@ fn check_band(op: &str, band: f64) -> Result<()> {
 /// StatsQ's scale `s = 2 mean |w|` of each row of `w: [R, K]`, `[R]`, without gradient. In f32 at
 /// least, whatever the dtype of w.
 pub fn statsq_scale(w: &Tensor) -> Result<Tensor> {
-    let w = if w.dtype() == DType::F64 { w.detach() } else { cpu::wide(&w.detach())? };
+    let w = at_least_f32(w)?;
     run_statsq("statsq_scale", &w, 2, Emit::Scale)
 }
 
