@@ -283,7 +283,7 @@ mod tests {
         // Two rows of tiles of 128 columns, 1 KiB each.
         let of = tiles(33, 200, 2, None);
         assert_eq!((of.words(), of.steps()), (2 * 2 * 256, 2 * 32));
-        assert_eq!(tiles(33, 200, 1, None), of);
+        assert_eq!((tiles(33, 200, 1, None), of.partial(3)), (of, 3 * 64));
         // Steps for each 32 columns of the 256 that are filled up.
         assert_eq!(tiles(33, 200, 2, Some(96)).steps(), 2 * 8 * 32);
         assert_eq!(tiles(32, 257, 3, Some(512)).words(), 2 * 768);

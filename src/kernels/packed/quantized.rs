@@ -10,7 +10,7 @@ use super::device;
 use super::gemm8::{self, Tokens};
 use super::rows::PackedRows;
 use super::table::{self, Scales};
-use super::{check, dense, has_body, packed_matmul, panels_of, slice};
+use super::{check, dense, has_body, panels_of, slice};
 use crate::kernels::fake_quant::{Levels, SCALE_FLOOR};
 use crate::kernels::rows::{with_last, Source};
 use crate::kernels::{add_bias, cpu};
@@ -89,7 +89,6 @@ pub struct Rounding {
 struct RoundedCodes {
     rounding: Rounding,
     rows: PackedRows,
-    /// Of the CUDA body alone.
     bias: Option<Tensor>,
 }
 
@@ -124,6 +123,10 @@ impl CustomOp1 for RoundedCodes {
         } else {
             bail!("{}: found a weight of several steps a row, or too many columns", self.name())
         }
+        if let Some(bias) = self.bias.as_ref().map(list).transpose()? {
+            let add = |row: &mut [f32]| row.iter_mut().zip(&bias).for_each(|(y, b)| *y += b);
+            y.par_chunks_mut(bias.len()).for_each(add);
+        }
         Ok((CpuStorage::F32(y), with_last(layout, rows.rows())))
     }
 
@@ -154,7 +157,7 @@ fn has_whole(_x: &Tensor, _rows: &PackedRows) -> Result<bool> {
 
 /// As [`packed_codes_matmul`] of the codes that `rounding` makes of `x [.., in]`, rounded on the way into the product,
 /// with `bias [out]` added; none where there is no integer product for the weight, the codes, the type of `x` (f32, on a
-/// CUDA device also f16 and bf16) or the device. Not differentiable.
+/// CUDA device also f16 and bf16) or the device. Differentiable in the bias alone.
 pub fn packed_quantized_matmul(
     x: &Tensor,
     rounding: Rounding,
@@ -180,12 +183,8 @@ pub fn packed_quantized_matmul(
     if let Some(shifts) = rounding.shift.as_ref().map(Tensor::elem_count).filter(|&n| n != rows.cols) {
         bail!("{op}: found {shifts} shifts, expected {}", rows.cols);
     }
-    if here {
-        let y = x.apply_op1_no_bwd(&RoundedCodes { rounding, rows: rows.clone(), bias: None })?;
-        return Ok(Some(match bias {
-            Some(bias) => add_bias(&y, bias)?,
-            None => y,
-        }));
+    if let Some(biases) = bias.map(Tensor::elem_count).filter(|&n| n != rows.rows()) {
+        bail!("{op}: found {biases} biases, expected {}", rows.rows());
     }
     let plain = |t: &Tensor| t.detach().to_device(x.device())?.to_dtype(DType::F32)?.contiguous();
     let rounding = Rounding {
@@ -193,8 +192,17 @@ pub fn packed_quantized_matmul(
         shift: rounding.shift.as_ref().map(plain).transpose()?,
         levels,
     };
+    // One that is trained is added where its gradient is not lost.
+    let (trained, bias) = match bias {
+        Some(bias) if bias.track_op() => (Some(bias), None),
+        bias => (None, bias),
+    };
     let bias = bias.map(plain).transpose()?;
-    x.apply_op1_no_bwd(&RoundedCodes { rounding, rows: rows.clone(), bias }).map(Some)
+    let y = x.apply_op1_no_bwd(&RoundedCodes { rounding, rows: rows.clone(), bias })?;
+    match trained {
+        Some(bias) => Ok(Some(add_bias(&y, &bias.to_dtype(y.dtype())?)?)),
+        None => Ok(Some(y)),
+    }
 }
 
 /// q, codes of magnitude at most `bound` and steps of their own, to their product with a packed weight on a device.
@@ -231,7 +239,7 @@ fn codes_on_device(q: &Tensor, bound: u32, x_step: &Tensor, rows: &PackedRows) -
     if bound <= 255 && rows.takes_codes() && has_whole(q, rows)? {
         return q.apply_op1_no_bwd(&CodesOnDevice { rows: rows.clone(), bound, step });
     }
-    let sums = packed_matmul(q, rows)?;
+    let sums = super::packed_matmul(q, rows)?;
     let scaled = sums.reshape((tokens / n, n, rows.rows()))?.broadcast_mul(&step.reshape((n, 1))?)?;
     scaled.reshape(sums.shape())
 }
@@ -376,6 +384,29 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_bias_is_added_and_may_be_trained() {
+        let (packed, _) = random_rows((Levels::signed(4), 4), 5, 70, None);
+        let x = crate::kernels::testing::values(&[3, 70], 2).to_dtype(DType::F32).unwrap();
+        let rounding = Rounding {
+            step: Tensor::new(&[0.25f32], &Device::Cpu).unwrap(),
+            shift: None,
+            levels: Levels::signed(4),
+        };
+        let run = |bias| packed_quantized_matmul(&x, rounding.clone(), &packed, bias);
+        let bias = Tensor::new(&[1f32, -2.0, 3.0, 0.5, 0.1], &Device::Cpu).unwrap();
+        let want = add_bias(&run(None).unwrap().unwrap(), &bias).unwrap().to_vec2::<f32>().unwrap();
+        let var = candle_core::Var::from_tensor(&bias).unwrap();
+        for bias in [&bias, var.as_tensor()] {
+            assert_eq!(run(Some(bias)).unwrap().unwrap().to_vec2::<f32>().unwrap(), want);
+        }
+        let y = run(Some(var.as_tensor())).unwrap().unwrap();
+        let grad = y.sum_all().unwrap().backward().unwrap().get(&var).unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!(grad, [3.0; 5]);
+        let error = run(Some(&x)).unwrap_err().to_string();
+        assert!(error.contains("found 210 biases, expected 5"), "{error}");
     }
 
     #[test]
