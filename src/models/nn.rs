@@ -82,7 +82,7 @@ impl Linear {
         }
         let y = match self.weight.expr() {
             Expr::Dense(w) if w.rank() != 2 => {
-                kernels::frozen_matmul(x, &w.flatten_from(1)?).on(&self.name)?
+                kernels::frozen_matmul(x, &w.flatten_from(1)?.to_dtype(x.dtype())?).on(&self.name)?
             }
             _ => self.weight.matmul(x)?,
         };

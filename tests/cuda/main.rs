@@ -15,3 +15,4 @@ mod optim;
 mod packed;
 mod quant;
 mod rows;
+mod runs;
