@@ -90,6 +90,8 @@ pub use rectified::rectified_moments;
 pub use relu::relu;
 pub use rms_norm::rms_norm;
 pub use rope::{rope, Rotations};
+#[cfg(feature = "cuda")]
+pub use rows::with_device_panels;
 pub use rows::{frozen_rows_matmul, FrozenRows};
 pub use scale::scale_leading;
 pub use softmax::softmax;

@@ -153,10 +153,25 @@ pub(super) struct Panel {
     _made: Option<CudaStorage>,
 }
 
+#[cfg(feature = "cuda")]
+thread_local! {
+    static PANEL_BYTES: std::cell::Cell<usize> = const { std::cell::Cell::new(DEVICE_PANEL) };
+}
+
+/// Runs `work` with panels of at most `bytes` on CUDA devices, on this thread: so that tests cross the borders of panels
+/// without weights of their size.
+#[cfg(feature = "cuda")]
+pub fn with_device_panels<R>(bytes: usize, work: impl FnOnce() -> R) -> R {
+    let before = PANEL_BYTES.replace(bytes);
+    let result = work();
+    PANEL_BYTES.set(before);
+    result
+}
+
 /// The most rows of `cols` elements of `size` bytes that make a panel on a CUDA device, in whole blocks.
 #[cfg(feature = "cuda")]
 pub(super) fn device_panel(cols: usize, size: usize, block: usize) -> usize {
-    (DEVICE_PANEL / (cols * size).max(1) / block * block).max(block)
+    (PANEL_BYTES.get() / (cols * size).max(1) / block * block).max(block)
 }
 
 #[cfg(feature = "cuda")]

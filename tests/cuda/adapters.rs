@@ -8,8 +8,8 @@ use crate::device::{agrees_within, bits, close, device, flat, run, values, F32, 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use qtune::kernels::{self, reference, FrozenRows};
 use qtune::random::Random;
-use qtune::transform::{Bat, Dora, Dropout, EmbeddingLora, Lora, LoraInit, Mini, Miss};
-use qtune::weights::{Transform, Weight};
+use qtune::transform::{Bat, Dora, Dropout, EmbeddingLora, Lora, LoraInit, Mini, Miss, WeightQuant};
+use qtune::weights::{Expr, Packed, Transform, Weight};
 
 /// Small, so that sums of products are of the size that tolerances are for.
 fn small(shape: &[usize], seed: u64) -> Tensor {
@@ -308,17 +308,27 @@ fn learned(weight: &Weight, x: &Tensor) -> Vec<Tensor> {
     all
 }
 
-/// Each adapter on each kind of base: frozen in the type of x and in f32, and trained.
+/// The codes of a weight at 4 bits in groups of 12 columns, on a device.
+fn packed(w: &Tensor, device: &Device) -> Weight {
+    let rule = WeightQuant::Lsq.untrained(4, Some(12), w).unwrap();
+    let mut quantized = rule.quantize(std::slice::from_ref(w)).unwrap().unwrap();
+    quantized.codes = quantized.codes.to_device(device).unwrap();
+    quantized.step = quantized.step.to_device(device).unwrap();
+    Weight::from(Expr::Packed(Packed::pack(&quantized).unwrap()))
+}
+
+/// Each adapter on each kind of base: frozen in the type of x and in f32, packed, and trained.
 #[test]
 fn transforms() {
     let Some(device) = device() else { return };
     let (w, x) = (small(&[SHAPE.0, SHAPE.1], 1), small(&[2, 3, SHAPE.1], 2));
     for (dtype, tolerance) in TYPES {
-        for base in ["frozen", "frozen in f32", "trained"] {
+        for base in ["frozen", "frozen in f32", "packed", "trained"] {
             let stored = if base == "frozen" { dtype } else { DType::F32 };
             let (w, x) = (w.to_dtype(stored).unwrap(), x.to_dtype(dtype).unwrap());
             let of = |w: &Tensor| match base {
                 "trained" => Weight::latent(w).unwrap(),
+                "packed" => packed(&w.to_device(&Device::Cpu).unwrap(), w.device()),
                 _ => Weight::dense(w.clone()),
             };
             let (here, there) = (of(&w), of(&w.to_device(&device).unwrap()));
@@ -396,4 +406,52 @@ fn signs() {
     let theta = values(&[3, 7], 1);
     let op = |t: &[Tensor]| qtune::transform::sign(&t[0]).map_err(candle_core::Error::wrap);
     agrees_within(&device, &[theta], 1.0, &op, &op);
+}
+
+/// Weights that no panel holds whole: in another type, changed block by block, and as codes. The last panel is short.
+#[test]
+fn panels() {
+    let Some(device) = device() else { return };
+    let (o, i, r) = (28, 12, 4);
+    let (w, x, b) = (small(&[o, i], 1), small(&[3, i], 2), small(&[o / r, r, r], 3));
+    let codes = |device: &Device| match packed(&w, device).expr() {
+        Expr::Packed(packed) => FrozenRows::packed(packed.rows().clone()),
+        other => panic!("{other:?}"),
+    };
+    let on = |t: &Tensor| t.to_device(&device).unwrap();
+    let (a, up) = (small(&[2, i], 4), small(&[o, 2], 5));
+    // Of f32 rows 12 and 4 (blocks of whole r) and 8 (as many as a block of norms takes), and all.
+    for bytes in [48 * 12, 48 * 4, 48 * 8, 1 << 20] {
+        kernels::with_device_panels(bytes, || {
+            for dtype in [DType::F16, DType::BF16] {
+                let w = w.to_dtype(dtype).unwrap();
+                let wide = w.to_dtype(DType::F32).unwrap();
+                let [want, _] =
+                    run(std::slice::from_ref(&x), DType::F32, &|t| reference::linear(&t[0], &wide, None));
+                for got in run(&[on(&x)], DType::F32, &|t| kernels::frozen_rows_matmul(&t[0], &on(&w))) {
+                    for (got, want) in got.iter().zip(&want) {
+                        close(&format!("frozen rows by {bytes}"), got, want, F32);
+                    }
+                }
+            }
+            for (there, here) in [
+                (FrozenRows::dense(&on(&w)).unwrap(), FrozenRows::dense(&w).unwrap()),
+                (codes(&device), codes(&Device::Cpu)),
+            ] {
+                for (dtype, tolerance) in TYPES {
+                    let half = x.to_dtype(dtype).unwrap();
+                    let inputs = [half.to_dtype(DType::F32).unwrap(), b.clone()];
+                    let [want, _] = run(&inputs, dtype, &|t| reference::block_affine(&t[0], &here, &t[1]));
+                    let got =
+                        run(&[on(&half), on(&b)], dtype, &|t| kernels::block_affine(&t[0], &there, &t[1]));
+                    for (got, want) in got.iter().flat_map(|got| got.iter().zip(&want)) {
+                        close(&format!("block affine by {bytes}, {dtype:?}"), got, want, 4.0 * tolerance);
+                    }
+                }
+                let want = kernels::row_norms(&here, &a, &up, 0.7).unwrap();
+                let got = kernels::row_norms(&there, &on(&a), &on(&up), 0.7).unwrap();
+                close(&format!("norms by {bytes}"), &got, &want, F32);
+            }
+        });
+    }
 }

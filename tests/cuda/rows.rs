@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use crate::beside::refusal;
-use crate::device::{agrees, agrees_within, bits, device, values, TYPES};
+use crate::device::{agrees, agrees_within, bits, device, flat, values, TYPES};
 use candle_core::{DType, Device, Tensor};
 use qtune::kernels::{self, reference, DropoutMask, Rotations};
+use qtune::random::Random;
 
 #[test]
 fn rope() {
@@ -103,6 +104,26 @@ fn dropout() {
     let here = kernels::dropout(&rows.to_device(&Device::Cpu).unwrap(), mask(0.5, 1)).unwrap();
     assert_eq!(bits(&kernels::dropout(&rows, mask(0.5, 1)).unwrap()), bits(&here));
     assert!(refusal(kernels::dropout(&rows, mask(1.0, 1))).contains("from 0 to below 1"));
+}
+
+/// An element is dropped where its draw is below p, and kept where it is p: at the least step between two draws.
+#[test]
+fn dropout_at_the_very_draw() {
+    let Some(device) = device() else { return };
+    let x = Tensor::ones(3, DType::F32, &device).unwrap();
+    for pass in 0..20 {
+        let draw = f64::from(Random::new(7, "q", &[pass, 0]).uniform());
+        let step = 2f64.powi(-24);
+        for (p, dropped) in
+            [(draw, false), (draw + step / 4.0, true), (draw + step, true), (draw - step / 4.0, false)]
+        {
+            if !(0.0..1.0).contains(&p) || p == 0.0 {
+                continue;
+            }
+            let y = kernels::dropout(&x, DropoutMask { p, seed: 7, name: "q".into(), pass }).unwrap();
+            assert_eq!(flat(&y)[0] == 0.0, dropped, "pass {pass}, p {p}");
+        }
+    }
 }
 
 #[test]
