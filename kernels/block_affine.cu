@@ -4,7 +4,7 @@
 //     block_affine        W'_pq = W_pq + W_pq B_p + B_p      W [O, I], B [O/r, r, r], p < O/r, q < I/r
 //     block_affine_grad   dB_p = sum_q (W_pq^T G_pq + G_pq)  G = dy^T x [O, I] in f32, by cuBLAS
 //     block_sum           s[t, j] = sum_b x[t, b r + j]      x [tokens, I], j < r, b r + j < I
-//     block_sum_grad      dx[t, i] = ds[t, i mod r]
+//     block_sum_grad      dx[t, i] = ds[t, i mod r]     block_sum_onto   dx[t, i] += ds[t, i mod r]
 //
 // Row after row, the r rows of block p are I slices of r, so W_pq B_p over all q is one product [I, r] [r, r]
 // and the sum of dB_p another, [r, I] [I, r]; slice s lies in row s / (I/r) of its block, which is the row of
@@ -22,13 +22,13 @@
 // `parts` of the slices are added by `fold_columns` of elementwise.cu. block_sum gives each thread every so
 // many elements of a row, a multiple of r apart.
 //
-// Bytes moved of an f16 element: block_affine 4, its gradient 6; block_sum and its gradient 2.
+// Bytes moved of an f16 element: block_affine 4, its gradient 6; block_sum and its gradient 2, block_sum_onto 4.
 //
 //     block_affine        128 threads; blocks (blocks of the panel * ceil(I / 128), ceil(r / TILE))
 //     block_affine_grad   128 threads; blocks (blocks of the panel, ceil(r / TILE)^2, parts)
 //     block_sum           threads (32, 4) for rows up to 1024 elements, else (256, 1); blocks tokens / y; r
 //                         up to I; shared x * y * (16 / size of an element) floats
-//     block_sum_grad      as add_bias of elementwise.cu
+//     block_sum_grad, block_sum_onto    as add_bias of elementwise.cu
 #include "arith/functions.h"
 #include "row.cuh"
 #include "tensor_core.cuh"
@@ -336,13 +336,33 @@ __device__ __forceinline__ void sum_slices(const T* x, T* s, int64_t tokens, int
   }
 }
 
-template <int N, typename T>
+template <int N, bool ONTO, typename T>
 __device__ __forceinline__ void tile_slices(const T* ds, T* dx, int64_t tokens, int width, int r) {
   const int64_t stride = int64_t(gridDim.x) * blockDim.y;
   for (int64_t token = row_of_block(); token < tokens; token += stride) {
     for (int at = int(threadIdx.x) * N; at < width; at += int(blockDim.x) * N) {
-      store(dx + token * width + at, load<N>(ds + token * r + at % r));
+      T* place = dx + token * width + at;
+      const Pack<T, N> tile = load<N>(ds + token * r + at % r);
+      if constexpr (ONTO) {
+        float x[N], s[N];
+        load_floats<N>(place, x);
+        floats_of(tile, s);
+#pragma unroll
+        for (int i = 0; i < N; i++) x[i] += s[i];
+        store_floats<N>(place, x);
+      } else {
+        store(place, tile);
+      }
     }
+  }
+}
+
+template <bool ONTO, typename T>
+__device__ __forceinline__ void tile(const T* ds, T* dx, int64_t tokens, int width, int r) {
+  if (r % WIDE<T> == 0 && width % WIDE<T> == 0 && aligned(ds, 16) && aligned(dx, 16)) {
+    tile_slices<WIDE<T>, ONTO>(ds, dx, tokens, width, r);
+  } else {
+    tile_slices<1, ONTO>(ds, dx, tokens, width, r);
   }
 }
 
@@ -367,11 +387,11 @@ __device__ __forceinline__ void tile_slices(const T* ds, T* dx, int64_t tokens, 
   }                                                                                       \
   extern "C" __global__ void __launch_bounds__(256)                                       \
       block_sum_grad_##suffix(const T* ds, T* dx, int64_t tokens, int width, int r) {     \
-    if (r % WIDE<T> == 0 && width % WIDE<T> == 0 && aligned(ds, 16) && aligned(dx, 16)) { \
-      tile_slices<WIDE<T>>(ds, dx, tokens, width, r);                                     \
-    } else {                                                                              \
-      tile_slices<1>(ds, dx, tokens, width, r);                                           \
-    }                                                                                     \
+    tile<false>(ds, dx, tokens, width, r);                                                \
+  }                                                                                       \
+  extern "C" __global__ void __launch_bounds__(256)                                       \
+      block_sum_onto_##suffix(const T* ds, T* dx, int64_t tokens, int width, int r) {     \
+    tile<true>(ds, dx, tokens, width, r);                                                 \
   }
 
 FOR_EACH_TYPE(BLOCKS)

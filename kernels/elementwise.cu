@@ -2,6 +2,7 @@
 //
 //     add_bias        y[i, j] = x[i, j] + b[j]          x [rows, width], b [width]
 //     scale_leading   y[i, j] = x[i, j] f[i]            f [rows]
+//     scale_by        y[i] = x[i] f[0]                  x and f f32
 //     dropout         y[i] = x[i] (0 if dropped, else 1 / (1 - p))
 //     column_sums     partial[part, j] = sum of x[i, j] over the rows [part * each, + each)
 //     fold_columns    y[j] = sum_part partial[part, j], in f64
@@ -13,11 +14,13 @@
 //
 // A thread takes 16 bytes at a time where rows and operands allow it. Results may be operands.
 //
-// Bytes moved of an f16 element: add_bias, scale_leading and dropout 4, column_sums 2.
+// Bytes moved of an f16 element: add_bias, scale_leading and dropout 4, column_sums 2; scale_by 6, or none
+// where it would write what is there.
 //
 //     add_bias, scale_leading   threads x: the least power of two >= width / 8, 32 to 256; y = 256 / x;
 //                               blocks x: rows / y or fewer
 //     dropout                   256 threads; blocks: any number, of 256 * 16 bytes each to cover the tensor
+//     scale_by                  the same, of 256 * 16 bytes of x
 //     column_sums               (32, 8); blocks (width / (32 * elements of 16 bytes), parts)
 //     fold_columns              (32, 8); blocks columns / 32
 #include "arith/random.h"
@@ -59,6 +62,24 @@ __device__ __forceinline__ void scale_leading(const T* x, const T* f, T* y, int6
 #pragma unroll
     for (int i = 0; i < N; i++) v[i] *= factor;
   });
+}
+
+template <typename T>
+__device__ __forceinline__ void scale_by(const float* x, const float* f, T* y, int64_t count) {
+  constexpr int N = WIDE<float>;
+  const float factor = *f;
+  if (factor == 1.0f && static_cast<const void*>(x) == static_cast<const void*>(y)) return;
+  const bool wide = aligned(x, 16) && aligned(y, 16);
+  const int64_t threads = int64_t(gridDim.x) * blockDim.x;
+  for (int64_t part = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; part * N < count; part += threads) {
+    const int64_t at = part * N;
+    const int left = count - at < N ? int(count - at) : N;
+    float v[N];
+    floats_of(load_part<N>(x + at, 0, left, wide, 0.0f), v);
+#pragma unroll
+    for (int i = 0; i < N; i++) v[i] *= factor;
+    store_part<N>(y + at, 0, left, wide, v);
+  }
 }
 
 template <typename T>
@@ -105,6 +126,10 @@ __device__ __forceinline__ void column_sums(const T* x, float* partial, int64_t 
   extern "C" __global__ void __launch_bounds__(256)                                                          \
       scale_leading_##suffix(const T* x, const T* f, T* y, int64_t rows, int width) {                        \
     scale_leading(x, f, y, rows, width);                                                                     \
+  }                                                                                                          \
+  extern "C" __global__ void __launch_bounds__(256)                                                          \
+      scale_by_##suffix(const float* x, const float* f, T* y, int64_t count) {                               \
+    scale_by(x, f, y, count);                                                                                \
   }                                                                                                          \
   extern "C" __global__ void __launch_bounds__(256) dropout_##suffix(                                        \
       const T* x, T* y, int64_t count, uint64_t seed, uint64_t hash, uint32_t below, float kept) {           \

@@ -11,13 +11,13 @@
 //     each tile of rows; pitch = packed_pitch(group), 0 for one step a row; bits as above
 // packed_gather_T: rows of canonical codes by their numbers, as embeddings do; a thread writes 16 bytes.
 //     threads 256, grid ceil(count * ceil(cols / (16 / size of T)) / 256)
-// packed_values_T: the same from tiles, bits being theirs; a thread writes 8 columns. Without ids the whole
-//     weight, for dense products.
+// packed_values_T: the same from tiles, bits being theirs; a thread writes 8 columns. Without ids the rows from
+//     `from` on, for dense products and panels.
 //     threads 256, grid ceil(count * ceil(cols / 8) / 256)
 // packed_plain_T: y = x W^T of any width and group from canonical codes; a warp a row and 8 tokens. Slow.
 //     threads 256, grid x ceil(rows / 8), y ceil(tokens / 8)
 //
-// ids: [count] u32 (kind 1) or i64 (kind 2), or none (kind 0), then row i. What is no row gives NaN.
+// ids: [count] u32 (kind 1) or i64 (kind 2), or none (kind 0), then row from + i. What is no row gives NaN.
 #include "packed.cuh"
 
 static __device__ __forceinline__ int64_t thread_of_grid() {
@@ -56,8 +56,9 @@ extern "C" __global__ void packed_repack_steps(const float* step, float* sets, i
 }
 
 // The row that output row i is; -1 for none.
-static __device__ __forceinline__ int64_t row_of(const void* ids, int kind, int64_t i, int64_t rows) {
-  const int64_t id = kind == 0   ? i
+static __device__ __forceinline__ int64_t row_of(const void* ids, int kind, int64_t from, int64_t i,
+                                                 int64_t rows) {
+  const int64_t id = kind == 0   ? from + i
                      : kind == 1 ? static_cast<const uint32_t*>(ids)[i]
                                  : static_cast<const int64_t*>(ids)[i];
   return id >= 0 && id < rows ? id : -1;
@@ -76,12 +77,12 @@ template <typename T>
 __device__ __forceinline__ void gather(const uint8_t* __restrict__ codes, const float* __restrict__ step,
                                        const void* __restrict__ ids, T* __restrict__ y, int64_t count,
                                        int64_t rows, int64_t cols, int64_t group, int bits, float zero,
-                                       int kind) {
+                                       int kind, int64_t start) {
   constexpr int AT_ONCE = WIDE<T>;
   const int64_t parts = (cols + AT_ONCE - 1) / AT_ONCE, i = thread_of_grid() / parts;
   const int64_t at = thread_of_grid() % parts * AT_ONCE, groups = (cols + group - 1) / group;
   if (i >= count) return;
-  const int64_t row = row_of(ids, kind, i, rows);
+  const int64_t row = row_of(ids, kind, start, i, rows);
   const uint8_t* const from = codes + row * int64_t(packed_row_bytes(uint64_t(cols), bits));
   float v[AT_ONCE];
 #pragma unroll
@@ -99,10 +100,10 @@ template <typename T>
 __device__ __forceinline__ void values(const uint32_t* __restrict__ words, const float* __restrict__ sets,
                                        const void* __restrict__ ids, T* __restrict__ y, int64_t count,
                                        int64_t rows, int64_t cols, int64_t pitch, int bits, float zero,
-                                       int kind) {
+                                       int kind, int64_t start) {
   const int64_t parts = (cols + 7) / 8, i = thread_of_grid() / parts, at = thread_of_grid() % parts * 8;
   if (i >= count) return;
-  const int64_t row = row_of(ids, kind, i, rows);
+  const int64_t row = row_of(ids, kind, start, i, rows);
   float v[8];
 #pragma unroll
   for (int k = 0; k < 8; k++) v[k] = NAN;
@@ -162,13 +163,13 @@ __device__ __forceinline__ void plain(const uint8_t* __restrict__ codes, const f
 #define PACKED(SUFFIX, T)                                                                               \
   extern "C" __global__ void packed_gather_##SUFFIX(                                                    \
       const uint8_t* codes, const float* step, const void* ids, T* y, int64_t count, int64_t rows,      \
-      int64_t cols, int64_t group, int bits, float zero, int kind) {                                    \
-    gather<T>(codes, step, ids, y, count, rows, cols, group, bits, zero, kind);                         \
+      int64_t cols, int64_t group, int bits, float zero, int kind, int64_t from) {                      \
+    gather<T>(codes, step, ids, y, count, rows, cols, group, bits, zero, kind, from);                   \
   }                                                                                                     \
   extern "C" __global__ void packed_values_##SUFFIX(                                                    \
       const uint32_t* words, const float* sets, const void* ids, T* y, int64_t count, int64_t rows,     \
-      int64_t cols, int64_t pitch, int bits, float zero, int kind) {                                    \
-    values<T>(words, sets, ids, y, count, rows, cols, pitch, bits, zero, kind);                         \
+      int64_t cols, int64_t pitch, int bits, float zero, int kind, int64_t from) {                      \
+    values<T>(words, sets, ids, y, count, rows, cols, pitch, bits, zero, kind, from);                   \
   }                                                                                                     \
   extern "C" __global__ void packed_plain_##SUFFIX(const uint8_t* codes, const float* step, const T* x, \
                                                    T* y, int64_t rows, int64_t cols, int64_t tokens,    \

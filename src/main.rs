@@ -19,9 +19,11 @@ fn main() -> ExitCode {
     match cli::run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let chain: Vec<String> = error.chain().map(|e| e.to_string().replace('\n', " ")).collect();
-            let mut message = chain.first().cloned().unwrap_or_default();
-            // Library errors already hold their cause's text.
+            let mut message = error.to_string().replace('\n', " ");
+            // candle's errors hold a backtrace behind their first line, where one is asked for. Library errors already
+            // hold their cause's text.
+            let chain: Vec<String> =
+                error.chain().map(|e| e.to_string().lines().next().unwrap_or_default().to_string()).collect();
             for cause in chain.iter().skip(1).filter(|cause| !chain[0].contains(cause.as_str())) {
                 message = format!("{message}: {cause}");
             }

@@ -31,18 +31,23 @@ pub struct Random {
     used: usize,
 }
 
+/// The number of the stream called `name` at `indices`: FNV-1a over both.
+pub(crate) fn number_of(name: &str, indices: &[u64]) -> u64 {
+    let mut hash = 0xcbf2_9ce4_8422_2325u64;
+    let mut eat = |byte: u8| hash = (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
+    name.bytes().for_each(&mut eat);
+    for index in indices {
+        index.to_le_bytes().into_iter().for_each(&mut eat);
+    }
+    hash
+}
+
 impl Random {
     /// The stream called `name` under `seed`. `indices` address streams within it, such as
     /// `[epoch, sample]`: each combination is independent of every other.
     pub fn new(seed: u64, name: &str, indices: &[u64]) -> Self {
-        // FNV-1a over the name and the indices gives the stream's number.
-        let mut hash = 0xcbf2_9ce4_8422_2325u64;
-        let mut eat = |byte: u8| hash = (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
-        name.bytes().for_each(&mut eat);
-        for index in indices {
-            index.to_le_bytes().into_iter().for_each(&mut eat);
-        }
-        Random { key: [seed as u32, (seed >> 32) as u32], stream: hash, counter: 0, block: [0; 4], used: 4 }
+        let stream = number_of(name, indices);
+        Random { key: [seed as u32, (seed >> 32) as u32], stream, counter: 0, block: [0; 4], used: 4 }
     }
 
     /// The next 32 random bits.

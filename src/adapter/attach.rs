@@ -3,7 +3,7 @@
 use std::sync::atomic::AtomicU64;
 use std::sync::Arc;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use super::files::Adapter;
 use super::method::{LoraConfig, Method, MissConfig, Variant};
@@ -87,6 +87,11 @@ impl Adapter {
         how: &Attach,
         fold: bool,
     ) -> Result<Attached> {
+        // A file is read to the CPU.
+        let device = device_of(weights);
+        if !device.is_cpu() && self.tensors().any(|(_, _, tensor)| !tensor.device().same_device(&device)) {
+            return self.to_device(&device)?.put(weights, modules, how, fold);
+        }
         let placed = self.place(weights, modules)?;
         let scale = how.scale.unwrap_or(1.0);
         self.check_scale(scale, how)?;
@@ -168,6 +173,11 @@ impl Adapter {
             ))),
         }
     }
+}
+
+/// Where the weights of a store lie.
+pub(super) fn device_of(weights: &Weights) -> Device {
+    weights.iter().next().map_or(Device::Cpu, |(_, weight)| weight.device())
 }
 
 /// Gives a head that shares its table with the tokens a weight of its own where the adapter changes
@@ -290,7 +300,7 @@ impl Rules<'_> {
                 true => pissa(&w.t()?.contiguous()?, found, scale)?.residual.t()?.contiguous()?,
                 false => pissa(&w, found, scale)?.residual,
             };
-            store.insert(name, Weight::dense(residual));
+            store.insert(name, Weight::dense(residual.to_device(w.device())?));
         }
         let dropout = self.dropout(lora.dropout, target)?;
         if lora.dora {

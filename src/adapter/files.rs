@@ -109,6 +109,12 @@ impl Adapter {
         &self.source
     }
 
+    /// The same with its tensors on `device`.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        let moved = self.tensors.iter().map(|(key, tensor)| Ok((key.clone(), tensor.to_device(device)?)));
+        Ok(Adapter { tensors: moved.collect::<Result<_>>()?, ..self.clone() })
+    }
+
     /// Module path, part and tensor, in the order of the file.
     pub fn tensors(&self) -> impl Iterator<Item = (&str, &Part, &Tensor)> {
         self.tensors.iter().map(|((path, part), tensor)| (path.as_str(), part, tensor))

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use candle_core::DType;
+use candle_core::{DType, Device};
 use indexmap::IndexMap;
 use serde_json::Value;
 
-use super::attach::{Attached, Training};
+use super::attach::{device_of, Attached, Training};
 use super::config::AdapterConfig;
 use super::files::Adapter;
 use super::method::{LoraConfig, Method, MissConfig, Variant};
@@ -57,7 +57,7 @@ impl AdapterConfig {
             let Some(module) = modules.get(path) else { continue };
             let name = module.weight();
             let rule = match &self.method {
-                Method::Miss(miss) => start_miss(miss, module, training)?,
+                Method::Miss(miss) => start_miss(miss, module, training, &device_of(&store))?,
                 Method::Lora(lora) => start_lora(lora, module, training, &mut store)?,
             };
             if matches!(&self.method, Method::Lora(lora) if lora.moved_base().is_some()) {
@@ -107,18 +107,24 @@ fn size_of(module: &Module) -> Result<(usize, usize)> {
     module.size.ok_or_else(|| Error::Run(format!("{}: a target without a matrix", module.path)))
 }
 
-fn start_miss(miss: &MissConfig, module: &Module, training: &Training) -> Result<Arc<dyn Transform>> {
+fn start_miss(
+    miss: &MissConfig,
+    module: &Module,
+    training: &Training,
+    device: &Device,
+) -> Result<Arc<dyn Transform>> {
     let size = size_of(module)?;
     // For its refusals, which name the layer.
     block_shape(miss.variant, (miss.r, miss.mini_r), &module.path, size)?;
     let drop = dropout(miss.dropout, module, training)?;
     let mut random = random(training, module);
     Ok(match miss.variant {
-        Variant::Bat => Arc::new(Bat::start(miss.r, size)?),
-        Variant::Mini => Arc::new(Mini::start(miss.r, miss.mini_r, size, drop)?),
-        Variant::Additive => Arc::new(Miss::start(miss.r, size, MissInit::Zeros, drop, &mut random)?),
-        Variant::AdditiveUniform => {
-            Arc::new(Miss::start(miss.r, size, MissInit::Uniform, drop, &mut random)?)
+        Variant::Bat => Arc::new(Bat::start(miss.r, size)?.to_device(device)?),
+        Variant::Mini => Arc::new(Mini::start(miss.r, miss.mini_r, size, drop)?.to_device(device)?),
+        Variant::Additive | Variant::AdditiveUniform => {
+            let zeros = miss.variant == Variant::Additive;
+            let init = if zeros { MissInit::Zeros } else { MissInit::Uniform };
+            Arc::new(Miss::start(miss.r, size, init, drop, &mut random)?.to_device(device)?)
         }
     })
 }
@@ -136,13 +142,14 @@ fn start_lora(
     let scale = ranks.scale(lora, &spellings, &module.path, r)?;
     let drop = dropout(lora.dropout, module, training)?;
     let mut random = random(training, module);
+    let device = device_of(store);
     if lora.bias {
         return Err(Error::usage("lora_bias: trained adapters have none, expected false"));
     }
     if module.kind == Kind::Embedding {
         return match lora.dora {
             true => Err(Error::usage(format!("{}: DoRA on an embedding is not supported", module.path))),
-            false => Ok(Arc::new(EmbeddingLora::start(r, size, scale, &mut random)?)),
+            false => Ok(Arc::new(EmbeddingLora::start(r, size, scale, &mut random)?.to_device(&device)?)),
         };
     }
     let name = module.weight();
@@ -155,8 +162,9 @@ fn start_lora(
             let principal = pissa(&w, r, scale)?;
             let residual = principal.residual;
             let residual = if module.turned { residual.t()?.contiguous()? } else { residual };
-            store.insert(name, Weight::dense(residual));
-            return Ok(Arc::new(Lora::new(&principal.a, &principal.b, scale, None, drop, true)?));
+            store.insert(name, Weight::dense(residual.to_device(&device)?));
+            let rule = Lora::new(&principal.a, &principal.b, scale, None, drop, true)?;
+            return Ok(Arc::new(rule.to_device(&device)?));
         }
         other => {
             return Err(Error::usage(format!(
@@ -169,7 +177,7 @@ fn start_lora(
         let weight = if module.turned { Weight::dense(weight.tensor()?.t()?.contiguous()?) } else { weight };
         return Ok(Arc::new(Dora::start(r, &weight, scale, init, drop, &mut random)?));
     }
-    Ok(Arc::new(Lora::start(r, size, scale, init, drop, &mut random)?))
+    Ok(Arc::new(Lora::start(r, size, scale, init, drop, &mut random)?.to_device(&device)?))
 }
 
 #[cfg(test)]

@@ -9,8 +9,15 @@
 //! (v1, section 3; "Bat" in later versions). The rows of block p, read one after another, are I slices
 //! of r, so that `W_pq B_p` over all q is one product `[I, r] [r, r]`, and so is the sum of dB_p. W' is made
 //! panel by panel in both passes (see `rows`), and G too.
+//!
+//! On a CUDA device (kernels/block_affine.cu) x may be f16 or bf16: W', summed in f32, is then rounded to that, and dB
+//! is f32.
 
+#[cfg(feature = "cuda")]
+use crate::kernels::cuda::{self, Launch, Matrix, Place};
 use crate::kernels::tape::{self, Reads};
+#[cfg(feature = "cuda")]
+use candle_core::{backend::BackendStorage, CudaDevice, CudaStorage};
 use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -74,6 +81,119 @@ fn block_gradient(source: Source, Sizes { o, i, r }: Sizes, x: &[f32], g: &[f32]
     db
 }
 
+/// The columns of B that a block of threads takes: TILE of the kernel.
+#[cfg(feature = "cuda")]
+fn tile(r: usize) -> usize {
+    match r {
+        0..=16 => 16,
+        17..=32 => 32,
+        _ => 64,
+    }
+}
+
+/// W' of `count` rows in whole blocks, from W and their B, into `merged` of another type perhaps.
+#[cfg(feature = "cuda")]
+pub(super) fn merge_on_cuda(
+    device: &CudaDevice,
+    (w, from): (Place, DType),
+    b: Place,
+    (merged, to): (Place, DType),
+    (count, i, r): (usize, usize, usize),
+) -> Result<()> {
+    let op = "block_affine";
+    let suffix = match from == to {
+        true => cuda::suffix(op, from)?.to_string(),
+        false => format!("{}_{}", cuda::suffix(op, from)?, cuda::suffix(op, to)?),
+    };
+    let launch = Launch::new(device, "block_affine", format!("{op}_{suffix}"));
+    let launch = launch.place(w).place(b).place(merged).i64(i).i32(r);
+    // SAFETY: W and W' have count / r blocks of i slices of r, B as many of r rows; slices by 128 and columns by tiles,
+    // as the kernel's header asks.
+    unsafe { launch.run((count / r * i.div_ceil(128), r.div_ceil(tile(r)), 1), (128, 1, 1), 0) }
+}
+
+#[cfg(feature = "cuda")]
+impl BlockAffine {
+    /// The type that W is read in: its own, or that of x where it is codes.
+    fn stored(&self, x: DType) -> DType {
+        self.rows.dtype().unwrap_or(x)
+    }
+
+    /// Calls `each` with the panels of W' in `dtype`: the first row and the panel.
+    fn panels(
+        &self,
+        op: &str,
+        device: &CudaDevice,
+        dtype: DType,
+        b: Place,
+        mut each: impl FnMut(usize, Matrix) -> Result<()>,
+    ) -> Result<()> {
+        let Sizes { o, i, r } = self.sizes;
+        let most = rows::device_panel(i, dtype.size_in_bytes(), r).min(o);
+        let merged = cuda::unwritten(device, (most, i), dtype)?;
+        let stored = self.stored(dtype);
+        for first in (0..o).step_by(most) {
+            let count = most.min(o - first);
+            let panel = self.rows.panel(op, device, stored, (first, count))?;
+            let to = (cuda::start(&merged), dtype);
+            merge_on_cuda(device, (panel.rows.place(), stored), b.at(first * r), to, (count, i, r))?;
+            each(first, Matrix::at(to.0, dtype, (count, i)))?;
+        }
+        Ok(())
+    }
+
+    /// `dB` for `x [tokens, I]` and `g [tokens, O]` of one type.
+    fn block_gradient_on_cuda(
+        &self,
+        op: &str,
+        device: &CudaDevice,
+        (x, g): (Matrix, Matrix),
+        dtype: DType,
+    ) -> Result<CudaStorage> {
+        let Sizes { o, i, r } = self.sizes;
+        let db = cuda::unwritten(device, (o / r, r, r), DType::F32)?;
+        let most = rows::device_panel(i, 4, r).min(o);
+        let outer = cuda::unwritten(device, (most, i), DType::F32)?;
+        let stored = self.stored(dtype);
+        for first in (0..o).step_by(most) {
+            let count = most.min(o - first);
+            let panel = self.rows.panel(op, device, stored, (first, count))?;
+            let outers = Matrix::at(cuda::start(&outer), DType::F32, (count, i));
+            // SAFETY: g and x are operands of as many tokens, the panel of G is new.
+            unsafe { cuda::gemm(device, g.cols(first, count).t(), x, outers, 1.0, false)? };
+            let onto = cuda::start(&db).at(first * r);
+            gradient_on_cuda(device, (panel.rows.place(), stored), outers.place(), onto, (count, i, r))?;
+        }
+        Ok(db)
+    }
+}
+
+/// dB of `count` rows in whole blocks, from W and G in f32.
+#[cfg(feature = "cuda")]
+fn gradient_on_cuda(
+    device: &CudaDevice,
+    (w, stored): (Place, DType),
+    g: Place,
+    db: Place,
+    (count, i, r): (usize, usize, usize),
+) -> Result<()> {
+    let op = "block_affine_grad";
+    let (blocks, tiles) = (count / r, r.div_ceil(tile(r)).pow(2));
+    // Parts of the slices, so that there is work for a large card: a function of the shapes alone.
+    let each = i.div_ceil((512 / (blocks * tiles)).clamp(1, 16)).next_multiple_of(128);
+    let parts = i.div_ceil(each);
+    let partial = (parts > 1).then(|| cuda::unwritten(device, parts * count * r, DType::F32)).transpose()?;
+    let launch = Launch::new(device, "block_affine", format!("{op}_{}", cuda::suffix(op, stored)?));
+    let launch = launch.place(w).place(g).place(partial.as_ref().map_or(db, cuda::start));
+    // SAFETY: W and G have `blocks` blocks of i slices of r, dB as many of r rows, for each part; a block of threads for
+    // each block, tile and part, as the kernel's header asks.
+    unsafe { launch.i64(i).i32(r).i64(each).run((blocks, tiles, parts), (128, 1, 1), 0)? };
+    match partial {
+        Some(partial) => cuda::fold_columns(device, &partial, db, DType::F32, (parts, count * r)),
+        None => Ok(()),
+    }
+}
+
 /// (x, B) to y over a frozen weight.
 #[derive(Clone)]
 struct BlockAffine {
@@ -96,6 +216,26 @@ impl CustomOp2 for BlockAffine {
         let (x, b) = (floats(self.name(), x, xl)?, floats(self.name(), b, bl)?);
         let y = self.rows.with(|source| Ok(with_panels(source, self.sizes, b, |w| w.product(x))))?;
         Ok((CpuStorage::F32(y), with_last(xl, self.sizes.o)))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        xl: &Layout,
+        b: &CudaStorage,
+        bl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (name, device, dtype, o) = (self.name(), x.device(), x.dtype(), self.sizes.o);
+        let (xs, shape) = (Matrix::of(name, x, xl)?, with_last(xl, o));
+        let y = cuda::unwritten(device, &shape, dtype)?;
+        let ys = Matrix::at(cuda::start(&y), dtype, (xs.sizes().0, o));
+        self.panels(name, device, dtype, cuda::place(name, b, bl)?, |first, panel| {
+            let (_, count) = panel.t().sizes();
+            // SAFETY: the panel has `count` rows of W', to which go as many columns of y, which is new.
+            unsafe { cuda::gemm(device, xs, panel.t(), ys.cols(first, count), 1.0, false) }
+        })?;
+        Ok((y, shape))
     }
 
     fn bwd(
@@ -145,13 +285,39 @@ impl CustomOp3 for BlockAffineGrad {
             })
         })
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        xl: &Layout,
+        b: &CudaStorage,
+        bl: &Layout,
+        g: &CudaStorage,
+        gl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (name, device, dtype) = (self.name(), g.device(), g.dtype());
+        let gs = Matrix::of(name, g, gl)?;
+        if !self.input {
+            let both = (Matrix::of(name, x, xl)?, gs);
+            return Ok((self.of.block_gradient_on_cuda(name, device, both, dtype)?, bl.shape().clone()));
+        }
+        let dx = cuda::unwritten(device, xl.shape(), dtype)?;
+        let dxs = Matrix::at(cuda::start(&dx), dtype, (gs.sizes().0, self.of.sizes.i));
+        self.of.panels(name, device, dtype, cuda::place(name, b, bl)?, |first, panel| {
+            let (count, _) = panel.sizes();
+            // SAFETY: the panel has the rows of W' that as many columns of g meet; dx is read from the second panel on.
+            unsafe { cuda::gemm(device, gs.cols(first, count), panel, dxs, 1.0, first > 0) }
+        })?;
+        Ok((dx, xl.shape().clone()))
+    }
 }
 
 /// `x W'^T` for `x: [.., I]`, the frozen `rows` of W `[O, I]` and `b: [O/r, r, r]`, all f32; differentiable
-/// in x and b. Errs where r does not divide O and I.
+/// in x and b. On a CUDA device x may be f16 or bf16. Errs where r does not divide O and I.
 pub fn block_affine(x: &Tensor, rows: &FrozenRows, b: &Tensor) -> Result<Tensor> {
     let op = "block_affine";
-    rows::check(op, x, rows)?;
+    rows::check_there(op, x, rows)?;
     let sizes = Sizes { o: rows.rows(), i: rows.cols(), r: b.dims().last().copied().unwrap_or(0) };
     let Sizes { o, i, r } = sizes;
     if r == 0 || o % r != 0 || i % r != 0 || b.dims() != [o / r, r, r] {
@@ -160,7 +326,11 @@ pub fn block_affine(x: &Tensor, rows: &FrozenRows, b: &Tensor) -> Result<Tensor>
     if b.dtype() != DType::F32 {
         bail!("{op}: expected b in F32, got {:?}", b.dtype())
     }
-    if !x.device().is_cpu() {
+    // W in another type than a half-precision x is changed in f32 alone.
+    if x.dtype() != DType::F32 && rows.dtype().is_some_and(|dtype| dtype != x.dtype()) {
+        return block_affine(&x.to_dtype(DType::F32)?, rows, b)?.to_dtype(x.dtype());
+    }
+    if !x.device().is_cpu() && !x.device().is_cuda() {
         return reference(x, rows, b);
     }
     tape::apply2(

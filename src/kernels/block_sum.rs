@@ -5,11 +5,16 @@
 //! dx[t, i] = ds[t, i mod r]
 //! ```
 //!
-//! Where r does not divide I the last slice is short, as if zeros followed. f32 and f64 here, f16 and bf16
-//! through f32. The input side of MiSS (arXiv 2409.15371), where all slices share one block.
+//! Where r does not divide I the last slice is short, as if zeros followed. On the CPU f32 and f64, f16 and bf16
+//! through f32; on a CUDA device f32, f16 and bf16 (kernels/block_affine.cu). The input side of MiSS (arXiv 2409.15371),
+//! where all slices share one block.
 
 use super::cpu::{self, real, simd, Real, Road};
+#[cfg(feature = "cuda")]
+use crate::kernels::cuda::{self, Launch, Place};
 use crate::kernels::tape::{self, Reads};
+#[cfg(feature = "cuda")]
+use candle_core::{backend::BackendStorage, CudaDevice, CudaStorage};
 use candle_core::{bail, CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, D};
 use rayon::prelude::*;
 
@@ -107,6 +112,44 @@ fn last(layout: &Layout, to: usize) -> Shape {
     super::rows::with_last(layout, to)
 }
 
+/// The block sums of `x [tokens, width]` on a CUDA device.
+#[cfg(feature = "cuda")]
+pub(super) fn sums_on_cuda(op: &str, x: &CudaStorage, xl: &Layout, r: usize) -> Result<(CudaStorage, Shape)> {
+    let dtype = x.dtype();
+    let width = xl.dims().last().copied().unwrap_or(1);
+    let tokens = xl.shape().elem_count() / width.max(1);
+    let shape = last(xl, r);
+    let s = cuda::unwritten(x.device(), &shape, dtype)?;
+    let launch = Launch::new(x.device(), "block_affine", format!("block_sum_{}", cuda::suffix(op, dtype)?))
+        .place(cuda::place(op, x, xl)?)
+        .place(cuda::start(&s))
+        .i64(tokens)
+        .i32(width)
+        .i32(r);
+    let (threads, rows) = if width <= 1024 { (32, 4) } else { (256, 1) };
+    let shared = threads * rows * cuda::wide(dtype) * 4;
+    // SAFETY: x has tokens rows of `width`, s as many of r, at most `width`; a row for each lane row of the blocks, with
+    // the shared memory that the kernel's header asks for.
+    unsafe { launch.run((tokens.div_ceil(rows), 1, 1), (threads, rows, 1), shared)? };
+    Ok((s, shape))
+}
+
+/// Writes row t of `s [tokens, r]` to every slice of row t of `x [tokens, width]`, or adds it onto them.
+#[cfg(feature = "cuda")]
+pub(super) fn tile_on_cuda(
+    device: &CudaDevice,
+    (s, x): (Place, Place),
+    dtype: DType,
+    (tokens, width, r): (usize, usize, usize),
+    onto: bool,
+) -> Result<()> {
+    let kernel = if onto { "block_sum_onto" } else { "block_sum_grad" };
+    let launch = Launch::new(device, "block_affine", format!("{kernel}_{}", cuda::suffix(kernel, dtype)?));
+    let (grid, block) = cuda::row_grid(tokens, width);
+    // SAFETY: s has `tokens` rows of r, x of `width`, as the callers say; rows are strided over.
+    unsafe { launch.place(s).place(x).i64(tokens).i32(width).i32(r).run(grid, block, 0) }
+}
+
 impl CustomOp1 for BlockSum {
     fn name(&self) -> &'static str {
         "block-sum"
@@ -117,6 +160,11 @@ impl CustomOp1 for BlockSum {
             let s = sums(<T as Real>::slice(self.name(), x, xl)?, self.width, self.r);
             Ok((<T as Real>::store(s), last(xl, self.r)))
         })
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, xl: &Layout) -> Result<(CudaStorage, Shape)> {
+        sums_on_cuda(self.name(), x, xl, self.r)
     }
 
     fn bwd(&self, _x: &Tensor, _s: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
@@ -141,6 +189,16 @@ impl CustomOp1 for Tile {
             Ok((<T as Real>::store(x), last(gl, width)))
         })
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, g: &CudaStorage, gl: &Layout) -> Result<(CudaStorage, Shape)> {
+        let BlockSum { r, width } = self.0;
+        let (shape, tokens) = (last(gl, width), gl.shape().elem_count() / r);
+        let x = cuda::unwritten(g.device(), &shape, g.dtype())?;
+        let places = (cuda::place(self.name(), g, gl)?, cuda::start(&x));
+        tile_on_cuda(g.device(), places, g.dtype(), (tokens, width, r), false)?;
+        Ok((x, shape))
+    }
 }
 
 /// The sums of consecutive slices of length r of `x: [.., I]`, `[.., r]`; r from 1 to I.
@@ -150,7 +208,7 @@ pub fn block_sum(x: &Tensor, r: usize) -> Result<Tensor> {
     if r == 0 || r > width {
         bail!("{op}: expected slices of 1 to {width} for x {:?}, got {r}", x.dims())
     }
-    match cpu::road(op, &[("x", x)])? {
+    match cpu::road_with_cuda(op, &[("x", x)])? {
         Road::Kernel => tape::apply1(&x.contiguous()?, BlockSum { r, width }, Reads::NOTHING),
         Road::ThroughF32 => block_sum(&x.to_dtype(DType::F32)?, r)?.to_dtype(x.dtype()),
         Road::Reference => reference(x, r),

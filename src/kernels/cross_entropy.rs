@@ -5,15 +5,22 @@
 //! dz = (softmax(z) * sum_k p_k - p) / B
 //! ```
 //!
-//! p need not sum to one and takes no gradient. f32 and f64 here, f16 and bf16 through f32. Source:
-//! ofq.md 6.1 (the soft term of distillation is `soft_cross_entropy(student, softmax(teacher))`).
+//! p need not sum to one and takes no gradient. On the CPU f32 and f64, f16 and bf16 through f32; on a CUDA device
+//! f32, f16 and bf16 (kernels/cross_entropy.cu). Source: ofq.md 6.1 (the soft term of distillation is
+//! `soft_cross_entropy(student, softmax(teacher))`).
 
 use super::cpu::{self, real, simd, Real, Road};
+#[cfg(feature = "cuda")]
+use crate::kernels::cuda::{self, Launch, Place};
 use crate::kernels::tape::{self, Reads};
+#[cfg(feature = "cuda")]
+use candle_core::{backend::BackendStorage, CudaDevice, CudaStorage};
 use candle_core::{
     bail, CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, WithDType, D,
 };
 use rayon::prelude::*;
+#[cfg(feature = "cuda")]
+use std::sync::{Arc, OnceLock};
 
 fn log_softmax(z: &Tensor) -> Result<Tensor> {
     let centred = z.broadcast_sub(&z.max_keepdim(D::Minus1)?.detach())?;
@@ -102,8 +109,204 @@ fn mean<T: Real>(losses: impl ExactSizeIterator<Item = f64>) -> Vec<T> {
     vec![T::from_f64(losses.sum::<f64>() / count)]
 }
 
+/// The statistics of the rows of some logits on a CUDA device, all f32: the largest, the sum of the exponentials, and
+/// one more number, the logit of the label or the sum of the probabilities.
+#[cfg(feature = "cuda")]
+pub(super) struct Statistics {
+    pub rows: usize,
+    /// `[3, rows]`.
+    numbers: CudaStorage,
+}
+
+/// Logits on a CUDA device, or their gradient: `width` to a row, rows `stride` apart.
+#[cfg(feature = "cuda")]
+#[derive(Clone, Copy)]
+pub(super) struct Logits {
+    pub at: Place,
+    pub dtype: DType,
+    pub rows: usize,
+    pub width: usize,
+    pub stride: usize,
+}
+
+#[cfg(feature = "cuda")]
+impl Logits {
+    fn of(op: &str, z: &CudaStorage, layout: &Layout) -> Result<Self> {
+        let (rows, width) = layout.shape().dims2()?;
+        Ok(Logits { at: cuda::place(op, z, layout)?, dtype: z.dtype(), rows, width, stride: width })
+    }
+
+    /// A kernel over rows, begun with `z, ld`.
+    fn launch<'a>(&self, device: &'a CudaDevice, kernel: &str) -> Result<Launch<'a>> {
+        let kernel = format!("{kernel}_{}", cuda::suffix(kernel, self.dtype)?);
+        Ok(Launch::new(device, "cross_entropy", kernel).place(self.at).i64(self.stride))
+    }
+
+    /// Runs a kernel over rows.
+    ///
+    /// # Safety
+    /// As of a launch; the kernel takes rows.
+    unsafe fn run(&self, launch: Launch) -> Result<()> {
+        let block = match self.width {
+            0..=1024 => (32, 4, 1),
+            1025..=16384 => (256, 1, 1),
+            _ => (512, 1, 1),
+        };
+        // SAFETY: a row for each lane row of the blocks; the rest is the caller's contract.
+        unsafe { launch.run((self.rows.div_ceil(block.1), 1, 1), block, 0) }
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl Statistics {
+    /// Room for those of so many rows.
+    pub fn unwritten(device: &CudaDevice, rows: usize) -> Result<Self> {
+        Ok(Statistics { rows, numbers: cuda::unwritten(device, (3, rows), DType::F32)? })
+    }
+
+    fn number(&self, which: usize) -> Place {
+        cuda::start(&self.numbers).at(which * self.rows)
+    }
+
+    /// Takes those of `z`, which are the rows from `first` on, and the logits of their labels where there are labels.
+    pub fn take(&self, device: &CudaDevice, z: Logits, first: usize, labels: Option<Place>) -> Result<()> {
+        let [top, sum, own] = [0, 1, 2].map(|which| self.number(which).at(first));
+        let launch = z.launch(device, "cross_entropy_stats")?.i64(z.rows).i32(z.width);
+        let launch = launch.place(top).place(sum).maybe(labels.map(|labels| labels.at(first))).place(own);
+        // SAFETY: z has its rows; the statistics and the labels have as many from `first` on, as the callers see to.
+        unsafe { z.run(launch) }
+    }
+
+    /// The mean loss of rows with labels, f32.
+    pub fn mean(&self, device: &CudaDevice) -> Result<CudaStorage> {
+        let loss = cuda::unwritten(device, (), DType::F32)?;
+        let launch = Launch::new(device, "cross_entropy", "cross_entropy_mean")
+            .place(self.number(0))
+            .place(self.number(1))
+            .place(self.number(2))
+            .i64(self.rows)
+            .place(cuda::start(&loss));
+        // SAFETY: one block, which strides over the rows of each statistic.
+        unsafe { launch.run((1, 1, 1), (1024, 1, 1), 0)? };
+        Ok(loss)
+    }
+
+    /// The gradient of `z`, the rows from `first` on, onto `dz`: times dL over all rows, or as it is without a dL.
+    pub fn gradient(
+        &self,
+        device: &CudaDevice,
+        z: Logits,
+        first: usize,
+        labels: Place,
+        loss_grad: Option<Place>,
+        dz: Logits,
+    ) -> Result<()> {
+        let op = "cross_entropy_grad";
+        let suffix = match z.dtype == dz.dtype {
+            true => cuda::suffix(op, z.dtype)?.to_string(),
+            false => format!("{}_{}", cuda::suffix(op, z.dtype)?, cuda::suffix(op, dz.dtype)?),
+        };
+        let launch = Launch::new(device, "cross_entropy", format!("{op}_{suffix}"))
+            .place(z.at)
+            .i64(z.stride)
+            .i64(z.rows)
+            .i32(z.width)
+            .place(self.number(0).at(first))
+            .place(self.number(1).at(first))
+            .place(labels.at(first))
+            .maybe(loss_grad)
+            .place(dz.at)
+            .i64(dz.stride);
+        // SAFETY: z and dz have the same rows, of which there are statistics and labels from `first` on.
+        unsafe { z.run(launch) }
+    }
+
+    /// The mean loss of `z` against the probabilities `p`, f32; leaves the sums of p behind.
+    fn soft_mean(&self, device: &CudaDevice, z: Logits, p: Logits) -> Result<CudaStorage> {
+        let losses = cuda::unwritten(device, self.rows, DType::F32)?;
+        let launch = z.launch(device, "soft_cross_entropy_rows")?.place(p.at).i64(p.stride).i64(z.rows);
+        let launch = launch.i32(z.width).place(self.number(0)).place(self.number(1));
+        let launch = launch.place(cuda::start(&losses)).place(self.number(2));
+        // SAFETY: z and p have the same rows, of which there are statistics.
+        unsafe { z.run(launch)? };
+        mean_of(device, &losses, self.rows)
+    }
+
+    /// The gradient of `z` against `p`, after [`Statistics::soft_mean`].
+    fn soft_gradient(
+        &self,
+        device: &CudaDevice,
+        z: Logits,
+        p: Logits,
+        loss_grad: Place,
+        dz: Logits,
+    ) -> Result<()> {
+        let launch = z.launch(device, "soft_cross_entropy_grad")?.place(p.at).i64(p.stride).i64(z.rows);
+        let launch = launch.i32(z.width).place(self.number(0)).place(self.number(1)).place(self.number(2));
+        let launch = launch.place(loss_grad).place(dz.at).i64(dz.stride);
+        // SAFETY: z, p and dz have the same rows, of which there are statistics and sums of p.
+        unsafe { z.run(launch) }
+    }
+}
+
+/// The mean of the losses of rows, f32.
+#[cfg(feature = "cuda")]
+fn mean_of(device: &CudaDevice, losses: &CudaStorage, rows: usize) -> Result<CudaStorage> {
+    let loss = cuda::unwritten(device, (), DType::F32)?;
+    let launch = Launch::new(device, "cross_entropy", "soft_cross_entropy_mean");
+    let launch = launch.place(cuda::start(losses)).i64(rows).place(cuda::start(&loss));
+    // SAFETY: one block, which strides over the losses of the rows.
+    unsafe { launch.run((1, 1, 1), (1024, 1, 1), 0)? };
+    Ok(loss)
+}
+
+/// The mean of the losses of rows, f32, in the type of the logits.
+#[cfg(feature = "cuda")]
+pub(super) fn mean_on_cuda(
+    device: &CudaDevice,
+    losses: &CudaStorage,
+    rows: usize,
+    dtype: DType,
+) -> Result<(CudaStorage, Shape)> {
+    loss_in(dtype, mean_of(device, losses, rows)?)
+}
+
+/// A loss in the type of its logits.
+#[cfg(feature = "cuda")]
+fn loss_in(dtype: DType, loss: CudaStorage) -> Result<(CudaStorage, Shape)> {
+    let shape = Shape::from(());
+    match dtype {
+        DType::F32 => Ok((loss, shape)),
+        _ => Ok((loss.to_dtype(&Layout::contiguous(()), dtype)?, shape)),
+    }
+}
+
+/// dL as the kernels take it.
+fn as_read(z: &Tensor, grad: &Tensor) -> Result<Tensor> {
+    match z.device().is_cuda() {
+        true => grad.to_dtype(DType::F32),
+        false => Ok(grad.clone()),
+    }
+}
+
+/// The statistics that the forward pass leaves for the backward on a CUDA device.
+#[cfg(feature = "cuda")]
+type Kept = Arc<OnceLock<Statistics>>;
+
+#[cfg(feature = "cuda")]
+fn kept<'a>(op: &str, kept: &'a Kept) -> Result<&'a Statistics> {
+    match kept.get() {
+        Some(statistics) => Ok(statistics),
+        None => bail!("{op}: the backward pass came before the forward"),
+    }
+}
+
 /// (logits, labels) to the mean loss.
-struct CrossEntropy;
+#[derive(Clone, Default)]
+struct CrossEntropy {
+    #[cfg(feature = "cuda")]
+    kept: Kept,
+}
 
 impl CustomOp2 for CrossEntropy {
     fn name(&self) -> &'static str {
@@ -131,6 +334,23 @@ impl CustomOp2 for CrossEntropy {
         })
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        z: &CudaStorage,
+        zl: &Layout,
+        y: &CudaStorage,
+        yl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (name, device) = (self.name(), z.device());
+        let logits = Logits::of(name, z, zl)?;
+        let statistics = Statistics::unwritten(device, logits.rows)?;
+        statistics.take(device, logits, 0, Some(cuda::place(name, y, yl)?))?;
+        let loss = loss_in(z.dtype(), statistics.mean(device)?);
+        let _ = self.kept.set(statistics);
+        loss
+    }
+
     fn bwd(
         &self,
         z: &Tensor,
@@ -138,7 +358,7 @@ impl CustomOp2 for CrossEntropy {
         _l: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        Ok((Some(z.apply_op3_no_bwd(y, grad, &CrossEntropyGrad)?), None))
+        Ok((Some(z.apply_op3_no_bwd(y, &as_read(z, grad)?, &CrossEntropyGrad(self.clone()))?), None))
     }
 }
 
@@ -150,7 +370,7 @@ fn labels_of<'a>(y: &'a CpuStorage, yl: &Layout) -> Result<&'a [u32]> {
 }
 
 /// (logits, labels, dL) to the gradient of the logits.
-struct CrossEntropyGrad;
+struct CrossEntropyGrad(#[allow(dead_code)] CrossEntropy);
 
 impl CustomOp3 for CrossEntropyGrad {
     fn name(&self) -> &'static str {
@@ -184,10 +404,33 @@ impl CustomOp3 for CrossEntropyGrad {
             Ok((<T as Real>::store(dz), zl.shape().clone()))
         })
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        z: &CudaStorage,
+        zl: &Layout,
+        y: &CudaStorage,
+        yl: &Layout,
+        g: &CudaStorage,
+        gl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (name, device) = (self.name(), z.device());
+        let logits = Logits::of(name, z, zl)?;
+        let dz = cuda::unwritten(device, zl.shape(), z.dtype())?;
+        let onto = Logits { at: cuda::start(&dz), ..logits };
+        let (labels, dl) = (cuda::place(name, y, yl)?, cuda::place(name, g, gl)?);
+        kept(name, &self.0.kept)?.gradient(device, logits, 0, labels, Some(dl), onto)?;
+        Ok((dz, zl.shape().clone()))
+    }
 }
 
 /// (logits, probs) to the mean loss.
-struct SoftCrossEntropy;
+#[derive(Clone, Default)]
+struct SoftCrossEntropy {
+    #[cfg(feature = "cuda")]
+    kept: Kept,
+}
 
 impl CustomOp2 for SoftCrossEntropy {
     fn name(&self) -> &'static str {
@@ -209,6 +452,23 @@ impl CustomOp2 for SoftCrossEntropy {
         })
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        z: &CudaStorage,
+        zl: &Layout,
+        p: &CudaStorage,
+        pl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (name, device) = (self.name(), z.device());
+        let (logits, probs) = (Logits::of(name, z, zl)?, Logits::of(name, p, pl)?);
+        let statistics = Statistics::unwritten(device, logits.rows)?;
+        statistics.take(device, logits, 0, None)?;
+        let loss = loss_in(z.dtype(), statistics.soft_mean(device, logits, probs)?);
+        let _ = self.kept.set(statistics);
+        loss
+    }
+
     fn bwd(
         &self,
         z: &Tensor,
@@ -216,12 +476,12 @@ impl CustomOp2 for SoftCrossEntropy {
         _l: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        Ok((Some(z.apply_op3_no_bwd(p, grad, &SoftCrossEntropyGrad)?), None))
+        Ok((Some(z.apply_op3_no_bwd(p, &as_read(z, grad)?, &SoftCrossEntropyGrad(self.clone()))?), None))
     }
 }
 
 /// (logits, probs, dL) to the gradient of the logits.
-struct SoftCrossEntropyGrad;
+struct SoftCrossEntropyGrad(#[allow(dead_code)] SoftCrossEntropy);
 
 impl CustomOp3 for SoftCrossEntropyGrad {
     fn name(&self) -> &'static str {
@@ -250,6 +510,24 @@ impl CustomOp3 for SoftCrossEntropyGrad {
             Ok((<T as Real>::store(dz), zl.shape().clone()))
         })
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        z: &CudaStorage,
+        zl: &Layout,
+        p: &CudaStorage,
+        pl: &Layout,
+        g: &CudaStorage,
+        gl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (name, device) = (self.name(), z.device());
+        let (logits, probs) = (Logits::of(name, z, zl)?, Logits::of(name, p, pl)?);
+        let dz = cuda::unwritten(device, zl.shape(), z.dtype())?;
+        let onto = Logits { at: cuda::start(&dz), ..logits };
+        kept(name, &self.0.kept)?.soft_gradient(device, logits, probs, cuda::place(name, g, gl)?, onto)?;
+        Ok((dz, zl.shape().clone()))
+    }
 }
 
 fn check_logits(op: &str, logits: &Tensor) -> Result<(usize, usize)> {
@@ -260,7 +538,7 @@ fn check_logits(op: &str, logits: &Tensor) -> Result<(usize, usize)> {
 }
 
 /// The mean cross-entropy of `logits: [B, K]` against class ids `labels: [B]` in u32, a scalar.
-/// A label of K or more is an error.
+/// A label of K or more is an error; on a CUDA device, where nobody looks at the labels, the loss is then NaN.
 pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
     let op = "cross_entropy";
     let (b, k) = check_logits(op, logits)?;
@@ -270,10 +548,13 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
     if !labels.device().same_device(logits.device()) {
         bail!("{op}: expected labels on the device of the logits, got {:?}", labels.device().location())
     }
-    match cpu::road(op, &[("logits", logits)])? {
-        Road::Kernel => {
-            tape::apply2(&logits.contiguous()?, &labels.contiguous()?, CrossEntropy, Reads::OPERANDS)
-        }
+    match cpu::road_with_cuda(op, &[("logits", logits)])? {
+        Road::Kernel => tape::apply2(
+            &logits.contiguous()?,
+            &labels.contiguous()?,
+            CrossEntropy::default(),
+            Reads::OPERANDS,
+        ),
         Road::ThroughF32 => cross_entropy(&cpu::wide(logits)?, labels)?.to_dtype(logits.dtype()),
         Road::Reference => {
             for (row, label) in labels.to_vec1::<u32>()?.into_iter().enumerate() {
@@ -293,10 +574,13 @@ pub fn soft_cross_entropy(logits: &Tensor, probs: &Tensor) -> Result<Tensor> {
         bail!("{op}: expected probs {:?}, got {:?}", logits.dims(), probs.dims())
     }
     let probs = probs.detach();
-    match cpu::road(op, &[("logits", logits), ("probs", &probs)])? {
-        Road::Kernel => {
-            tape::apply2(&logits.contiguous()?, &probs.contiguous()?, SoftCrossEntropy, Reads::OPERANDS)
-        }
+    match cpu::road_with_cuda(op, &[("logits", logits), ("probs", &probs)])? {
+        Road::Kernel => tape::apply2(
+            &logits.contiguous()?,
+            &probs.contiguous()?,
+            SoftCrossEntropy::default(),
+            Reads::OPERANDS,
+        ),
         Road::ThroughF32 => {
             soft_cross_entropy(&cpu::wide(logits)?, &cpu::wide(&probs)?)?.to_dtype(logits.dtype())
         }

@@ -6,11 +6,16 @@
 //!
 //! The mask is drawn in chunks of fixed length from the streams `[pass, chunk]` under (seed, name), so a
 //! forward pass that is done again (activation checkpointing) and the backward see the same one, whatever
-//! the number of threads. f32 and f64 here, f16 and bf16 through f32. Srivastava et al. 2014.
+//! the number of threads and the device. On the CPU f32 and f64, f16 and bf16 through f32; on a CUDA device f32, f16
+//! and bf16 (kernels/elementwise.cu). Srivastava et al. 2014.
 
 use super::cpu::{self, real, Real};
+#[cfg(feature = "cuda")]
+use crate::kernels::cuda::{self, Launch};
 use crate::kernels::tape::{self, Reads};
 use crate::random::Random;
+#[cfg(feature = "cuda")]
+use candle_core::{backend::BackendStorage, CudaStorage};
 use candle_core::{bail, CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, WithDType};
 use rayon::prelude::*;
 
@@ -65,6 +70,24 @@ impl CustomOp1 for DropoutMask {
         })
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, xl: &Layout) -> Result<(CudaStorage, Shape)> {
+        let (dtype, count) = (x.dtype(), xl.shape().elem_count());
+        let y = cuda::unwritten(x.device(), xl.shape(), dtype)?;
+        // A draw is a multiple of 2^-24, so that it is below p where its 24 bits are below this.
+        let below = (self.p * f64::from(1 << 24)).ceil() as u32;
+        let hash = crate::random::number_of(&self.name, &[self.pass]);
+        let kernel = format!("dropout_{}", cuda::suffix("dropout", dtype)?);
+        let launch = Launch::new(x.device(), "elementwise", kernel)
+            .place(cuda::place("dropout", x, xl)?)
+            .place(cuda::start(&y));
+        let launch = launch.i64(count).u64(self.seed).u64(hash).u32(below).f32((1.0 / (1.0 - self.p)) as f32);
+        let blocks = count.div_ceil(256 * cuda::wide(dtype)).min(1 << 20);
+        // SAFETY: x and y have `count` elements, over which any grid strides.
+        unsafe { launch.run((blocks, 1, 1), (256, 1, 1), 0)? };
+        Ok((y, xl.shape().clone()))
+    }
+
     fn bwd(&self, _x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         Ok(Some(grad.contiguous()?.apply_op1_no_bwd(self)?))
     }
@@ -78,7 +101,7 @@ pub fn dropout(x: &Tensor, mask: DropoutMask) -> Result<Tensor> {
     if mask.p == 0.0 {
         return Ok(x.clone());
     }
-    match cpu::road("dropout", &[("x", x)])? {
+    match cpu::road_with_cuda("dropout", &[("x", x)])? {
         cpu::Road::Kernel => tape::apply1(&x.contiguous()?, mask, Reads::NOTHING),
         cpu::Road::ThroughF32 => dropout(&x.to_dtype(DType::F32)?, mask)?.to_dtype(x.dtype()),
         cpu::Road::Reference => reference(x, &mask),

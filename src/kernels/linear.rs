@@ -74,7 +74,7 @@ pub(super) fn matmul<T: Real>(
 
 /// Which of the three products of a linear layer.
 #[derive(Clone, Copy)]
-enum Product {
+pub(super) enum Product {
     /// x [R, K], w [N, K] to [R, N].
     Forward,
     /// g [R, N], w [N, K] to [R, K].
@@ -106,8 +106,9 @@ impl Product {
         }
     }
 
+    /// The product on a CUDA device, of operands of one type.
     #[cfg(feature = "cuda")]
-    fn on_cuda(
+    pub(super) fn on_cuda(
         self,
         a: &CudaStorage,
         al: &Layout,

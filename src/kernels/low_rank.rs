@@ -1,18 +1,24 @@
 //! Products with a frozen weight under a low-rank change.
 //!
 //! ```text
-//! y = x W^T + h U,  h = D(x)     x [.., I], W [O, I], h [.., r], U [r, O], y [.., O], f32
+//! y = x W^T + h U,  h = D(x)     x [.., I], W [O, I], h [.., r], U [r, O], y [.., O]
 //! shared block   D(x) = the block sums of x, U = the block      W' = W + U tiled     (block_sum.rs)
 //! low rank       D(x) = x A^T, U = s B^T                        W' = W + s B A       A [r, I], B [O, r]
 //! dx = dy W + D^T(dy U^T)     dU = h^T dy     dA = (dy U^T)^T x
 //! ```
 //!
 //! W is frozen, dense or packed, and gets no gradient; neither it nor W' is ever whole in memory where it is
-//! large (see `change` and `rows`). Sources: Hu et al. 2021, equation 3; arXiv 2409.15371, the additive form.
+//! large (see `change` and `rows`). On the CPU all is f32. On a CUDA device x may be f16 or bf16: then the factors, f32,
+//! are rounded to that where they meet x, and their gradients are f32. Sources: Hu et al. 2021, equation 3; arXiv
+//! 2409.15371, the additive form.
 
 use std::sync::{Arc, OnceLock};
 
+#[cfg(feature = "cuda")]
+use crate::kernels::cuda::{self, Matrix, Operand as Factor};
 use crate::kernels::tape::{self, Reads};
+#[cfg(feature = "cuda")]
+use candle_core::{backend::BackendStorage, CudaStorage};
 use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor};
 
 use super::block_sum::block_sum;
@@ -33,6 +39,16 @@ pub fn reference(x: &Tensor, rows: &FrozenRows, a: &Tensor, b: &Tensor, scale: f
     base + (linear(&linear(x, a, None)?, b, None)? * scale)?
 }
 
+/// [`low_rank_change`] in plain candle ops.
+fn composed_change(x: &Tensor, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
+    linear(&linear(x, a, None)?, b, None)? * scale
+}
+
+/// [`shared_block_change`] in plain candle ops.
+fn composed_shared_change(x: &Tensor, block: &Tensor) -> Result<Tensor> {
+    linear(&block_sum(x, block.dim(0)?)?, &block.t()?, None)
+}
+
 /// The transpose of `a [rows, cols]`.
 fn transposed(a: &[f32], cols: usize) -> Vec<f32> {
     let rows = a.len() / cols;
@@ -48,20 +64,204 @@ fn shared_change(rows: &FrozenRows, block: &[f32]) -> Change<'static> {
     Change { o, i: rows.cols(), r: block.len() / o, down: Down::Blocks, up: transposed(block, o) }
 }
 
-fn low_rank_change<'a>(rows: &FrozenRows, a: &'a [f32], b: &[f32], scale: f32) -> Change<'a> {
+fn low_rank_slices<'a>(rows: &FrozenRows, a: &'a [f32], b: &[f32], scale: f32) -> Change<'a> {
     let (o, i) = (rows.rows(), rows.cols());
     let up = b.iter().map(|b| b * scale).collect();
     Change { o, i, r: a.len() / i, down: Down::Matrix(a), up }
 }
 
+/// The way down and the way up in a backward pass on a CUDA device.
+#[cfg(feature = "cuda")]
+#[derive(Clone, Copy)]
+enum Way<'a> {
+    /// Block sums, and the block `[r, O]`.
+    Blocks(&'a Tensor),
+    /// A `[r, I]`, and B `[O, r]` with its scale.
+    Factors(&'a Tensor, &'a Tensor, f64),
+}
+
+#[cfg(feature = "cuda")]
+impl Way<'_> {
+    /// U in `dtype`, and whether it lies transposed.
+    fn up(self, dtype: DType) -> Result<(Tensor, bool)> {
+        match self {
+            Way::Blocks(block) => Ok((block.detach().to_dtype(dtype)?, false)),
+            Way::Factors(_, b, _) => Ok((b.detach().to_dtype(dtype)?, true)),
+        }
+    }
+
+    fn scale(self) -> f64 {
+        match self {
+            Way::Blocks(_) => 1.0,
+            Way::Factors(_, _, scale) => scale,
+        }
+    }
+}
+
+/// A matrix of an op's operands on a CUDA device.
+#[cfg(feature = "cuda")]
+type There<'a> = (&'a CudaStorage, &'a Layout);
+
+/// An operand in a type, and what was made for it.
+#[cfg(feature = "cuda")]
+fn cast(op: &str, (x, xl): There, dtype: DType) -> Result<(Matrix, Option<CudaStorage>)> {
+    if x.dtype() == dtype {
+        return Ok((Matrix::of(op, x, xl)?, None));
+    }
+    let made = x.to_dtype(xl, dtype)?;
+    Ok((Matrix::at(cuda::start(&made), dtype, xl.shape().dims2()?), Some(made)))
+}
+
+/// The change on a CUDA device, onto the product with W where there is one, and `h` for the backward: down by A, or by
+/// block sums, and up by U `[r, O]` or B `[O, r]` with its scale.
+#[cfg(feature = "cuda")]
+fn forward_on_cuda(
+    op: &str,
+    (x, xl): There,
+    rows: Option<&FrozenRows>,
+    down: Option<There>,
+    (up, scale): (There, Option<f64>),
+) -> Result<(CudaStorage, Shape, Tensor)> {
+    let (device, dtype) = (x.device(), x.dtype());
+    let (up, _made) = cast(op, up, dtype)?;
+    let up = if scale.is_some() { up.t() } else { up };
+    let (r, o) = up.sizes();
+    let xs = Matrix::of(op, x, xl)?;
+    let (tokens, _) = xs.sizes();
+    let h = match down {
+        None => super::block_sum::sums_on_cuda(op, x, xl, r)?.0,
+        Some(a) => {
+            let h = cuda::unwritten(device, (tokens, r), dtype)?;
+            let (a, _made) = cast(op, a, dtype)?;
+            let hs = Matrix::at(cuda::start(&h), dtype, (tokens, r));
+            // SAFETY: x and A are operands, h is new, [tokens, r].
+            unsafe { cuda::gemm(device, xs, a.t(), hs, 1.0, false)? };
+            h
+        }
+    };
+    let (y, shape) = match rows {
+        Some(rows) => rows.product_on_cuda(op, x, xl, false)?,
+        None => {
+            let shape = with_last(xl, o);
+            (cuda::unwritten(device, &shape, dtype)?, shape)
+        }
+    };
+    let hs = Matrix::at(cuda::start(&h), dtype, (tokens, r));
+    let ys = Matrix::at(cuda::start(&y), dtype, (tokens, o));
+    // SAFETY: y is [tokens, O] and new; without W nothing of it is read.
+    unsafe { cuda::gemm(device, hs, up, ys, scale.unwrap_or(1.0), rows.is_some())? };
+    Ok((y, shape, cuda::tensor(h, (tokens, r))))
+}
+
+/// The gradients of x, of A and of B or the block, those that are wanted; `grad` is contiguous.
+#[cfg(feature = "cuda")]
+fn backward_on_cuda(
+    op: &str,
+    x: &Tensor,
+    rows: Option<&FrozenRows>,
+    way: Way,
+    h: Option<&Tensor>,
+    grad: &Tensor,
+) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+    let (dtype, scale) = (grad.dtype(), way.scale());
+    let trained_down = match way {
+        Way::Blocks(_) => None,
+        Way::Factors(a, ..) => Some(a),
+    };
+    let wants_down = trained_down.is_some_and(Tensor::track_op);
+    // dy U^T, scale included: [tokens, r].
+    let g = match x.track_op() || wants_down {
+        true => {
+            let (up, turned) = way.up(dtype)?;
+            Some(cuda::product_of(op, Factor(grad, false), Factor(&up, !turned), scale, dtype)?)
+        }
+        false => None,
+    };
+    let dx = match (&g, x.track_op()) {
+        (Some(g), true) => {
+            let (dx, onto) = match rows {
+                Some(rows) => (rows.product_back(op, grad)?, true),
+                None => {
+                    let device = grad.device().as_cuda_device()?;
+                    (cuda::tensor(cuda::unwritten(device, x.shape(), dtype)?, x.shape()), false)
+                }
+            };
+            match way {
+                Way::Blocks(_) => tile(op, g, &dx, onto)?,
+                Way::Factors(a, ..) => {
+                    let a = a.detach().to_dtype(dtype)?;
+                    cuda::product_into(op, &dx, Factor(g, false), Factor(&a, false), 1.0, onto)?;
+                }
+            }
+            Some(dx)
+        }
+        _ => None,
+    };
+    let da = match (&g, wants_down) {
+        (Some(g), true) => Some(cuda::product_of(op, Factor(g, true), Factor(x, false), 1.0, DType::F32)?),
+        _ => None,
+    };
+    let missing = || candle_core::Error::msg(format!("{op}: the backward pass came before the forward"));
+    let dup = match way {
+        Way::Blocks(block) if block.track_op() => {
+            let h = h.ok_or_else(missing)?;
+            Some(cuda::product_of(op, Factor(h, true), Factor(grad, false), 1.0, DType::F32)?)
+        }
+        Way::Factors(_, b, _) if b.track_op() => {
+            let h = h.ok_or_else(missing)?;
+            Some(cuda::product_of(op, Factor(grad, true), Factor(h, false), scale, DType::F32)?)
+        }
+        _ => None,
+    };
+    Ok((dx, da, dup))
+}
+
+/// Writes rows of `s` to the slices of those of `x`, or adds them.
+#[cfg(feature = "cuda")]
+fn tile(op: &str, s: &Tensor, x: &Tensor, onto: bool) -> Result<()> {
+    let ((ss, sl), (xs, xl)) = (s.storage_and_layout(), x.storage_and_layout());
+    let (ss, xs) = (cuda::storage(op, &ss)?, cuda::storage(op, &xs)?);
+    let (tokens, r) = sl.shape().dims2()?;
+    let width = xl.dims().last().copied().unwrap_or(1);
+    let places = (cuda::place(op, ss, sl)?, cuda::place(op, xs, xl)?);
+    super::block_sum::tile_on_cuda(ss.device(), places, s.dtype(), (tokens, width, r), onto)
+}
+
 /// (x, block) to y.
 #[derive(Clone)]
 struct SharedBlock {
-    rows: FrozenRows,
+    /// W; none on a CUDA device alone, where the change may be asked for without it.
+    rows: Option<FrozenRows>,
     /// The block sums of x: all of it that the gradients need, and a fraction of its size.
     sums: Arc<OnceLock<Vec<f32>>>,
+    #[cfg(feature = "cuda")]
+    sums_there: Arc<OnceLock<Tensor>>,
     /// Whether there will be a backward pass over the block.
     tracked: bool,
+}
+
+impl SharedBlock {
+    fn new(rows: Option<FrozenRows>, block: &Tensor) -> Self {
+        SharedBlock {
+            rows,
+            sums: Arc::default(),
+            #[cfg(feature = "cuda")]
+            sums_there: Arc::default(),
+            tracked: block.track_op(),
+        }
+    }
+
+    fn rows(&self) -> Result<&FrozenRows> {
+        base(self.name(), &self.rows)
+    }
+}
+
+/// The frozen weight of an op that has one on the CPU.
+fn base<'a>(op: &str, rows: &'a Option<FrozenRows>) -> Result<&'a FrozenRows> {
+    match rows {
+        Some(rows) => Ok(rows),
+        None => bail!("{op}: expected operands on a CUDA device"),
+    }
 }
 
 impl CustomOp2 for SharedBlock {
@@ -77,12 +277,29 @@ impl CustomOp2 for SharedBlock {
         dl: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let (x, d) = (floats(self.name(), x, xl)?, floats(self.name(), d, dl)?);
-        let change = shared_change(&self.rows, d);
+        let rows = self.rows()?;
+        let change = shared_change(rows, d);
         if self.tracked {
             self.sums.get_or_init(|| change.down(x));
         }
-        let y = self.rows.with(|source| Ok(change.forward(source, x)))?;
+        let y = rows.with(|source| Ok(change.forward(source, x)))?;
         Ok((CpuStorage::F32(y), with_last(xl, change.o)))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        xl: &Layout,
+        d: &CudaStorage,
+        dl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (y, shape, sums) =
+            forward_on_cuda(self.name(), (x, xl), self.rows.as_ref(), None, ((d, dl), None))?;
+        if self.tracked {
+            let _ = self.sums_there.set(sums);
+        }
+        Ok((y, shape))
     }
 
     fn bwd(
@@ -93,6 +310,12 @@ impl CustomOp2 for SharedBlock {
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let grad = grad.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if grad.device().is_cuda() {
+            let (rows, sums) = (self.rows.as_ref(), self.sums_there.get());
+            let (dx, _, dd) = backward_on_cuda(self.name(), x, rows, Way::Blocks(d), sums, &grad)?;
+            return Ok((dx, dd));
+        }
         let of = |which| {
             let op = SharedBlockGrad { of: self.clone(), which, x: x.shape().clone() };
             d.apply_op2_no_bwd(&grad, &op)
@@ -132,11 +355,12 @@ impl CustomOp2 for SharedBlockGrad {
     ) -> Result<(CpuStorage, Shape)> {
         let name = self.name();
         let (d, g) = (floats(name, d, dl)?, floats(name, g, gl)?);
-        let change = shared_change(&self.of.rows, d);
+        let rows = self.of.rows()?;
+        let change = shared_change(rows, d);
         let Change { o, i, r, .. } = change;
         match (self.which, self.of.sums.get()) {
             (Operand::Input, _) => {
-                let dx = self.of.rows.with(|source| Ok(change.input_gradient(source, g)))?;
+                let dx = rows.with(|source| Ok(change.input_gradient(source, g)))?;
                 Ok((CpuStorage::F32(dx), self.x.clone()))
             }
             (Operand::Down | Operand::Up, Some(h)) => {
@@ -152,8 +376,23 @@ impl CustomOp2 for SharedBlockGrad {
 /// (x, A, B) to y.
 #[derive(Clone)]
 struct LowRank {
-    rows: FrozenRows,
+    /// W, as of [`SharedBlock`].
+    rows: Option<FrozenRows>,
     scale: f32,
+    /// `x A^T`, where B is trained.
+    #[cfg(feature = "cuda")]
+    kept: Option<Arc<OnceLock<Tensor>>>,
+}
+
+impl LowRank {
+    fn new(rows: Option<FrozenRows>, scale: f64, _b: &Tensor) -> Self {
+        LowRank {
+            rows,
+            scale: scale as f32,
+            #[cfg(feature = "cuda")]
+            kept: _b.track_op().then(Arc::default),
+        }
+    }
 }
 
 impl CustomOp3 for LowRank {
@@ -172,9 +411,28 @@ impl CustomOp3 for LowRank {
     ) -> Result<(CpuStorage, Shape)> {
         let name = self.name();
         let (x, a, b) = (floats(name, x, xl)?, floats(name, a, al)?, floats(name, b, bl)?);
-        let change = low_rank_change(&self.rows, a, b, self.scale);
-        let y = self.rows.with(|source| Ok(change.forward(source, x)))?;
+        let rows = base(name, &self.rows)?;
+        let change = low_rank_slices(rows, a, b, self.scale);
+        let y = rows.with(|source| Ok(change.forward(source, x)))?;
         Ok((CpuStorage::F32(y), with_last(xl, change.o)))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        xl: &Layout,
+        a: &CudaStorage,
+        al: &Layout,
+        b: &CudaStorage,
+        bl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let up = ((b, bl), Some(f64::from(self.scale)));
+        let (y, shape, h) = forward_on_cuda(self.name(), (x, xl), self.rows.as_ref(), Some((a, al)), up)?;
+        if let Some(kept) = &self.kept {
+            let _ = kept.set(h);
+        }
+        Ok((y, shape))
     }
 
     fn bwd(
@@ -186,6 +444,12 @@ impl CustomOp3 for LowRank {
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let grad = grad.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if grad.device().is_cuda() {
+            let (rows, h) = (self.rows.as_ref(), self.kept.as_ref().and_then(|kept| kept.get()));
+            let way = Way::Factors(a, b, f64::from(self.scale));
+            return backward_on_cuda(self.name(), x, rows, way, h, &grad);
+        }
         let of =
             |which| x.apply_op3_no_bwd(b, &grad, &LowRankGrad { of: self.clone(), a: a.detach(), which });
         let dx = x.track_op().then(|| of(Operand::Input)).transpose()?;
@@ -216,11 +480,12 @@ impl CustomOp3 for LowRankGrad {
         g: &CpuStorage,
         gl: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (name, LowRank { rows, scale }) = (self.name(), &self.of);
+        let (name, LowRank { rows, scale, .. }) = (self.name(), &self.of);
+        let rows = base(name, rows)?;
         let (x, b, g) = (floats(name, x, xl)?, floats(name, b, bl)?, floats(name, g, gl)?);
         let (a, a_layout) = self.a.storage_and_layout();
         let a = floats(name, cpu::host(name, &a)?, a_layout)?;
-        let change = low_rank_change(rows, a, b, *scale);
+        let change = low_rank_slices(rows, a, b, *scale);
         let Change { o, i, r, .. } = change;
         let tokens = x.len() / i;
         match self.which {
@@ -253,37 +518,87 @@ fn check_f32(op: &str, tensors: &[(&str, &Tensor)]) -> Result<()> {
 }
 
 /// `x W'^T` with `W'[o, i] = W[o, i] + block[i mod r, o]`, for `x: [.., I]`, the frozen `rows` of W `[O, I]`
-/// and `block: [r, O]`, r at most I, all f32; differentiable in x and the block.
+/// and `block: [r, O]`, r at most I, all f32; differentiable in x and the block. On a CUDA device x may be f16 or bf16.
 pub fn shared_block(x: &Tensor, rows: &FrozenRows, block: &Tensor) -> Result<Tensor> {
     let op = "shared_block";
-    rows::check(op, x, rows)?;
+    rows::check_there(op, x, rows)?;
     check_f32(op, &[("block", block)])?;
     let (o, i) = (rows.rows(), rows.cols());
     match block.dims() {
         [r, width] if *width == o && (1..=i).contains(r) => {}
         other => bail!("{op}: expected a block [r, {o}] with r from 1 to {i}, got {other:?}"),
     }
-    if !x.device().is_cpu() {
+    if x.dtype() != DType::F32 && rows.dtype().is_some_and(|dtype| dtype != x.dtype()) {
+        return shared_block(&cpu::wide(x)?, rows, block)?.to_dtype(x.dtype());
+    }
+    if !x.device().is_cpu() && !x.device().is_cuda() {
         return reference_shared_block(x, rows, block);
     }
-    let op = SharedBlock { rows: rows.clone(), sums: Arc::default(), tracked: block.track_op() };
+    let op = SharedBlock::new(Some(rows.clone()), block);
     tape::apply2(&x.contiguous()?, &block.contiguous()?, op, Reads::these(&[false, true]))
 }
 
+/// What [`shared_block`] adds to `x W^T`: the block sums of x times `block: [r, O]`, f32; on a CUDA device x may be f16
+/// or bf16.
+pub fn shared_block_change(x: &Tensor, block: &Tensor) -> Result<Tensor> {
+    let op = "shared_block_change";
+    let i = check_x(op, x)?;
+    check_f32(op, &[("block", block)])?;
+    match block.dims() {
+        [r, o] if *o > 0 && (1..=i).contains(r) => {}
+        other => bail!("{op}: expected a block [r, O] with r from 1 to {i}, got {other:?}"),
+    }
+    if !x.device().is_cuda() {
+        return composed_shared_change(x, block);
+    }
+    let op = SharedBlock::new(None, block);
+    tape::apply2(&x.contiguous()?, &block.contiguous()?, op, Reads::these(&[false, true]))
+}
+
+/// The width of an x for a change alone.
+fn check_x(op: &str, x: &Tensor) -> Result<usize> {
+    let i = x.dims().last().copied().unwrap_or(0);
+    let there = x.device().is_cuda() && matches!(x.dtype(), DType::F16 | DType::BF16);
+    if x.elem_count() == 0 || !(there || x.dtype() == DType::F32) {
+        bail!("{op}: expected x [.., I] in F32, got {:?} in {:?}", x.dims(), x.dtype())
+    }
+    Ok(i)
+}
+
 /// `x W'^T` with `W' = W + scale B A`, for `x: [.., I]`, the frozen `rows` of W `[O, I]`, `a: [r, I]` and
-/// `b: [O, r]`, all f32; differentiable in x, a and b.
+/// `b: [O, r]`, all f32; differentiable in x, a and b. On a CUDA device x may be f16 or bf16.
 pub fn low_rank(x: &Tensor, rows: &FrozenRows, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
     let op = "low_rank";
-    rows::check(op, x, rows)?;
+    rows::check_there(op, x, rows)?;
     check_f32(op, &[("a", a), ("b", b)])?;
     let (o, i, r) = (rows.rows(), rows.cols(), a.dims().first().copied().unwrap_or(0));
     if r == 0 || a.dims() != [r, i] || b.dims() != [o, r] {
         bail!("{op}: expected a [r, {i}] and b [{o}, r], got {:?} and {:?}", a.dims(), b.dims())
     }
-    if !x.device().is_cpu() {
+    if x.dtype() != DType::F32 && rows.dtype().is_some_and(|dtype| dtype != x.dtype()) {
+        return low_rank(&cpu::wide(x)?, rows, a, b, scale)?.to_dtype(x.dtype());
+    }
+    if !x.device().is_cpu() && !x.device().is_cuda() {
         return reference(x, rows, a, b, scale);
     }
-    let op = LowRank { rows: rows.clone(), scale: scale as f32 };
+    let op = LowRank::new(Some(rows.clone()), scale, b);
+    tape::apply3(&x.contiguous()?, &a.contiguous()?, &b.contiguous()?, op, Reads::OPERANDS)
+}
+
+/// What [`low_rank`] adds to `x W^T`: `scale x A^T B^T` for `a: [r, I]` and `b: [O, r]`, f32; on a CUDA device x may be
+/// f16 or bf16.
+pub fn low_rank_change(x: &Tensor, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
+    let op = "low_rank_change";
+    let i = check_x(op, x)?;
+    check_f32(op, &[("a", a), ("b", b)])?;
+    let (r, o) = (a.dims().first().copied().unwrap_or(0), b.dims().first().copied().unwrap_or(0));
+    if r * o == 0 || a.dims() != [r, i] || b.dims() != [o, r] {
+        bail!("{op}: expected a [r, {i}] and b [O, r], got {:?} and {:?}", a.dims(), b.dims())
+    }
+    if !x.device().is_cuda() {
+        return composed_change(x, a, b, scale);
+    }
+    let op = LowRank::new(None, scale, b);
     tape::apply3(&x.contiguous()?, &a.contiguous()?, &b.contiguous()?, op, Reads::OPERANDS)
 }
 

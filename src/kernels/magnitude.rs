@@ -7,9 +7,14 @@
 //! ```
 //!
 //! Liu et al. 2024, section 4.3: the length is taken as a constant in the backward pass. A row of zeros
-//! counts as one of length 1, so that its magnitude does no harm. f32, W read panel by panel.
+//! counts as one of length 1, so that its magnitude does no harm. f32, W read panel by panel; on a CUDA device
+//! (kernels/magnitude.cu) z may be f16 or bf16, and a dense W is read where it lies.
 
+#[cfg(feature = "cuda")]
+use crate::kernels::cuda::{self, Launch, Parts};
 use crate::kernels::tape::{self, Reads};
+#[cfg(feature = "cuda")]
+use candle_core::{backend::BackendStorage, CudaStorage, Device};
 use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, D};
 use rayon::prelude::*;
 
@@ -69,6 +74,13 @@ pub fn row_norms(rows: &FrozenRows, a: &Tensor, b: &Tensor, scale: f64) -> Resul
     if r * o == 0 || a.dims() != [r, i] || b.dims() != [o, r] {
         bail!("row_norms: expected a [r, {i}] and b [{o}, r], got {:?} and {:?}", a.dims(), b.dims())
     }
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = a.device() {
+        // What a block of threads may have of shared memory on every card that the kernels are made for.
+        if 8 * r * 4 <= 160 << 10 {
+            return row_norms_on_cuda(device, rows, a, b, scale);
+        }
+    }
     if !a.device().is_cpu() {
         return reference_row_norms(rows, a, b, scale);
     }
@@ -90,6 +102,64 @@ pub fn row_norms(rows: &FrozenRows, a: &Tensor, b: &Tensor, scale: f64) -> Resul
         Ok(())
     })?;
     Tensor::from_vec(norms, o, &candle_core::Device::Cpu)
+}
+
+/// [`row_norms`] on a CUDA device, panel by panel where W is codes.
+#[cfg(feature = "cuda")]
+fn row_norms_on_cuda(
+    device: &candle_core::CudaDevice,
+    rows: &FrozenRows,
+    a: &Tensor,
+    b: &Tensor,
+    scale: f64,
+) -> Result<Tensor> {
+    let (op, o, (r, i)) = ("row_norms", rows.rows(), a.dims2()?);
+    let dtype = rows.dtype().unwrap_or(DType::F32);
+    let float = |t: &Tensor| t.detach().to_dtype(DType::F32)?.contiguous();
+    let (a, up) = (float(a)?, (float(b)? * scale)?);
+    let ((a, al), (up, ul)) = (a.storage_and_layout(), up.storage_and_layout());
+    let a = cuda::place(op, cuda::storage(op, &a)?, al)?;
+    let up = cuda::place(op, cuda::storage(op, &up)?, ul)?;
+    let norms = cuda::unwritten(device, o, DType::F32)?;
+    let most = if rows.dtype().is_some() { o } else { super::rows::device_panel(i, 4, 8) };
+    for first in (0..o).step_by(most) {
+        let count = most.min(o - first);
+        let panel = rows.panel(op, device, dtype, (first, count))?;
+        let kernel = format!("{op}_{}", cuda::suffix(op, dtype)?);
+        let launch = Launch::new(device, "magnitude", kernel)
+            .place(panel.rows.place())
+            .place(a)
+            .place(up.at(first * r))
+            .place(cuda::start(&norms).at(first));
+        let launch = launch.i64(count).i32(i).i32(r);
+        // SAFETY: the panel has `count` rows of i elements, A r of them, B and the norms a row for each row of the
+        // panel; eight rows to a block, with the shared memory that the kernel's header asks for.
+        unsafe { launch.run((count.div_ceil(8), 1, 1), (256, 1, 1), 8 * r * 4)? };
+    }
+    Ok(cuda::tensor(norms, o))
+}
+
+/// `y = z m / n` on a CUDA device, for z of rows as long as m.
+#[cfg(feature = "cuda")]
+fn scale_on_cuda(
+    op: &str,
+    (z, zl): (&CudaStorage, &Layout),
+    (m, ml): (&CudaStorage, &Layout),
+    n: &Tensor,
+    y: cuda::Place,
+) -> Result<()> {
+    let (n, nl) = n.storage_and_layout();
+    let width = ml.shape().elem_count();
+    let rows = zl.shape().elem_count() / width.max(1);
+    let kernel = format!("scale_columns_{}", cuda::suffix(op, z.dtype())?);
+    let launch = Launch::new(z.device(), "magnitude", kernel)
+        .place(cuda::place(op, z, zl)?)
+        .place(cuda::place(op, m, ml)?)
+        .place(cuda::place(op, cuda::storage(op, &n)?, nl)?)
+        .place(y);
+    let (grid, block) = cuda::row_grid(rows, width);
+    // SAFETY: z and y have rows of `width` elements of one type, m and n are one, in f32; rows are strided over.
+    unsafe { launch.i64(rows).i32(width).run(grid, block, 0) }
 }
 
 /// (z, m) to y at given lengths.
@@ -119,6 +189,19 @@ impl CustomOp2 for ScaleColumns {
         Ok((CpuStorage::F32(y), zl.shape().clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        z: &CudaStorage,
+        zl: &Layout,
+        m: &CudaStorage,
+        ml: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let y = cuda::unwritten(z.device(), zl.shape(), z.dtype())?;
+        scale_on_cuda(self.name(), (z, zl), (m, ml), &self.n, cuda::start(&y))?;
+        Ok((y, zl.shape().clone()))
+    }
+
     fn bwd(
         &self,
         z: &Tensor,
@@ -126,6 +209,14 @@ impl CustomOp2 for ScaleColumns {
         _y: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        #[cfg(feature = "cuda")]
+        if z.device().is_cuda() {
+            let grad = grad.contiguous()?;
+            let n = &self.n;
+            let dz = z.track_op().then(|| grad.apply_op2_no_bwd(m, &ScaleColumns { n: n.clone() }));
+            let dm = m.track_op().then(|| z.apply_op2_no_bwd(&grad, &MagnitudeGrad { n: n.clone() }));
+            return Ok((dz.transpose()?, dm.transpose()?));
+        }
         let op = ScaleColumnsGrad { n: self.n.clone() };
         let flat = z.apply_op3_no_bwd(m, &grad.contiguous()?, &op)?;
         let dz = cpu::unpack(&flat, 0, z.shape())?;
@@ -178,8 +269,62 @@ impl CustomOp3 for ScaleColumnsGrad {
     }
 }
 
+/// (z, dy) to dm on a CUDA device.
+#[cfg(feature = "cuda")]
+struct MagnitudeGrad {
+    n: Tensor,
+}
+
+#[cfg(feature = "cuda")]
+impl CustomOp2 for MagnitudeGrad {
+    fn name(&self) -> &'static str {
+        "magnitude-grad"
+    }
+
+    fn cpu_fwd(
+        &self,
+        _z: &CpuStorage,
+        _zl: &Layout,
+        _g: &CpuStorage,
+        _gl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        bail!("{}: expected operands on a CUDA device", self.name())
+    }
+
+    fn cuda_fwd(
+        &self,
+        z: &CudaStorage,
+        zl: &Layout,
+        g: &CudaStorage,
+        gl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (name, device, dtype) = (self.name(), z.device(), z.dtype());
+        let (n, nl) = self.n.storage_and_layout();
+        let width = nl.shape().elem_count();
+        let rows = zl.shape().elem_count() / width;
+        let parts = Parts::of(rows);
+        let partial = cuda::unwritten(device, parts.count * width, DType::F32)?;
+        let kernel = format!("magnitude_products_{}", cuda::suffix(name, dtype)?);
+        let launch = Launch::new(device, "magnitude", kernel)
+            .place(cuda::place(name, z, zl)?)
+            .place(cuda::place(name, g, gl)?)
+            .place(cuda::start(&partial));
+        let launch = launch.i64(rows).i32(width).i64(parts.each);
+        // SAFETY: z and dy have rows of `width` elements; a block for each part and for the columns of 32 wide accesses.
+        unsafe { launch.run((width.div_ceil(32 * cuda::wide(dtype)), parts.count, 1), (32, 8, 1), 0)? };
+        let dm = cuda::unwritten(device, width, DType::F32)?;
+        let launch = Launch::new(device, "magnitude", "magnitude_fold")
+            .place(cuda::start(&partial))
+            .place(cuda::place(name, cuda::storage(name, &n)?, nl)?)
+            .place(cuda::start(&dm));
+        // SAFETY: blocks of 32 columns cover those of the parts, of n and of dm.
+        unsafe { launch.i64(parts.count).i64(width).run((width.div_ceil(32), 1, 1), (32, 8, 1), 0)? };
+        Ok((dm, Shape::from(width)))
+    }
+}
+
 /// `z m / n` for `z: [.., O]`, the magnitudes `m: [O]` and the lengths `n: [O]`, all f32; differentiable in
-/// z and m, nothing for n.
+/// z and m, nothing for n. On a CUDA device z may be f16 or bf16.
 pub fn scale_columns(z: &Tensor, m: &Tensor, n: &Tensor) -> Result<Tensor> {
     let op = "scale_columns";
     let width = z.dims().last().copied().unwrap_or(0);
@@ -187,11 +332,13 @@ pub fn scale_columns(z: &Tensor, m: &Tensor, n: &Tensor) -> Result<Tensor> {
         bail!("{op}: expected m and n [{width}] for z {:?}, got {:?} and {:?}", z.dims(), m.dims(), n.dims())
     }
     for (name, t) in [("z", z), ("m", m), ("n", n)] {
-        if t.dtype() != DType::F32 {
+        let half = matches!(t.dtype(), DType::F16 | DType::BF16);
+        let there = name == "z" && half && t.device().is_cuda();
+        if t.dtype() != DType::F32 && !there {
             bail!("{op}: expected {name} in F32, got {:?}", t.dtype())
         }
     }
-    if !z.device().is_cpu() {
+    if !z.device().is_cpu() && !z.device().is_cuda() {
         return reference_scale_columns(z, m, n);
     }
     tape::apply2(

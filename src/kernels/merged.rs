@@ -7,8 +7,13 @@
 //! ```
 //!
 //! Differentiable in every operand. In f32 on the CPU nothing but W is read from memory and nothing but W' is written,
-//! and a weight in training is to the bit the one that is merged; elsewhere, and backward, these are candle ops.
+//! and a weight in training is to the bit the one that is merged; in f32 on a CUDA device W is copied and changed where
+//! it is (the block affine form is read and written once). Elsewhere, and backward, these are candle ops.
 
+#[cfg(feature = "cuda")]
+use super::cuda::{self, Matrix};
+#[cfg(feature = "cuda")]
+use candle_core::{backend::BackendStorage, CudaStorage};
 use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor};
 
 use super::linear::View;
@@ -38,9 +43,18 @@ pub fn reference_block_affine(w: &Tensor, b: &Tensor) -> Result<Tensor> {
     turned.broadcast_add(&b.unsqueeze(2)?)?.reshape((o, i))
 }
 
+/// The elements of a layout, one after the other.
+#[cfg(feature = "cuda")]
+fn copied(x: &CudaStorage, layout: &Layout) -> Result<CudaStorage> {
+    let mut copy = cuda::unwritten(x.device(), layout.shape(), x.dtype())?;
+    x.copy_strided_src(&mut copy, 0, layout)?;
+    Ok(copy)
+}
+
 /// Whether the fused form takes these operands.
 fn fused(operands: &[&Tensor]) -> bool {
-    operands.iter().all(|t| t.device().is_cpu() && t.dtype() == DType::F32)
+    let one = |t: &&Tensor| t.device().is_cpu() || t.device().is_cuda();
+    operands.iter().all(|t| one(t) && t.device().same_device(operands[0].device()) && t.dtype() == DType::F32)
 }
 
 /// (W, A, B) to W'.
@@ -66,6 +80,24 @@ impl CustomOp3 for LowRank {
         Ok((CpuStorage::F32(merged), wl.shape().clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        w: &CudaStorage,
+        wl: &Layout,
+        a: &CudaStorage,
+        al: &Layout,
+        b: &CudaStorage,
+        bl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (name, merged) = (self.name(), copied(w, wl)?);
+        let (a, b) = (Matrix::of(name, a, al)?, Matrix::of(name, b, bl)?);
+        let onto = Matrix::at(cuda::start(&merged), DType::F32, wl.shape().dims2()?);
+        // SAFETY: A and B are operands, the copy of W is new and of its shape.
+        unsafe { cuda::gemm(w.device(), b, a, onto, f64::from(self.0), true)? };
+        Ok((merged, wl.shape().clone()))
+    }
+
     fn bwd(
         &self,
         _w: &Tensor,
@@ -74,10 +106,10 @@ impl CustomOp3 for LowRank {
         _merged: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let (a, b, scale) = (a.detach(), b.detach(), f64::from(self.0));
-        let da = (b.t()?.matmul(grad)? * scale)?;
+        let (a, b, scale, grad) = (a.detach(), b.detach(), f64::from(self.0), grad.contiguous()?);
+        let da = (b.t()?.matmul(&grad)? * scale)?;
         let db = (grad.matmul(&a.t()?)? * scale)?;
-        Ok((Some(grad.clone()), Some(da), Some(db)))
+        Ok((Some(grad), Some(da), Some(db)))
     }
 }
 
@@ -100,6 +132,23 @@ impl CustomOp2 for SharedBlock {
         let d = View::rows(floats(self.name(), d, dl)?, o);
         let merged = tiled((o, i, r), floats(self.name(), w, wl)?, d.t());
         Ok((CpuStorage::F32(merged), wl.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        w: &CudaStorage,
+        wl: &Layout,
+        d: &CudaStorage,
+        dl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let ((o, i), r, merged) = (wl.shape().dims2()?, dl.dims()[0], copied(w, wl)?);
+        // D transposed: a row of it for each row of W.
+        let turned = Layout::new(Shape::from((o, r)), vec![1, o], dl.start_offset());
+        let rows = copied(d, &turned)?;
+        let places = (cuda::start(&rows), cuda::start(&merged));
+        super::block_sum::tile_on_cuda(w.device(), places, DType::F32, (o, i, r), true)?;
+        Ok((merged, wl.shape().clone()))
     }
 
     fn bwd(
@@ -132,6 +181,22 @@ impl CustomOp2 for BlockAffine {
         let ((o, i), r) = (wl.shape().dims2()?, bl.dims()[1]);
         let merged = turned((o, i, r), floats(self.name(), w, wl)?, floats(self.name(), b, bl)?);
         Ok((CpuStorage::F32(merged), wl.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        w: &CudaStorage,
+        wl: &Layout,
+        b: &CudaStorage,
+        bl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (name, (o, i), r) = (self.name(), wl.shape().dims2()?, bl.dims()[1]);
+        let merged = cuda::unwritten(w.device(), wl.shape(), DType::F32)?;
+        let (from, b) = (cuda::place(name, w, wl)?, cuda::place(name, b, bl)?);
+        let (from, to) = ((from, DType::F32), (cuda::start(&merged), DType::F32));
+        super::block_affine::merge_on_cuda(w.device(), from, b, to, (o, i, r))?;
+        Ok((merged, wl.shape().clone()))
     }
 
     fn bwd(

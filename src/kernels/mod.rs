@@ -19,6 +19,7 @@ mod best_step;
 mod block_affine;
 mod block_sum;
 mod change;
+mod classifier;
 mod classp;
 mod conv;
 mod cpu;
@@ -37,6 +38,7 @@ mod merged;
 mod norm;
 pub mod packed;
 mod patchify;
+mod pick;
 mod plackett_luce;
 mod pool;
 mod product;
@@ -59,6 +61,7 @@ pub use attention::{attention, attention_mix, attention_probs, causal_attention}
 pub use best_step::{absmax_step, best_step, round_to};
 pub use block_affine::block_affine;
 pub use block_sum::block_sum;
+pub use classifier::{classifier_cross_entropy, classifier_cross_entropy_in};
 pub use classp::{classp_step, ClasspParams, GradSum, SumFigures, Test};
 pub use conv::{conv2d, Convolution};
 pub use cross_entropy::{cross_entropy, soft_cross_entropy};
@@ -69,7 +72,7 @@ pub use fake_quant::{
 };
 pub use gelu::gelu;
 pub use linear::{add_bias, frozen_matmul, linear};
-pub use low_rank::{low_rank, shared_block};
+pub use low_rank::{low_rank, low_rank_change, shared_block, shared_block_change};
 pub use magnitude::{row_norms, scale_columns};
 pub use merged::{block_affine_merged, low_rank_merged, shared_block_merged};
 pub use norm::layer_norm;
@@ -78,6 +81,7 @@ pub use packed::{
     packed_values, Groups, PackedRows, Rounding,
 };
 pub use patchify::patchify;
+pub use pick::pick_rows;
 pub use plackett_luce::plackett_luce;
 pub use pool::max_pool2;
 pub use qk_product::qk_product;
@@ -100,6 +104,7 @@ pub mod reference {
     };
     pub use super::block_affine::reference as block_affine;
     pub use super::block_sum::reference as block_sum;
+    pub use super::classifier::reference as classifier_cross_entropy;
     pub use super::classp::reference as classp_step;
     pub use super::conv::reference as conv2d;
     pub use super::cross_entropy::{reference as cross_entropy, reference_soft as soft_cross_entropy};
@@ -117,6 +122,7 @@ pub mod reference {
     };
     pub use super::norm::reference as layer_norm;
     pub use super::packed::reference as packed_matmul;
+    pub use super::pick::reference as pick_rows;
     pub use super::plackett_luce::reference as plackett_luce;
     pub use super::pool::reference as max_pool2;
     pub use super::qk_product::reference as qk_product;

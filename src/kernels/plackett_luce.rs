@@ -7,11 +7,15 @@
 //! ```
 //!
 //! p, the teacher's probabilities, takes no gradient. The first term is a cross-entropy with the label,
-//! weighted by the teacher's confidence in it. f32 and f64 here, a row in f64; f16 and bf16 through f32.
-//! Source: Bassam, Zhu and Bian 2025, "PLD: a choice-theoretic list-wise knowledge distillation".
+//! weighted by the teacher's confidence in it. A row is computed in f64. On the CPU f32 and f64, f16 and bf16 through
+//! f32; on a CUDA device f32, f16 and bf16 (kernels/plackett_luce.cu). Source: Bassam, Zhu and Bian 2025, "PLD: a choice-theoretic list-wise knowledge distillation".
 
 use super::cpu::{self, real, Real, Road};
+#[cfg(feature = "cuda")]
+use crate::kernels::cuda::{self, Launch};
 use crate::kernels::tape::{self, Reads};
+#[cfg(feature = "cuda")]
+use candle_core::{backend::BackendStorage, CudaDevice, CudaStorage};
 use candle_core::{bail, CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, WithDType, D};
 use rayon::prelude::*;
 
@@ -90,6 +94,30 @@ fn labels_of<'a>(y: &'a CpuStorage, yl: &Layout, classes: usize) -> Result<&'a [
     Ok(labels)
 }
 
+/// A launch over rows with its operands, and the room that it works in.
+#[cfg(feature = "cuda")]
+fn launch<'a>(
+    device: &'a CudaDevice,
+    kernel: &str,
+    (z, zl): (&CudaStorage, &Layout),
+    (p, pl): (&CudaStorage, &Layout),
+    (y, yl): (&CudaStorage, &Layout),
+) -> Result<(Launch<'a>, [CudaStorage; 4])> {
+    let (_, width) = zl.shape().dims2()?;
+    let room = |dtype| cuda::unwritten(device, zl.shape(), dtype);
+    let rooms = [room(DType::F64)?, room(DType::F64)?, room(DType::F32)?, room(DType::U32)?];
+    let name = format!("{kernel}_{}", cuda::suffix(kernel, z.dtype())?);
+    let mut launch = Launch::new(device, "plackett_luce", name);
+    for (operand, layout) in [(z, zl), (p, pl), (y, yl)] {
+        launch = launch.place(cuda::place(kernel, operand, layout)?);
+    }
+    launch = launch.i32(width);
+    for room in &rooms {
+        launch = launch.place(cuda::start(room));
+    }
+    Ok((launch, rooms))
+}
+
 /// (logits, teacher probs, labels) to the mean loss.
 struct PlackettLuce;
 
@@ -124,6 +152,24 @@ impl CustomOp3 for PlackettLuce {
         })
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        z: &CudaStorage,
+        zl: &Layout,
+        p: &CudaStorage,
+        pl: &Layout,
+        y: &CudaStorage,
+        yl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (device, (rows, _)) = (z.device(), zl.shape().dims2()?);
+        let losses = cuda::unwritten(device, rows, DType::F32)?;
+        let (launch, _rooms) = launch(device, "plackett_luce", (z, zl), (p, pl), (y, yl))?;
+        // SAFETY: a block for each row of z and p, of which there is a label, a loss, and room of their own.
+        unsafe { launch.place(cuda::start(&losses)).run((rows, 1, 1), (256, 1, 1), 0)? };
+        super::cross_entropy::mean_on_cuda(device, &losses, rows, z.dtype())
+    }
+
     fn bwd(
         &self,
         z: &Tensor,
@@ -132,13 +178,18 @@ impl CustomOp3 for PlackettLuce {
         _l: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let dz = z.apply_op3_no_bwd(p, y, &PlackettLuceGrad)?;
+        #[cfg(feature = "cuda")]
+        if z.device().is_cuda() {
+            let grad = grad.to_dtype(DType::F32)?.contiguous()?;
+            return Ok((Some(z.apply_op3_no_bwd(p, y, &PlackettLuceGrad(Some(grad)))?), None, None));
+        }
+        let dz = z.apply_op3_no_bwd(p, y, &PlackettLuceGrad(None))?;
         Ok((Some(dz.broadcast_mul(grad)?), None, None))
     }
 }
 
-/// (logits, teacher probs, labels) to the gradient of the logits.
-struct PlackettLuceGrad;
+/// (logits, teacher probs, labels) to the gradient of the logits, times dL where it is given.
+struct PlackettLuceGrad(#[allow(dead_code)] Option<Tensor>);
 
 impl CustomOp3 for PlackettLuceGrad {
     fn name(&self) -> &'static str {
@@ -169,11 +220,33 @@ impl CustomOp3 for PlackettLuceGrad {
             Ok((<T as Real>::store(dz), zl.shape().clone()))
         })
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        z: &CudaStorage,
+        zl: &Layout,
+        p: &CudaStorage,
+        pl: &Layout,
+        y: &CudaStorage,
+        yl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (name, device, (rows, _)) = (self.name(), z.device(), zl.shape().dims2()?);
+        let Some(grad) = &self.0 else { bail!("{name}: expected the gradient of the loss") };
+        let (g, gl) = grad.storage_and_layout();
+        let dl = cuda::place(name, cuda::storage(name, &g)?, gl)?;
+        let dz = cuda::unwritten(device, zl.shape(), z.dtype())?;
+        let (launch, _rooms) = launch(device, "plackett_luce_grad", (z, zl), (p, pl), (y, yl))?;
+        // SAFETY: a block for each row of z, p and dz, of which there is a label and room of their own.
+        unsafe { launch.place(dl).place(cuda::start(&dz)).run((rows, 1, 1), (256, 1, 1), 0)? };
+        Ok((dz, zl.shape().clone()))
+    }
 }
 
 /// The mean Plackett-Luce loss of `logits: [B, K]` against a ranking: the class ids `labels: [B]` in
 /// u32 first, then the other classes by falling `teacher_probs: [B, K]`, each rank weighted by its
-/// probability. A scalar; the gradient reaches the logits only. A label of K or more is an error.
+/// probability. A scalar; the gradient reaches the logits only. A label of K or more is an error; on a CUDA device,
+/// where nobody looks at the labels, the loss is then NaN.
 pub fn plackett_luce(logits: &Tensor, teacher_probs: &Tensor, labels: &Tensor) -> Result<Tensor> {
     let op = "plackett_luce";
     let (b, k) = match logits.dims() {
@@ -190,7 +263,7 @@ pub fn plackett_luce(logits: &Tensor, teacher_probs: &Tensor, labels: &Tensor) -
         bail!("{op}: expected labels on the device of the logits, got {:?}", labels.device().location())
     }
     let probs = teacher_probs.detach();
-    match cpu::road(op, &[("logits", logits), ("teacher_probs", &probs)])? {
+    match cpu::road_with_cuda(op, &[("logits", logits), ("teacher_probs", &probs)])? {
         Road::Kernel => tape::apply3(
             &logits.contiguous()?,
             &probs.contiguous()?,

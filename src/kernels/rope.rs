@@ -6,12 +6,19 @@
 //! ```
 //!
 //! x is `[B, T, H*d]`, head h its columns `h*d .. (h+1)*d`; token t of the flattened `[B*T]` stands at
-//! position `p = positions[t]`. f32 and f64 here, f16 and bf16 through f32. Source: Su et al. 2021, eq. 34.
+//! position `p = positions[t]`. On the CPU f32 and f64, f16 and bf16 through f32; on a CUDA device f32, f16 and bf16
+//! (kernels/rope.cu). Source: Su et al. 2021, eq. 34.
 
+#[cfg(feature = "cuda")]
+use crate::kernels::cuda::{self, Launch};
 use crate::kernels::tape::{self, Reads};
 use std::sync::Arc;
+#[cfg(feature = "cuda")]
+use std::sync::{Mutex, PoisonError};
 
 use super::cpu::{self, real, simd, Real, Road};
+#[cfg(feature = "cuda")]
+use candle_core::{backend::BackendStorage, CudaStorage};
 use candle_core::{bail, CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -21,6 +28,17 @@ pub struct Rotations {
     half: usize,
     cos: Arc<[f32]>,
     sin: Arc<[f32]>,
+    #[cfg(feature = "cuda")]
+    there: Arc<Mutex<Option<There>>>,
+}
+
+/// The tables on a CUDA device, and the positions that were asked for last: all layers of a pass ask for the same.
+#[cfg(feature = "cuda")]
+#[derive(Clone, Debug)]
+struct There {
+    cos: Tensor,
+    sin: Tensor,
+    positions: Option<(Arc<[u32]>, Tensor)>,
 }
 
 impl Rotations {
@@ -30,7 +48,35 @@ impl Rotations {
         let angles = (0..count).flat_map(|p| frequencies.iter().map(move |f| p as f64 * f));
         let (sin, cos): (Vec<f32>, Vec<f32>) =
             angles.map(|a| ((a.sin() * scale) as f32, (a.cos() * scale) as f32)).unzip();
-        Rotations { half: frequencies.len(), cos: cos.into(), sin: sin.into() }
+        Rotations {
+            half: frequencies.len(),
+            cos: cos.into(),
+            sin: sin.into(),
+            #[cfg(feature = "cuda")]
+            there: Arc::default(),
+        }
+    }
+
+    /// Cosines, sines and `positions` on a device.
+    #[cfg(feature = "cuda")]
+    fn on(&self, device: &Device, positions: &Arc<[u32]>) -> Result<[Tensor; 3]> {
+        let mut there = self.there.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut held = match there.take().filter(|held| held.cos.device().same_device(device)) {
+            Some(held) => held,
+            None => There {
+                cos: Tensor::from_slice(&self.cos, self.cos.len(), device)?,
+                sin: Tensor::from_slice(&self.sin, self.sin.len(), device)?,
+                positions: None,
+            },
+        };
+        let ids = match held.positions.take().filter(|(of, _)| Arc::ptr_eq(of, positions)) {
+            Some((_, ids)) => ids,
+            None => Tensor::from_slice(positions, positions.len(), device)?,
+        };
+        held.positions = Some((positions.clone(), ids.clone()));
+        let all = [held.cos.clone(), held.sin.clone(), ids];
+        *there = Some(held);
+        Ok(all)
     }
 
     /// Positions that there are rows for.
@@ -105,6 +151,31 @@ impl CustomOp1 for Rope {
         })
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, xl: &Layout) -> Result<(CudaStorage, Shape)> {
+        let (name, dtype, half) = (self.name(), x.dtype(), self.rotations.half);
+        let tables = self.rotations.on(&Device::Cuda(x.device().clone()), &self.positions)?;
+        let [(cos, cl), (sin, sl), (ids, il)] = tables.each_ref().map(Tensor::storage_and_layout);
+        let y = cuda::unwritten(x.device(), xl.shape(), dtype)?;
+        let pairs = xl.dims().last().copied().unwrap_or(0) / 2;
+        let tokens = xl.shape().elem_count() / (2 * pairs).max(1);
+        let each = if half.is_multiple_of(cuda::wide(dtype)) { cuda::wide(dtype) } else { 1 };
+        let threads = (pairs / each).next_power_of_two().clamp(1, 256);
+        let rows = 256 / threads;
+        let launch = Launch::new(x.device(), name, format!("rope_{}", cuda::suffix(name, dtype)?))
+            .place(cuda::place(name, x, xl)?)
+            .place(cuda::place(name, cuda::storage(name, &ids)?, il)?)
+            .place(cuda::place(name, cuda::storage(name, &cos)?, cl)?)
+            .place(cuda::place(name, cuda::storage(name, &sin)?, sl)?)
+            .place(cuda::start(&y));
+        let launch = launch.i64(tokens).i32(pairs / half).i32(half).f32(if self.back { -1.0 } else { 1.0 });
+        let blocks = tokens.div_ceil(rows).min(1 << 20);
+        // SAFETY: x and y have tokens * heads * 2 half elements, and there is a position for each token, for which, as
+        // `rope` checked, the tables have a row of `half`; tokens are strided over.
+        unsafe { launch.run((blocks, 1, 1), (threads, rows, 1), 0)? };
+        Ok((y, xl.shape().clone()))
+    }
+
     fn bwd(&self, _x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         Ok(Some(grad.contiguous()?.apply_op1_no_bwd(&Rope { back: true, ..self.clone() })?))
     }
@@ -124,7 +195,7 @@ pub fn rope(x: &Tensor, heads: usize, positions: &Arc<[u32]>, rotations: &Rotati
     if let Some(p) = positions.iter().find(|p| **p as usize >= rotations.positions()) {
         bail!("{op}: expected positions below {}, got {p}", rotations.positions())
     }
-    match cpu::road(op, &[("x", x)])? {
+    match cpu::road_with_cuda(op, &[("x", x)])? {
         Road::Kernel => {
             let op = Rope { positions: positions.clone(), rotations: rotations.clone(), back: false };
             tape::apply1(&x.contiguous()?, op, Reads::NOTHING)

@@ -7,26 +7,35 @@
 //! W is dense (f32, f16, bf16) or packed codes. Its rows are read, and edited, into a panel of a few
 //! megabytes that all threads share, and each panel goes through one product with all tokens: neither W
 //! nor W' is ever whole in memory, and a row is made once for each product, however many tokens there are.
-//! Panels and tiles follow from shapes alone. On a CUDA device W is whole in f32 for the time of a product.
+//! Panels and tiles follow from shapes alone.
+//!
+//! On a CUDA device x may be in f32, f16 or bf16. A dense W of its type is read where it lies, codes by their own
+//! kernels; of a W of another type, and of rows that are changed, a panel of at most 64 MB at a time is made.
 
 #[cfg(feature = "cuda")]
-use candle_core::{backend::BackendStorage, CudaStorage};
+use candle_core::{backend::BackendStorage, CudaDevice, CudaStorage};
 use candle_core::{bail, CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::cpu::{self, Real};
-#[cfg(feature = "cuda")]
-use super::cuda;
 use super::linear::{add_product, matmul, product, View};
 use super::packed;
 use super::tape::{self, Reads};
 use super::PackedRows;
+#[cfg(feature = "cuda")]
+use super::{
+    cuda::{self, Matrix},
+    linear::Product,
+};
 
 /// Floats of a panel, where a single block of rows is not already larger.
 const PANEL: usize = 1 << 20;
 /// Rows that are read by one task where the edit does not ask for blocks of its own.
 const BLOCK: usize = 64;
+/// Bytes of a panel on a CUDA device, where a single block of rows is not already larger.
+#[cfg(feature = "cuda")]
+const DEVICE_PANEL: usize = 64 << 20;
 /// Multiply-adds that make a unit of parallel work.
 const WORK: usize = 1 << 21;
 
@@ -83,6 +92,14 @@ impl FrozenRows {
         }
     }
 
+    /// The type of a dense matrix; none of codes.
+    pub(super) fn dtype(&self) -> Option<DType> {
+        match &self.0 {
+            Held::Dense(w) => Some(w.dtype()),
+            Held::Packed(_) => None,
+        }
+    }
+
     /// The given rows in f32, `[ids.len(), in]`; an id out of range is an error.
     pub fn select(&self, ids: &[u32], device: &Device) -> Result<Tensor> {
         let (n, k) = (self.rows(), self.cols());
@@ -125,6 +142,94 @@ impl FrozenRows {
                 }
             }
         }
+    }
+}
+
+/// Some rows on a CUDA device.
+#[cfg(feature = "cuda")]
+pub(super) struct Panel {
+    pub rows: Matrix,
+    /// What was made for it; memory goes back to the pool in the order of the stream.
+    _made: Option<CudaStorage>,
+}
+
+/// The most rows of `cols` elements of `size` bytes that make a panel on a CUDA device, in whole blocks.
+#[cfg(feature = "cuda")]
+pub(super) fn device_panel(cols: usize, size: usize, block: usize) -> usize {
+    (DEVICE_PANEL / (cols * size).max(1) / block * block).max(block)
+}
+
+#[cfg(feature = "cuda")]
+impl FrozenRows {
+    /// `count` rows from `first` on, in `dtype`; those of a dense matrix of that type are not copied.
+    pub(super) fn panel(
+        &self,
+        op: &str,
+        device: &CudaDevice,
+        dtype: DType,
+        (first, count): (usize, usize),
+    ) -> Result<Panel> {
+        let cols = self.cols();
+        let made = match &self.0 {
+            Held::Dense(w) => {
+                let (storage, layout) = w.storage_and_layout();
+                let w = cuda::storage(op, &storage)?;
+                if w.dtype() == dtype {
+                    return Ok(Panel { rows: Matrix::of(op, w, layout)?.rows(first, count), _made: None });
+                }
+                let from = layout.start_offset() + first * cols;
+                w.to_dtype(&Layout::contiguous_with_offset((count, cols), from), dtype)?
+            }
+            Held::Packed(rows) => rows.values_on_cuda(device, dtype, (first, count))?,
+        };
+        Ok(Panel { rows: Matrix::at(cuda::start(&made), dtype, (count, cols)), _made: Some(made) })
+    }
+
+    /// `x W^T` on a CUDA device, or `x W`, in the type of x.
+    pub(super) fn product_on_cuda(
+        &self,
+        op: &str,
+        x: &CudaStorage,
+        xl: &Layout,
+        back: bool,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (device, dtype) = (x.device(), x.dtype());
+        match &self.0 {
+            Held::Packed(rows) => return rows.product_on_cuda(x, xl, back),
+            Held::Dense(w) if w.dtype() == dtype => {
+                let (w, wl) = w.storage_and_layout();
+                let product = if back { Product::Input } else { Product::Forward };
+                return product.on_cuda(x, xl, cuda::storage(op, &w)?, wl);
+            }
+            Held::Dense(_) => {}
+        }
+        let (n, k) = (self.rows(), self.cols());
+        let shape = with_last(xl, if back { k } else { n });
+        let y = cuda::unwritten(device, &shape, dtype)?;
+        let xs = Matrix::of(op, x, xl)?;
+        let ys = Matrix::at(cuda::start(&y), dtype, (xs.sizes().0, if back { k } else { n }));
+        let most = device_panel(k, dtype.size_in_bytes(), 1);
+        for first in (0..n).step_by(most) {
+            let count = most.min(n - first);
+            let panel = self.panel(op, device, dtype, (first, count))?;
+            // SAFETY: the panel has `count` rows of W, to which go as many columns of y, or of x.
+            unsafe {
+                match back {
+                    false => {
+                        cuda::gemm(device, xs, panel.rows.t(), ys.cols(first, count), 1.0, false)?;
+                    }
+                    true => cuda::gemm(device, xs.cols(first, count), panel.rows, ys, 1.0, first > 0)?,
+                }
+            }
+        }
+        Ok((y, shape))
+    }
+
+    /// `dy W` without a graph, of a contiguous dy.
+    pub(super) fn product_back(&self, op: &str, grad: &Tensor) -> Result<Tensor> {
+        let (storage, layout) = grad.storage_and_layout();
+        let (dx, shape) = self.product_on_cuda(op, cuda::storage(op, &storage)?, layout, true)?;
+        Ok(cuda::tensor(dx, shape))
     }
 }
 
@@ -281,20 +386,9 @@ impl CustomOp1 for FrozenProduct {
         Ok((CpuStorage::F32(y), with_last(xl, if self.back { k } else { n })))
     }
 
-    /// The f32 form is there for the product alone, and made again for the gradient.
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, x: &CudaStorage, xl: &Layout) -> Result<(CudaStorage, Shape)> {
-        let w = self.rows.tensor(&Device::Cuda(x.device().clone()))?;
-        let (storage, wl) = w.storage_and_layout();
-        let (n, k) = (self.rows.rows(), self.rows.cols());
-        let (from, to, wl) = match self.back {
-            true => (n, k, wl.clone()),
-            false => (k, n, wl.transpose(0, 1)?),
-        };
-        let tokens = xl.shape().elem_count() / from;
-        let rows = Layout::contiguous_with_offset((tokens, from), xl.start_offset());
-        let w = cuda::storage(self.name(), &storage)?;
-        Ok((x.matmul(w, (1, tokens, to, from), &rows, &wl)?, with_last(xl, to)))
+        self.rows.product_on_cuda(self.name(), x, xl, self.back)
     }
 
     fn bwd(&self, _x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
@@ -328,12 +422,25 @@ pub(super) fn with_last(layout: &Layout, last: usize) -> Shape {
     Shape::from(dims)
 }
 
-/// Checks that x is f32 `[.., in]` for these rows and holds something.
-pub(super) fn check(op: &str, x: &Tensor, rows: &FrozenRows) -> Result<()> {
+/// As [`check`]; on a CUDA device x may also be f16 or bf16.
+pub(super) fn check_there(op: &str, x: &Tensor, rows: &FrozenRows) -> Result<()> {
+    match x.device().is_cuda() && matches!(x.dtype(), DType::F16 | DType::BF16) {
+        true => check_shape(op, x, rows),
+        false => check(op, x, rows),
+    }
+}
+
+fn check_shape(op: &str, x: &Tensor, rows: &FrozenRows) -> Result<()> {
     let (n, k) = (rows.rows(), rows.cols());
     if x.dims().last() != Some(&k) || x.elem_count() == 0 || n == 0 {
         bail!("{op}: expected x [.., {k}] for w [{n}, {k}], got {:?}", x.dims())
     }
+    Ok(())
+}
+
+/// Checks that x is f32 `[.., in]` for these rows and holds something.
+pub(super) fn check(op: &str, x: &Tensor, rows: &FrozenRows) -> Result<()> {
+    check_shape(op, x, rows)?;
     if x.dtype() != DType::F32 {
         bail!("{op}: expected x in F32, got {:?}", x.dtype())
     }

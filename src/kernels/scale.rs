@@ -4,10 +4,15 @@
 //! y[i, j] = x[i, j] f[i]      i over the leading axes that f has, j over the rest; dx = dy f
 //! ```
 //!
-//! `f` takes no gradient. f32 and f64 here, f16 and bf16 through f32.
+//! `f` takes no gradient. On the CPU f32 and f64, f16 and bf16 through f32; on a CUDA device f32, f16 and bf16
+//! (kernels/elementwise.cu).
 
 use super::cpu::{self, real, simd, Real, Road};
+#[cfg(feature = "cuda")]
+use crate::kernels::cuda::{self, Launch};
 use crate::kernels::tape::{self, Reads};
+#[cfg(feature = "cuda")]
+use candle_core::{backend::BackendStorage, CudaStorage};
 use candle_core::{bail, CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -52,6 +57,24 @@ impl CustomOp1 for Scale {
         })
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, xl: &Layout) -> Result<(CudaStorage, Shape)> {
+        let (name, dtype) = (self.name(), x.dtype());
+        let (f, fl) = self.0.storage_and_layout();
+        let y = cuda::unwritten(x.device(), xl.shape(), dtype)?;
+        let rows = fl.shape().elem_count();
+        let width = xl.shape().elem_count() / rows.max(1);
+        let kernel = format!("scale_leading_{}", cuda::suffix(name, dtype)?);
+        let launch = Launch::new(x.device(), "elementwise", kernel)
+            .place(cuda::place(name, x, xl)?)
+            .place(cuda::place(name, cuda::storage(name, &f)?, fl)?)
+            .place(cuda::start(&y));
+        let (grid, block) = cuda::row_grid(rows, width);
+        // SAFETY: x and y have rows * width elements, f one for each row; rows are strided over.
+        unsafe { launch.i64(rows).i32(width).run(grid, block, 0)? };
+        Ok((y, xl.shape().clone()))
+    }
+
     fn bwd(&self, _x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         grad.contiguous()?.apply_op1_no_bwd(self).map(Some)
     }
@@ -63,7 +86,7 @@ pub fn scale_leading(x: &Tensor, f: &Tensor) -> Result<Tensor> {
         bail!("scale_leading: expected factors whose shape begins {:?}, got {:?}", x.dims(), f.dims())
     }
     let f = f.detach();
-    match cpu::road("scale_leading", &[("x", x), ("the factors", &f)])? {
+    match cpu::road_with_cuda("scale_leading", &[("x", x), ("the factors", &f)])? {
         Road::Kernel => tape::apply1(&x.contiguous()?, Scale(f.contiguous()?), Reads::NOTHING),
         Road::ThroughF32 => scale_leading(&cpu::wide(x)?, &cpu::wide(&f)?)?.to_dtype(x.dtype()),
         Road::Reference => reference(x, &f),

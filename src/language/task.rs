@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{Device, Tensor, Var};
 
 use crate::data::text::TextBatch;
 use crate::kernels::tape::{self, Tape};
@@ -87,10 +87,13 @@ impl Sums<'_> {
 impl Predict {
     /// The loss of `hidden [n, C]` against `labels`, and of a teacher's `hidden` where there is one.
     fn loss(&self, hidden: &Tensor, labels: &[u32], teacher: Option<&Tensor>) -> Result<Tensor> {
+        let (Some(model), Some(teacher)) = (&self.teacher, teacher) else {
+            return self.model.loss(hidden, labels);
+        };
+        self.model.check_ids(labels)?;
         let logits = self.model.head(hidden)?;
         let ids = Tensor::from_slice(labels, labels.len(), logits.device())?;
         let hard = kernels::cross_entropy(&logits, &ids)?;
-        let (Some(model), Some(teacher)) = (&self.teacher, teacher) else { return Ok(hard) };
         let probs = kernels::softmax(&model.head(teacher)?.detach())?;
         Ok((hard + kernels::soft_cross_entropy(&logits, &probs)?)?)
     }
@@ -122,7 +125,7 @@ impl Predict {
 /// Rows `at` of `x [batch, len, C]` as `[n, C]`.
 fn rows_of(x: &Tensor, at: &[u32]) -> Result<Tensor> {
     let flat = x.flatten(0, 1)?;
-    Ok(flat.index_select(&Tensor::from_slice(at, at.len(), x.device())?, 0)?)
+    Ok(kernels::pick_rows(&flat, &Tensor::from_slice(at, at.len(), x.device())?)?)
 }
 
 impl Task for Predict {
@@ -146,7 +149,10 @@ impl Task for Predict {
         let ((x, inputs), tape) =
             if self.checkpointing { (pass()?, Tape::default()) } else { tape::record(pass)? };
         let most = if self.model.trains_head() { MOST_LOGITS } else { FEW_LOGITS };
-        let part = (most / self.model.config().vocab.max(1)).max(1);
+        let part = match teacher.is_some() || self.model.holds_logits(&x)? {
+            true => (most / self.model.config().vocab.max(1)).max(1),
+            false => labels.len(),
+        };
         if !self.checkpointing && labels.len() <= part {
             let (loss, tape) = tape.then(|| {
                 let hidden = rows_of(&self.model.finish(&x)?, &at)?;
@@ -222,14 +228,15 @@ pub fn batch_loss(model: &Llama, batch: &TextBatch, device: &Device) -> Result<(
         return Ok((0.0, 0));
     }
     let hidden = model.hidden(&batch.tokens, &places, device)?;
-    let part = (MOST_LOGITS / model.config().vocab.max(1)).max(1);
+    let part = match model.holds_logits(&hidden)? {
+        true => (MOST_LOGITS / model.config().vocab.max(1)).max(1),
+        false => labels.len(),
+    };
     let mut sum = 0f64;
     for from in (0..labels.len()).step_by(part) {
         let count = part.min(labels.len() - from);
-        let logits = model.head(&rows_of(&hidden, &at[from..from + count])?)?;
-        let ids = Tensor::from_slice(&labels[from..from + count], count, device)?;
-        let loss = kernels::cross_entropy(&logits.to_dtype(DType::F32)?, &ids)?.to_scalar::<f32>()?;
-        sum += f64::from(loss) * count as f64;
+        let loss = model.loss(&rows_of(&hidden, &at[from..from + count])?, &labels[from..from + count])?;
+        sum += f64::from(loss.to_scalar::<f32>()?) * count as f64;
     }
     Ok((sum, labels.len()))
 }

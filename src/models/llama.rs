@@ -295,6 +295,35 @@ impl Llama {
         self.finish(&x)
     }
 
+    /// Errs where an id is beyond the vocabulary: on a device nobody looks at them.
+    pub fn check_ids(&self, ids: &[u32]) -> Result<()> {
+        match ids.iter().find(|&&id| id as usize >= self.config.vocab) {
+            Some(id) => {
+                let vocab = self.config.vocab;
+                Err(Error::Run(format!(
+                    "found token {id}, expected one below {vocab}, the size of the vocabulary"
+                )))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// The mean cross-entropy of the logits of finished hidden states `x: [n, hidden]` against `labels` (as many), in
+    /// f32. A label that the vocabulary does not have is an error.
+    pub fn loss(&self, x: &Tensor, labels: &[u32]) -> Result<Tensor> {
+        self.check_ids(labels)?;
+        let ids = Tensor::from_slice(labels, labels.len(), x.device())?;
+        Ok(match self.head.dense_product(x)? {
+            Some((x, w)) => kernels::classifier_cross_entropy(&x, &w, &ids).on("lm_head")?,
+            None => kernels::cross_entropy(&self.head(x)?, &ids)?,
+        })
+    }
+
+    /// Whether [`Llama::loss`] has all logits of its states `x` in memory at once.
+    pub fn holds_logits(&self, x: &Tensor) -> Result<bool> {
+        Ok(!x.device().is_cuda() || self.head.dense_product(x)?.is_none())
+    }
+
     /// Logits of all tokens, `[batch, len, vocab]`.
     pub fn forward(&self, tokens: &[u32], places: &Places, device: &Device) -> Result<Tensor> {
         self.head(&self.hidden(tokens, places, device)?)
@@ -393,12 +422,12 @@ pub fn open_llama(dir: &Path, device: &Device) -> Result<OpenedLlama> {
     Ok(OpenedLlama { config, json, weights, notes })
 }
 
-/// Every weight that is still in its file brought to memory in `dtype`, but for an input embedding that is
+/// Every weight that is still in its file brought to memory in `dtype`, but for an input embedding on the CPU that is
 /// no output's too: its rows are read as they are asked for.
 pub fn held(config: &LlamaConfig, weights: &Weights, dtype: DType) -> Result<Weights> {
     let mut held = weights.clone();
     let on_disk = |name: &str, weight: &Weight| {
-        let rows_only = name == "model.embed_tokens.weight" && !config.tied;
+        let rows_only = name == "model.embed_tokens.weight" && !config.tied && weight.device().is_cpu();
         matches!(weight.expr(), Expr::Stored { .. }) && !rows_only
     };
     for (name, weight) in weights.iter().filter(|(name, weight)| on_disk(name, weight)) {

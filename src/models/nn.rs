@@ -38,6 +38,19 @@ impl Linear {
         !self.weight.params().is_empty()
     }
 
+    /// The operands of the layer's product on `x`, both of the weight's type, where it is one with a dense matrix and
+    /// nothing else.
+    pub fn dense_product(&self, x: &Tensor) -> Result<Option<(Tensor, Tensor)>> {
+        if self.bias.is_some() {
+            return Ok(None);
+        }
+        Ok(match self.weight.expr() {
+            Expr::Dense(w) if w.rank() == 2 && w.dtype() == x.dtype() => Some((x.clone(), w.detach())),
+            Expr::Latent(w) if w.rank() == 2 => Some((x.to_dtype(w.dtype())?, w.as_tensor().clone())),
+            _ => None,
+        })
+    }
+
     /// Runs the layer. Codes on a packed weight are multiplied as integers, anything else as floats.
     pub fn forward(&self, x: &Activation) -> Result<Tensor> {
         if let Expr::Packed(packed) = self.weight.expr() {
@@ -69,7 +82,7 @@ impl Linear {
         }
         let y = match self.weight.expr() {
             Expr::Dense(w) if w.rank() != 2 => {
-                kernels::frozen_matmul(x, &w.flatten_from(1)?).on(&self.name)?
+                kernels::frozen_matmul(x, &w.flatten_from(1)?.to_dtype(x.dtype())?).on(&self.name)?
             }
             _ => self.weight.matmul(x)?,
         };

@@ -165,7 +165,11 @@ impl Vit {
     /// the model's is an error.
     pub fn forward(&self, images: &Tensor) -> Result<VisionOutput> {
         // On a thread of the pool: from outside of it each of the many short parallel parts would wake it anew.
-        rayon::scope(|_| self.walk(images, None, true, &mut |_, _| Ok(())))
+        let walk = || self.walk(images, None, true, &mut |_, _| Ok(()));
+        match images.device().is_cpu() {
+            true => rayon::scope(|_| walk()),
+            false => walk(),
+        }
     }
 
     /// As [`Vit::forward`], in training: residual branches are left out as `drop` draws it.

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
 
-use super::dropout::{base, detached, frozen_rows, held, only, plain};
+use super::dropout::{base, detached, frozen_rows, held, moved, only, plain, seen};
 use crate::weights::{Role, Transform, Weight};
 use crate::{kernels, Error, Result};
 
@@ -53,6 +53,11 @@ impl Bat {
         Self::new(&Tensor::zeros((shape.0 / r, r, r), DType::F32, &Device::Cpu)?, shape, true)
     }
 
+    /// The same adapter with its tensors on `device`, trainable where they were.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        Ok(Bat { block: moved(&self.block, device)?, shape: self.shape })
+    }
+
     /// The largest rank up to `up_to` that divides every size of the `shapes` (O, I); 1 where there is none
     /// above it.
     pub fn rank_for(shapes: &[(usize, usize)], up_to: usize) -> usize {
@@ -72,10 +77,9 @@ impl Transform for Bat {
 
     fn matmul(&self, x: &Tensor, inputs: &[Weight]) -> Result<Tensor> {
         let w = only("bat", inputs)?;
-        let wide = x.to_dtype(DType::F32)?;
         let y = match frozen_rows("bat", w, self.shape)? {
-            Some(rows) => kernels::block_affine(&wide, &rows, &self.block)?,
-            None => kernels::linear(&wide, &self.apply(&[w.tensor()?])?, None)?,
+            Some(rows) => kernels::block_affine(&seen(x)?, &rows, &self.block)?,
+            None => kernels::linear(&x.to_dtype(DType::F32)?, &self.apply(&[w.tensor()?])?, None)?,
         };
         Ok(y.to_dtype(x.dtype())?)
     }

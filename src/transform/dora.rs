@@ -11,7 +11,9 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
 
-use super::dropout::{active, base, base_matmul, detached, frozen_rows, held, only, plain, Dropout};
+use super::dropout::{
+    active, base, base_matmul, detached, frozen_rows, held, moved, only, plain, seen, Dropout,
+};
 use super::lora::{branch, check_rank, merged, shape_of, LoraInit};
 use crate::kernels::FrozenRows;
 use crate::random::Random;
@@ -67,11 +69,22 @@ impl Dora {
         let [outputs, inputs] = *shape else {
             return Err(Error::Run(format!("dora: found a weight {shape:?}, expected [out, in]")));
         };
-        let a = init.draw(r, inputs, random)?;
-        let b = Tensor::zeros((outputs, r), DType::F32, &Device::Cpu)?;
+        let device = weight.device();
+        let a = init.draw(r, inputs, random)?.to_device(&device)?;
+        let b = Tensor::zeros((outputs, r), DType::F32, &device)?;
         let rows = rows_of(weight, (outputs, inputs))?;
         let magnitude = kernels::row_norms(&rows, &a, &b, scale)?;
         Self::new(&a, &b, &magnitude, scale, dropout, true)
+    }
+
+    /// The same adapter with its tensors on `device`, trainable where they were.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        Ok(Dora {
+            a: moved(&self.a, device)?,
+            b: moved(&self.b, device)?,
+            magnitude: moved(&self.magnitude, device)?,
+            ..self.clone()
+        })
     }
 
     fn shape(&self) -> Result<(usize, usize)> {
@@ -109,7 +122,7 @@ impl Transform for Dora {
 
     fn matmul(&self, x: &Tensor, inputs: &[Weight]) -> Result<Tensor> {
         let w = only("dora", inputs)?;
-        let wide = x.to_dtype(DType::F32)?;
+        let wide = seen(x)?;
         let leaf = frozen_rows("dora", w, self.shape()?)?;
         let rows = match &leaf {
             Some(rows) => rows.clone(),

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 
 use super::lsq::trainable;
 use crate::kernels::{self, DropoutMask, FrozenRows};
@@ -40,7 +40,7 @@ impl Dropout {
         Ok(())
     }
 
-    /// `x` with some elements dropped and the others scaled up, f32 or f64.
+    /// `x` with some elements dropped and the others scaled up.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
         let Dropout { p, seed, ref name, ref pass } = *self;
         let pass = pass.load(Ordering::Relaxed);
@@ -61,6 +61,22 @@ pub(super) fn held(tensor: &Tensor, train: bool) -> Result<Tensor> {
         true => Var::from_tensor(&copy)?.as_tensor().clone(),
         false => copy,
     })
+}
+
+/// `tensor` on `device`: itself where it is there, else a copy, behind a variable where it is one.
+pub(super) fn moved(tensor: &Tensor, device: &Device) -> Result<Tensor> {
+    match tensor.device().same_device(device) {
+        true => Ok(tensor.clone()),
+        false => held(&tensor.detach().to_device(device)?, tensor.is_variable()),
+    }
+}
+
+/// `x` in the type that adapters multiply in: f32, but on a CUDA device halves as they are.
+pub(super) fn seen(x: &Tensor) -> Result<Tensor> {
+    match x.device().is_cuda() && matches!(x.dtype(), DType::F16 | DType::BF16) {
+        true => Ok(x.clone()),
+        false => Ok(x.to_dtype(DType::F32)?),
+    }
 }
 
 /// The trainables among an adapter's tensors.
@@ -109,14 +125,20 @@ pub(super) fn frozen_rows(kind: &str, w: &Weight, shape: (usize, usize)) -> Resu
     }
 }
 
-/// `x W^T` in f32 for `x` in f32.
+/// `x W^T` in the type of an `x` that was [`seen`].
 pub(super) fn base_matmul(x: &Tensor, w: &Weight) -> Result<Tensor> {
     match w.expr() {
+        // A weight in another format is never whole in that of x on a device.
+        Expr::Dense(_) | Expr::Stored { .. } if x.device().is_cuda() => w.matmul(x),
         Expr::Dense(_) | Expr::Stored { .. } => {
             Ok(kernels::frozen_matmul(x, &w.tensor()?.to_dtype(DType::F32)?)?)
         }
-        Expr::Latent(var) => Ok(kernels::linear(x, &var.as_tensor().to_dtype(DType::F32)?, None)?),
-        Expr::Packed(_) | Expr::Node { .. } => Ok(w.matmul(x)?.to_dtype(DType::F32)?),
+        Expr::Latent(var) => {
+            let wide = x.to_dtype(DType::F32)?;
+            let y = kernels::linear(&wide, &var.as_tensor().to_dtype(DType::F32)?, None)?;
+            Ok(y.to_dtype(x.dtype())?)
+        }
+        Expr::Packed(_) | Expr::Node { .. } => Ok(w.matmul(x)?.to_dtype(x.dtype())?),
     }
 }
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
 
-use super::dropout::{base, base_matmul, detached, held, only, plain};
+use super::dropout::{base, base_matmul, detached, held, moved, only, plain, seen};
 use super::lora::{branch, check_rank, merged, shape_of};
 use crate::random::Random;
 use crate::weights::{Role, Transform, Weight};
@@ -39,6 +39,11 @@ impl EmbeddingLora {
         Self::new(&a, &Tensor::from_vec(b, (width, r), &Device::Cpu)?, scale, true)
     }
 
+    /// The same adapter with its tensors on `device`, trainable where they were.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        Ok(EmbeddingLora { a: moved(&self.a, device)?, b: moved(&self.b, device)?, scale: self.scale })
+    }
+
     fn list(&self) -> Vec<(&'static str, Tensor)> {
         vec![("lora_embedding_A", self.a.clone()), ("lora_embedding_B", self.b.clone())]
     }
@@ -61,7 +66,7 @@ impl Transform for EmbeddingLora {
     /// `x E'^T`, as an output layer that shares the table needs it.
     fn matmul(&self, x: &Tensor, inputs: &[Weight]) -> Result<Tensor> {
         let e = only("embedding_lora", inputs)?;
-        let wide = x.to_dtype(DType::F32)?;
+        let wide = seen(x)?;
         let change = branch(&wide, &self.b.t()?, &self.a.t()?, self.scale)?;
         Ok((base_matmul(&wide, e)? + change)?.to_dtype(x.dtype())?)
     }
@@ -71,7 +76,7 @@ impl Transform for EmbeddingLora {
         let e = only("embedding_lora", inputs)?.rows(ids)?.to_dtype(DType::F32)?;
         let (flat, width) = (ids.flatten_all()?.to_dtype(DType::U32)?, self.b.dim(0)?);
         let flat = flat.to_device(self.a.device())?;
-        let picked = self.a.t()?.contiguous()?.index_select(&flat, 0)?; // [ids, r]
+        let picked = kernels::pick_rows(&self.a.t()?, &flat)?; // [ids, r]
         let change = (kernels::linear(&picked, &self.b, None)? * self.scale)?;
         Ok((e.reshape(((), width))? + change)?.reshape(e.shape())?)
     }

@@ -10,7 +10,9 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
 
-use super::dropout::{active, base, base_matmul, detached, frozen_rows, held, only, plain, Dropout};
+use super::dropout::{
+    active, base, base_matmul, detached, frozen_rows, held, moved, only, plain, seen, Dropout,
+};
 use crate::random::Random;
 use crate::weights::{Role, Transform, Weight};
 use crate::{kernels, Error, Result};
@@ -74,7 +76,7 @@ pub(super) fn merged(w: &Tensor, a: &Tensor, b: &Tensor, scale: f64) -> Result<T
 
 /// `s x A^T B^T`.
 pub(super) fn branch(x: &Tensor, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
-    Ok((kernels::linear(&kernels::linear(x, a, None)?, b, None)? * scale)?)
+    Ok(kernels::low_rank_change(x, a, b, scale)?)
 }
 
 impl Lora {
@@ -120,6 +122,16 @@ impl Lora {
         Ok(self.bias.as_ref().map(|bias| bias * self.scale).transpose()?)
     }
 
+    /// The same adapter with its tensors on `device`, trainable where they were.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        Ok(Lora {
+            a: moved(&self.a, device)?,
+            b: moved(&self.b, device)?,
+            bias: self.bias.as_ref().map(|bias| moved(bias, device)).transpose()?,
+            ..self.clone()
+        })
+    }
+
     fn shape(&self) -> Result<(usize, usize)> {
         Ok((self.b.dim(0)?, self.a.dim(1)?))
     }
@@ -142,7 +154,7 @@ impl Transform for Lora {
 
     fn matmul(&self, x: &Tensor, inputs: &[Weight]) -> Result<Tensor> {
         let w = only("lora", inputs)?;
-        let wide = x.to_dtype(DType::F32)?;
+        let wide = seen(x)?;
         let mut y = match (frozen_rows("lora", w, self.shape()?)?, &self.dropout) {
             (Some(rows), None) => kernels::low_rank(&wide, &rows, &self.a, &self.b, self.scale)?,
             (_, dropout) => {
@@ -152,7 +164,7 @@ impl Transform for Lora {
             }
         };
         if let Some(bias) = self.bias_change()? {
-            y = kernels::add_bias(&y, &bias)?;
+            y = kernels::add_bias(&y, &bias.to_dtype(y.dtype())?)?;
         }
         Ok(y.to_dtype(x.dtype())?)
     }

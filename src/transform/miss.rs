@@ -12,7 +12,9 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
 
-use super::dropout::{active, base, base_matmul, detached, frozen_rows, held, only, plain, Dropout};
+use super::dropout::{
+    active, base, base_matmul, detached, frozen_rows, held, moved, only, plain, seen, Dropout,
+};
 use crate::random::Random;
 use crate::weights::{Role, Transform, Weight};
 use crate::{kernels, Error, Result};
@@ -61,13 +63,13 @@ fn product(
     dropout: Option<&Dropout>,
 ) -> Result<Tensor> {
     let w = only(kind, inputs)?;
-    let wide = x.to_dtype(DType::F32)?;
+    let wide = seen(x)?;
     let y = match (frozen_rows(kind, w, shape)?, dropout) {
         (Some(rows), None) => kernels::shared_block(&wide, &rows, d)?,
         (_, dropout) => {
             let dropped = dropout.map(|dropout| dropout.apply(&wide)).transpose()?;
-            let sums = kernels::block_sum(dropped.as_ref().unwrap_or(&wide), d.dim(0)?)?;
-            (base_matmul(&wide, w)? + kernels::linear(&sums, &d.t()?, None)?)?
+            let change = kernels::shared_block_change(dropped.as_ref().unwrap_or(&wide), d)?;
+            (base_matmul(&wide, w)? + change)?
         }
     };
     Ok(y.to_dtype(x.dtype())?)
@@ -117,10 +119,15 @@ impl Miss {
         Self::new(&Tensor::from_vec(values, (r, shape.0), &Device::Cpu)?, shape, dropout, true)
     }
 
+    /// The same adapter with its tensors on `device`, trainable where they were.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        Ok(Miss { block: moved(&self.block, device)?, ..self.clone() })
+    }
+
     /// The same change as LoRA of scale 1: `A [r, I]` of ones and zeros, `B = D^T [O, r]`.
     pub fn to_lora(&self) -> Result<(Tensor, Tensor)> {
         let b = self.block.detach().t()?.contiguous()?;
-        Ok((slots(self.block.dim(0)?, self.shape.1)?, b))
+        Ok((slots(self.block.dim(0)?, self.shape.1)?.to_device(b.device())?, b))
     }
 }
 
@@ -177,6 +184,11 @@ impl Mini {
         Self::new(&Tensor::zeros((r, m), DType::F32, &Device::Cpu)?, shape, dropout, true)
     }
 
+    /// The same adapter with its tensors on `device`, trainable where they were.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        Ok(Mini { block: moved(&self.block, device)?, ..self.clone() })
+    }
+
     /// The block over all outputs, `[r, O]`: column o is column `o mod m`.
     fn repeated(&self) -> Result<Tensor> {
         let (r, m) = self.block.dims2()?;
@@ -187,7 +199,7 @@ impl Mini {
     /// The same change as LoRA of scale 1: `A [r, I]` of ones and zeros, `B [O, r]`.
     pub fn to_lora(&self) -> Result<(Tensor, Tensor)> {
         let b = self.repeated()?.detach().t()?.contiguous()?;
-        Ok((slots(self.block.dim(0)?, self.shape.1)?, b))
+        Ok((slots(self.block.dim(0)?, self.shape.1)?.to_device(b.device())?, b))
     }
 }
 

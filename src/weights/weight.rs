@@ -226,6 +226,17 @@ impl Weight {
         }
     }
 
+    /// Where its elements lie, or are read to.
+    pub fn device(&self) -> Device {
+        match self.expr() {
+            Expr::Dense(tensor) => tensor.device().clone(),
+            Expr::Stored { device, .. } => device.clone(),
+            Expr::Latent(var) => var.device().clone(),
+            Expr::Packed(packed) => packed.device().clone(),
+            Expr::Node { inputs, .. } => inputs.first().map_or(Device::Cpu, Weight::device),
+        }
+    }
+
     /// The weight's shape.
     pub fn shape(&self) -> Result<Vec<usize>> {
         match self.expr() {
@@ -351,6 +362,6 @@ fn checked(ids: &Tensor, rows: usize) -> Result<(Tensor, Vec<u32>)> {
 fn gather(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
     let (rows, cols) = table.dims2()?;
     let (ids, _) = checked(ids, rows)?;
-    let picked = table.contiguous()?.index_select(&ids.flatten_all()?.to_device(table.device())?, 0)?;
+    let picked = kernels::pick_rows(table, &ids.flatten_all()?.to_device(table.device())?)?;
     Ok(picked.reshape([ids.dims(), &[cols]].concat())?)
 }

@@ -58,11 +58,11 @@ pub fn bits(t: &Tensor) -> Vec<u64> {
     flat(t).into_iter().map(f64::to_bits).collect()
 }
 
-type Op<'a> = &'a dyn Fn(&[Tensor]) -> Result<Tensor>;
+pub type Op<'a> = &'a dyn Fn(&[Tensor]) -> Result<Tensor>;
 
 /// The result of `op` on variables and the gradient in each of its sum under weights that are rounded to `like`, first by
 /// candle's walk, then by a tape.
-fn run(inputs: &[Tensor], like: DType, op: Op) -> [Vec<Tensor>; 2] {
+pub fn run(inputs: &[Tensor], like: DType, op: Op) -> [Vec<Tensor>; 2] {
     let vars: Vec<Var> = inputs.iter().map(|t| Var::from_tensor(t).unwrap()).collect();
     let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
     let y = op(&tensors).unwrap();

@@ -5,9 +5,14 @@
 #![cfg(feature = "cuda")]
 
 mod activations;
+mod adapters;
 mod attention;
+mod beside;
 mod device;
+mod images;
+mod losses;
 mod optim;
 mod packed;
 mod quant;
 mod rows;
+mod runs;

@@ -1,10 +1,17 @@
 //! Packed weights: products, gradients, rows and values of them, against the CPU's.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Result, Tensor};
 use qtune::kernels::{
     self, frozen_rows_matmul, packed_codes_matmul, packed_matmul, packed_quantized_matmul, packed_rows,
     packed_values, Groups, Levels, PackedRows, Rounding,
 };
+use qtune::models::{Vit, VitConfig};
+use qtune::transform::{ActQuant, WeightQuant};
+use qtune::weights::format::{stored_tensors, QuantizationConfig};
+use qtune::weights::{checkpoint, Calibration, Checkpoint, Grid, Packed, Transform, Weight, Weights};
 
 use crate::device::{agrees_within, bits, close, device, flat, values, TYPES};
 
@@ -42,6 +49,11 @@ fn weight(
     let step = flat(&values(&[rows, groups.count()], 9)).into_iter();
     let step: Vec<f32> = step.map(|v| size * (1.0 + 0.2 * v as f32) / span as f32).collect();
     PackedRows::pack_groups(levels, bits, groups, &codes, &step)
+}
+
+/// What an error says, the stack behind it left out.
+fn one_line(error: candle_core::Error) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_string()
 }
 
 fn dense(w: &PackedRows) -> Tensor {
@@ -197,8 +209,8 @@ fn values_are_the_same_to_the_bit() {
     let ids = Tensor::new(&[4i64, 5, -1], &Device::Cpu).unwrap();
     let got = flat(&packed_rows(&ids.to_device(&device).unwrap(), &w, &device).unwrap());
     assert!(got[..40].iter().all(|v| v.is_finite()) && got[40..].iter().all(|v| v.is_nan()));
-    let error = packed_rows(&ids, &w, &device).unwrap_err().to_string();
-    assert!(error.contains("expected one below the 5 rows") && !error.contains('\n'), "{error}");
+    let error = one_line(packed_rows(&ids, &w, &device).unwrap_err());
+    assert!(error.contains("expected one below the 5 rows"), "{error}");
 }
 
 const GRIDS: [(i32, i32); 6] = [(-2, 1), (0, 3), (-4, 3), (-8, 7), (-128, 127), (0, 255)];
@@ -275,6 +287,17 @@ fn codes_made_on_the_way_are_those_of_the_quantizer() {
             }
         }
     }
+    // So many that a block takes 64 of them at once.
+    for bits_ in [2, 3, 4, 8] {
+        let w = weight(bits_, 1, (3, 70), None, 1.0);
+        let x = values(&[64 * 140, 70], 6);
+        let run = |device: &Device| {
+            let step = Tensor::new(&[0.25f32, 0.3], device).unwrap();
+            let rounding = Rounding { step, shift: None, levels: Levels::signed(4) };
+            packed_quantized_matmul(&x.to_device(device).unwrap(), rounding, &w, None).unwrap().unwrap()
+        };
+        assert_eq!(bits(&run(&device)), bits(&run(&Device::Cpu)), "{bits_} bits, many tokens");
+    }
     // There is none for steps within a row.
     let w = weight(4, 0, (33, 130), Some(64), 1.0);
     let x = values(&[4, 130], 5).to_device(&device).unwrap();
@@ -312,21 +335,121 @@ fn what_does_not_fit_is_named() {
     let Some(device) = device() else { return };
     let w = weight(4, 0, (5, 40), None, 1.0);
     let x = Tensor::zeros((2, 41), DType::F32, &device).unwrap();
-    let one = |error: candle_core::Error| {
-        let text = error.to_string();
-        assert!(!text.contains('\n'), "{text}");
-        text
-    };
-    assert!(one(packed_matmul(&x, &w).unwrap_err()).contains("found 41 input features, expected 40"));
+    assert!(one_line(packed_matmul(&x, &w).unwrap_err()).contains("found 41 input features, expected 40"));
     let x = Tensor::zeros((4, 40), DType::F32, &device).unwrap();
     let step = Tensor::ones(3, DType::F32, &device).unwrap();
-    assert!(one(packed_codes_matmul(&x, 3, &step, &w).unwrap_err()).contains("found 3 steps for 4 tokens"));
+    assert!(
+        one_line(packed_codes_matmul(&x, 3, &step, &w).unwrap_err()).contains("found 3 steps for 4 tokens")
+    );
     let step = Tensor::ones(4, DType::F32, &device).unwrap();
     let shift = Some(Tensor::ones(39, DType::F32, &device).unwrap());
     let rounding = Rounding { step: step.clone(), shift, levels: Levels::signed(4) };
     let error = packed_quantized_matmul(&x, rounding, &w, None).unwrap_err();
-    assert!(one(error).contains("found 39 shifts, expected 40"));
+    assert!(one_line(error).contains("found 39 shifts, expected 40"));
     let rounding = Rounding { step, shift: None, levels: Levels::signed(4) };
     let bias = Tensor::ones(6, DType::F32, &device).unwrap();
-    assert!(one(packed_quantized_matmul(&x, rounding, &w, Some(&bias)).unwrap_err()).contains("a bias [5]"));
+    assert!(
+        one_line(packed_quantized_matmul(&x, rounding, &w, Some(&bias)).unwrap_err()).contains("a bias [5]")
+    );
+}
+
+#[test]
+fn a_packed_weight_reads_alike() {
+    let Some(device) = device() else { return };
+    let w = values(&[70, 96], 1);
+    for (bits_, group) in [(2, None), (3, Some(32)), (4, Some(10)), (8, Some(64))] {
+        let grid = Grid::new(bits_, qtune::weights::Centering::Signed).unwrap();
+        let here = Packed::fit(&w, grid, group).unwrap().0;
+        let there = here.clone().to_device(&device);
+        assert_eq!(bits(&there.tensor().unwrap()), bits(&here.tensor().unwrap()));
+        assert_eq!(bits(&there.codes().unwrap()), bits(&here.codes().unwrap()));
+        let rows = |p: &Packed| bits(&p.select_rows(&[69, 0, 3]).unwrap());
+        assert_eq!(rows(&there), rows(&here));
+        assert!(there.select_rows(&[70]).is_err());
+        let [here, there] = [here, there].map(|p| Weight::from(qtune::weights::Expr::Packed(p)));
+        let ids = Tensor::new(&[[1u32, 69], [0, 5]], &Device::Cpu).unwrap();
+        let want = here.rows(&ids).unwrap();
+        assert!(there.rows(&(&ids + 1f64).unwrap()).is_err());
+        for ids in [ids.clone(), ids.to_device(&device).unwrap()] {
+            let got = there.rows(&ids).unwrap();
+            assert!(got.device().is_cuda());
+            assert_eq!((got.dims(), bits(&got)), (want.dims(), bits(&want)));
+        }
+        let x = values(&[3, 96], 2);
+        let got = there.matmul(&x.to_device(&device).unwrap()).unwrap();
+        close("matmul", &got, &here.matmul(&x).unwrap(), 2e-5);
+    }
+}
+
+/// A small ViT in training, its taps calibrated.
+fn vit(bits: u8, act_bits: u8) -> (VitConfig, Weights, Tensor) {
+    let config = VitConfig {
+        image_size: (8, 8),
+        patch_size: 4,
+        channels: 3,
+        hidden: 24,
+        layers: 2,
+        heads: 3,
+        mlp: 37,
+        eps: 1e-6,
+        qkv_bias: true,
+        distilled: false,
+        two_heads: false,
+        classes: (0..5).map(|i| i.to_string()).collect(),
+    };
+    let shapes = config.shapes().into_iter().enumerate();
+    let tensors = shapes.map(|(i, (name, shape))| {
+        let width = shape[1..].iter().product::<usize>() as f64;
+        let plain = values(&shape, i as u64);
+        let tensor = match (shape.len(), name.contains("norm") && name.ends_with("weight")) {
+            (_, true) => plain.affine(0.1, 1.0),
+            (1, _) => plain.affine(0.1, 0.0),
+            _ => plain.affine(1.0 / width.sqrt(), 0.0),
+        };
+        (name, tensor.unwrap())
+    });
+    let mut store = Weights::from_tensors(tensors).trainable().unwrap();
+    let layers: Vec<(String, Weight)> = store
+        .iter()
+        .filter(|(name, w)| name.contains("encoder.layer") && w.shape().unwrap().len() == 2)
+        .map(|(name, w)| (name.to_string(), w.clone()))
+        .collect();
+    for (name, weight) in layers {
+        let rule = WeightQuant::Statsq.training(bits, None, &weight.tensor().unwrap()).unwrap();
+        store.wrap(&name, rule).unwrap();
+    }
+    let images = values(&[3, 3, 8, 8], 50);
+    let calibration = Calibration::new(Box::new(move |_, site, x| {
+        let (rule, _) = ActQuant::fit(if site.edge { 8 } else { act_bits }, site, x)?;
+        Ok(Some(Arc::new(rule) as Arc<dyn Transform>))
+    }));
+    Vit::new(&config, &store.calibrating(calibration.clone())).unwrap().forward(&images).unwrap();
+    for (name, rule) in calibration.rules().unwrap() {
+        store.hang(name, rule);
+    }
+    (config, store, images)
+}
+
+/// A packed model as it is written and opened again, on the device.
+#[test]
+fn a_packed_model_goes_on_codes() {
+    let Some(device) = device() else { return };
+    for (w, a) in [(2, 2), (3, 3), (4, 4), (2, 8)] {
+        let (config, store, images) = vit(w, a);
+        let packed = store.packed().unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("model.safetensors");
+        checkpoint::save(&path, &stored_tensors(&packed).unwrap(), &BTreeMap::new()).unwrap();
+        let (file, how) = (Checkpoint::open(&path).unwrap(), QuantizationConfig::of(&packed));
+        let open = |device: &Device| {
+            let revive = |name: &str, value: &_, read: &dyn Fn(&str) -> qtune::Result<Option<Tensor>>| {
+                Ok(Arc::new(ActQuant::revive(name, value, read, false)?) as Arc<dyn Transform>)
+            };
+            Vit::new(&config, &how.open(&file, device, &revive).unwrap()).unwrap()
+        };
+        let want = open(&Device::Cpu).forward(&images).unwrap().class;
+        let got = open(&device).forward(&images.to_device(&device).unwrap()).unwrap().class;
+        assert!(got.device().is_cuda());
+        close(&format!("W{w}A{a}"), &got, &want, 1e-3);
+    }
 }

@@ -6,7 +6,8 @@ use candle_core::{CudaDevice, Device, Result};
 
 /// CUDA device `ordinal`.
 pub(crate) fn open(ordinal: usize) -> Result<Device> {
-    let opened = Device::new_cuda(ordinal)?;
+    // Not the stream of the calling thread, which candle takes by itself: on another thread that is another stream.
+    let opened = Device::new_cuda_with_stream(ordinal)?;
     let device = opened.as_cuda_device()?;
     // SAFETY: all work is on the one stream of the device; where another copies to it, `transfer` orders the two.
     unsafe { device.disable_event_tracking() };

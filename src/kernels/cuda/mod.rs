@@ -15,12 +15,14 @@ use candle_core::{bail, CudaDevice, CudaStorage, DType, Layout, Result, Shape};
 
 mod columns;
 mod device;
+mod gemm;
 mod graph;
 mod oscillation;
 mod product;
 mod transfer;
 pub(in crate::kernels) use columns::{add_bias, column_sums, fold_columns, row_grid, Parts};
 pub(crate) use device::{open, peak_bytes};
+pub(in crate::kernels) use gemm::{gemm, product_into, product_of, tensor, Matrix, Operand};
 pub(crate) use graph::{warm, Graph};
 pub(crate) use oscillation::{History, HostHistory};
 pub(in crate::kernels) use product::{product, Matrices};

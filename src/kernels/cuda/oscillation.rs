@@ -1,6 +1,6 @@
 //! Histories of codes on the device (kernels/oscillation.cu).
 
-use super::{place, start, storage, suffix, Launch, Place};
+use super::{place, storage, suffix, Launch, Place};
 use candle_core::{DType, Device, Result, Tensor};
 
 /// The history of the codes of one weight, on its device: what a track of `train::oscillation` holds.

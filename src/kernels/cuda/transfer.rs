@@ -58,6 +58,7 @@ pub(crate) fn upload(values: &[f32], shape: &Shape, device: &Device) -> Result<T
     }
     let device = device.as_cuda_device()?;
     let compute = device.cuda_stream();
+    compute.context().bind_to_thread().w()?;
     let key = Arc::as_ptr(compute.context()) as usize;
     let mut all = UPLOADS.lock().unwrap_or_else(|e| e.into_inner());
     let uploads = match all.entry(key) {

@@ -161,22 +161,45 @@ impl OnDevice {
 
     /// The values of all rows, or of those with the given numbers; what is no row's number gives NaN.
     pub fn values(&self, device: &CudaDevice, dtype: DType, ids: Option<Ids>) -> Result<CudaStorage> {
-        let (count, place, kind) = match ids {
-            None => (self.rows, Place::NULL, 0),
-            Some(Ids { place, dtype, count }) => (count, place, if dtype == DType::U32 { 1 } else { 2 }),
-        };
+        match ids {
+            None => self.values_of(device, dtype, (0, self.rows), Place::NULL, 0),
+            Some(ids) => {
+                let kind = if ids.dtype == DType::U32 { 1 } else { 2 };
+                self.values_of(device, dtype, (0, ids.count), ids.place, kind)
+            }
+        }
+    }
+
+    /// The values of `count` rows from `first` on.
+    pub fn values_from(
+        &self,
+        device: &CudaDevice,
+        dtype: DType,
+        (first, count): (usize, usize),
+    ) -> Result<CudaStorage> {
+        self.values_of(device, dtype, (first, count), Place::NULL, 0)
+    }
+
+    fn values_of(
+        &self,
+        device: &CudaDevice,
+        dtype: DType,
+        (first, count): (usize, usize),
+        place: Place,
+        kind: usize,
+    ) -> Result<CudaStorage> {
         let y = cuda::unwritten(device, (count, self.cols), dtype)?;
         let suffix = cuda::suffix("packed values", dtype)?;
-        let (kernel, first, second, pitch, bits, each) = match &self.form {
+        let (kernel, codes, steps, pitch, bits, each) = match &self.form {
             Form::Tiled(of) => ("packed_values", &of.words, &of.sets, of.tiles.pitch, of.tiles.bits, 8),
             Form::Plain { codes, step, bits, group } => {
                 ("packed_gather", codes, step, *group, *bits, cuda::wide(dtype))
             }
         };
         let launch = Launch::new(device, "packed", format!("{kernel}_{suffix}"));
-        let launch = launch.place(cuda::start(first)).place(cuda::start(second)).place(place);
+        let launch = launch.place(cuda::start(codes)).place(cuda::start(steps)).place(place);
         let launch = launch.place(cuda::start(&y)).i64(count).i64(self.rows).i64(self.cols).i64(pitch);
-        let launch = launch.i32(bits).f32(self.zero).i32(kind);
+        let launch = launch.i32(bits).f32(self.zero).i32(kind).i64(first);
         let blocks = (count * self.cols.div_ceil(each)).div_ceil(256);
         // SAFETY: the two are the weight in the layout that the kernel reads, y has `count` rows, and there are as many
         // ids where there are any; a thread for each part of a row.

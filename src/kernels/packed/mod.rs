@@ -165,6 +165,33 @@ pub fn packed_values(rows: &PackedRows, device: &Device) -> Result<Tensor> {
     Tensor::from_vec(values, shape, device)
 }
 
+#[cfg(feature = "cuda")]
+impl PackedRows {
+    /// `x W^T` on a CUDA device, or `x W`, in the type of x.
+    pub(super) fn product_on_cuda(
+        &self,
+        x: &CudaStorage,
+        xl: &Layout,
+        back: bool,
+    ) -> Result<(CudaStorage, Shape)> {
+        let there = self.on_device(x.device())?;
+        match back {
+            false => there.product(x, xl),
+            true => there.product_back(x, xl),
+        }
+    }
+
+    /// The values of `count` rows from `first` on, on a CUDA device.
+    pub(super) fn values_on_cuda(
+        &self,
+        device: &candle_core::CudaDevice,
+        dtype: DType,
+        (first, count): (usize, usize),
+    ) -> Result<CudaStorage> {
+        self.on_device(device)?.values_from(device, dtype, (first, count))
+    }
+}
+
 /// Whether a CUDA body takes activations of this type as they are.
 fn has_body(x: &Tensor) -> bool {
     x.device().is_cuda() && matches!(x.dtype(), DType::F32 | DType::F16 | DType::BF16)
