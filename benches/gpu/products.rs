@@ -50,12 +50,12 @@ fn targets(
     over: f64,
     bytes: f64,
 ) -> Vec<String> {
-    let at_most = |us: f64| target(format!("<= {us} µs"), 1e6 * seconds <= us);
-    let times = |least: f64| target(format!(">= {least} x"), over >= least);
+    let at_most = |us: f64| target(setting, format!("<= {us} µs"), 1e6 * seconds <= us);
+    let times = |least: f64| target(setting, format!(">= {least} x"), over >= least);
     match (shape, tokens) {
         ((8192, 28672), 1) => {
             let share = bytes / seconds / setting.ceilings.copy;
-            vec![at_most(21.0), times(4.0), target(">= 73 %", share >= 0.73)]
+            vec![at_most(21.0), times(4.0), target(setting, ">= 73 %", share >= 0.73)]
         }
         ((4096, 4096), 1) => vec![at_most(4.5)],
         ((8192, 28672), 16) => vec![times(3.0)],

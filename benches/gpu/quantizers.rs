@@ -84,7 +84,7 @@ pub fn bench(setting: &Setting) -> Result<(), Failure> {
                     if i == 1 && i < last { "-".into() } else { format!("{:.2}", seconds[last] / s) },
                     match i == last {
                         true => String::new(),
-                        false => target(">= 80 % of copy", moved / s >= 0.8 * setting.ceilings.copy),
+                        false => target(setting, ">= 80 % of copy", moved / s >= 0.8 * setting.ceilings.copy),
                     },
                 ]);
             }

@@ -130,8 +130,12 @@ impl<'a> Work<'a> {
 pub fn race(setting: &Setting, works: &mut [Work<'_>]) -> Result<Vec<f64>, Failure> {
     let mut each = Vec::new();
     for work in works.iter_mut() {
-        (work.run)()?;
-        setting.wait()?;
+        // What fails has no figure, and the others have theirs.
+        if let Err(error) = (work.run)().and_then(|()| setting.wait()) {
+            work.name += &format!(" (failed: {})", first_line(&error).replace('|', " "));
+            each.push(0);
+            continue;
+        }
         let begun = Instant::now();
         (work.run)()?;
         setting.wait()?;
@@ -140,7 +144,9 @@ pub fn race(setting: &Setting, works: &mut [Work<'_>]) -> Result<Vec<f64>, Failu
     }
     let mut turns: Vec<Vec<f64>> = vec![Vec::new(); works.len()];
     for _ in 0..setting.turns {
-        for ((work, each), turns) in works.iter_mut().zip(&each).zip(&mut turns) {
+        for ((work, each), turns) in
+            works.iter_mut().zip(&each).zip(&mut turns).filter(|((_, each), _)| **each > 0)
+        {
             let begun = Instant::now();
             for _ in 0..*each {
                 (work.run)()?;
@@ -218,8 +224,11 @@ pub fn first_line(error: &dyn fmt::Display) -> String {
     error.to_string().lines().next().unwrap_or_default().to_string()
 }
 
-/// A target and whether it is met.
-pub fn target(text: impl fmt::Display, met: bool) -> String {
+/// A target and whether it is met, which of small shapes means nothing.
+pub fn target(setting: &Setting, text: impl fmt::Display, met: bool) -> String {
+    if setting.tiny {
+        return String::new();
+    }
     format!("{text}: {}", if met { "met" } else { "**missed**" })
 }
 
