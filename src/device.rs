@@ -58,3 +58,55 @@ pub fn upload(values: Vec<f32>, shape: impl Into<Shape>, device: &Device) -> Res
     }
     Ok(Tensor::from_vec(values, shape, device)?)
 }
+
+/// Work on a CUDA device that was recorded once and is launched as a whole, without the host's share of each launch: a
+/// CUDA graph.
+///
+/// ```no_run
+/// # use candle_core::{DType, Tensor};
+/// # fn main() -> qtune::Result<()> {
+/// let device = qtune::device::cuda(0)?;
+/// let x = Tensor::ones((8, 64), DType::BF16, &device)?;
+/// let replay = qtune::device::Replay::record(&device, || Ok(qtune::kernels::gelu(&x)?))?;
+/// replay.launch()?;
+/// println!("{}", replay.made());
+/// # Ok(())
+/// # }
+/// ```
+#[cfg(feature = "cuda")]
+pub struct Replay<'a, R> {
+    // Dropped in this order: the graph reads what the work holds.
+    graph: crate::kernels::cuda::Graph<R>,
+    _work: Box<dyn FnMut() -> Result<R> + 'a>,
+}
+
+#[cfg(feature = "cuda")]
+impl<'a, R> Replay<'a, R> {
+    /// Takes `work` once as it is, so that what is made on first use is made, and once more to record what it launches;
+    /// then keeps it, since a launch reads the tensors that it holds. `work` must read nothing back, and takes the device
+    /// alone meanwhile; what it reads of the host is read now and never again. Errs where `device` is no CUDA device,
+    /// where `work` errs, and where something in it cannot be recorded.
+    pub fn record(device: &Device, work: impl FnMut() -> Result<R> + 'a) -> Result<Self> {
+        let mut work: Box<dyn FnMut() -> Result<R> + 'a> = Box::new(work);
+        drop(crate::kernels::cuda::warm(device, &mut work)?);
+        let graph = crate::kernels::cuda::Graph::record(device, &mut work)?;
+        Ok(Replay { graph, _work: work })
+    }
+
+    /// Does all of it once more, behind what was launched before; does not wait for it.
+    pub fn launch(&self) -> Result<()> {
+        Ok(self.graph.launch()?)
+    }
+
+    /// What the work gave: tensors whose values each launch writes anew, and the first launch writes first.
+    pub fn made(&self) -> &R {
+        self.graph.made()
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl<R> std::fmt::Debug for Replay<'_, R> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Replay")
+    }
+}

@@ -15,7 +15,7 @@ use qtune::optim::OptimizerConfig;
 use qtune::quantize;
 use qtune::random::Random;
 use qtune::recipe::{set, DistillKind, Recipe};
-use qtune::train::{step, Classify, Quiet, Task};
+use qtune::train::{step, Classify, Quiet, Recordings, Task};
 use qtune::weights::{Param, Weights};
 
 use super::Failure;
@@ -78,8 +78,9 @@ pub fn turns(case: &str) -> usize {
     }
 }
 
-/// The step of a case.
-pub fn step(case: &str, data: &str) -> Result<Step, Failure> {
+/// The step of a case on a device. What `benches/gpu.rs` times beside those of [`ALL`]: `deit-small`, `llama-1b-METHOD-RANK`
+/// and, for a try of the bench itself, `deit-mini` and `llama-mini-METHOD-RANK`; images that end in `-graph` are recorded.
+pub fn step(case: &str, data: &str, device: &Device) -> Result<Step, Failure> {
     let name = match case.strip_suffix("-bf16") {
         Some(name) => {
             kernels::set_arithmetic(Arithmetic::Bf16);
@@ -89,22 +90,38 @@ pub fn step(case: &str, data: &str) -> Result<Step, Failure> {
     };
     let parts: Vec<&str> = name.split('-').collect();
     match parts.as_slice() {
-        ["deit", "tiny", rest @ ..] => vision(deit_tiny(), 8, rest, false),
-        ["vit", "fashion", rest @ ..] => vision(vit_fashion(), 100, rest, false),
-        ["infer", "deit", "tiny", batch, rest @ ..] => vision(deit_tiny(), batch.parse()?, rest, true),
-        ["infer", "vit", "fashion", batch, rest @ ..] => vision(vit_fashion(), batch.parse()?, rest, true),
+        ["deit", "tiny", rest @ ..] => vision(deit_tiny(), 8, rest, false, device),
+        ["deit", "small", rest @ ..] => vision(deit_small(), 128, rest, false, device),
+        ["deit", "mini", rest @ ..] => vision(deit_mini(), 2, rest, false, device),
+        ["vit", "fashion", rest @ ..] => vision(vit_fashion(), 100, rest, false, device),
+        ["infer", "deit", "tiny", batch, rest @ ..] => {
+            vision(deit_tiny(), batch.parse()?, rest, true, device)
+        }
+        ["infer", "vit", "fashion", batch, rest @ ..] => {
+            vision(vit_fashion(), batch.parse()?, rest, true, device)
+        }
         ["llama", "15m"] => {
-            let config = llama(32000, 288, 768, 6, (6, 6))?;
-            language(config, None, 4, 256, "full", 0)
+            let config = llama(32000, 288, 768, 6, (6, 6), 256)?;
+            language(config, None, (4, 256), ("full", 0), DType::F32, device)
         }
         ["smol", method, rank] => {
-            let config = llama(49152, 576, 1536, 30, (9, 3))?;
-            language(config, None, 1, 256, method, rank.parse()?)
+            let config = llama(49152, 576, 1536, 30, (9, 3), 256)?;
+            language(config, None, (1, 256), (method, rank.parse()?), DType::F32, device)
         }
         ["stories", method, rank] => {
-            let opened = open_llama(&Path::new(data).join("models/stories260K-hf"), &Device::Cpu)?;
+            let opened = open_llama(&Path::new(data).join("models/stories260K-hf"), device)?;
             let weights = held(&opened.config, &opened.weights, DType::F32)?;
-            language((opened.config, opened.json), Some(weights), 8, 256, method, rank.parse()?)
+            let (model, adapter) = ((opened.config, opened.json), (*method, rank.parse()?));
+            language(model, Some(weights), (8, 256), adapter, DType::F32, device)
+        }
+        // The shape of TinyLlama.
+        ["llama", "1b", method, rank] => {
+            let config = llama(32000, 2048, 5632, 22, (32, 4), 512)?;
+            language(config, None, (4, 512), (method, rank.parse()?), DType::BF16, device)
+        }
+        ["llama", "mini", method, rank] => {
+            let config = llama(64, 32, 64, 2, (4, 2), 16)?;
+            language(config, None, (2, 16), (method, rank.parse()?), DType::BF16, device)
         }
         _ => Err(format!("no case {case}").into()),
     }
@@ -131,6 +148,22 @@ fn deit_tiny() -> VitConfig {
     }
 }
 
+fn deit_small() -> VitConfig {
+    VitConfig { hidden: 384, heads: 6, mlp: 1536, ..deit_tiny() }
+}
+
+fn deit_mini() -> VitConfig {
+    VitConfig {
+        image_size: (32, 32),
+        hidden: 32,
+        layers: 2,
+        heads: 2,
+        mlp: 64,
+        classes: classes(10),
+        ..deit_tiny()
+    }
+}
+
 fn vit_fashion() -> VitConfig {
     VitConfig {
         image_size: (28, 28),
@@ -146,9 +179,15 @@ fn vit_fashion() -> VitConfig {
 }
 
 /// Random tensors of these shapes: norms one, biases zero.
-fn fresh(shapes: &[(String, Vec<usize>)]) -> Result<Weights, Failure> {
+fn fresh(shapes: &[(String, Vec<usize>)], dtype: DType, device: &Device) -> Result<Weights, Failure> {
     let mut tensors = Vec::new();
     for (name, shape) in shapes {
+        // A thousand million normals are drawn where they stay.
+        if device.is_cuda() && shape.len() > 1 {
+            let drawn = Tensor::randn(0f32, 0.02, shape.as_slice(), device)?.to_dtype(dtype)?;
+            tensors.push((name.clone(), drawn));
+            continue;
+        }
         let mut random = Random::new(0, name, &[]);
         let fixed = match (name.ends_with(".bias"), shape.len()) {
             (true, _) => Some(0.0),
@@ -158,19 +197,20 @@ fn fresh(shapes: &[(String, Vec<usize>)]) -> Result<Weights, Failure> {
         let count = shape.iter().product();
         let values =
             (0..count).map(|_| fixed.unwrap_or_else(|| 0.02 * random.normal())).collect::<Vec<f32>>();
-        tensors.push((name.clone(), Tensor::from_vec(values, shape.as_slice(), &Device::Cpu)?));
+        let made = Tensor::from_vec(values, shape.as_slice(), device)?.to_dtype(dtype)?;
+        tensors.push((name.clone(), made));
     }
     Ok(Weights::from_tensors(tensors))
 }
 
 /// A step of `task` on `batch` under AdamW.
-fn stepping<T: Task + 'static>(task: T, batch: T::Batch, params: Vec<Param>) -> Step
+fn stepping<T: Task + 'static>(task: T, batch: T::Batch, params: Vec<Param>, device: &Device) -> Step
 where
     T::Batch: 'static,
 {
     let config = OptimizerConfig::Adamw(AdamWConfig::default());
     let mut optimizer = config.build();
-    let batches = [batch];
+    let (batches, device) = ([batch], device.clone());
     Box::new(move || {
         let mut rule = step::Rule {
             optimizer: optimizer.as_mut(),
@@ -181,18 +221,28 @@ where
             free: &[],
             first: false,
         };
-        step::take(&task, &batches, &params, &mut rule, &Device::Cpu)?;
+        step::take(&task, &batches, &params, &mut rule, &device)?;
         Ok(())
     })
 }
 
-fn vision(config: VitConfig, batch: usize, quantized: &[&str], infer: bool) -> Result<Step, Failure> {
+fn vision(
+    config: VitConfig,
+    batch: usize,
+    how: &[&str],
+    infer: bool,
+    device: &Device,
+) -> Result<Step, Failure> {
+    let (quantized, recordings) = match how {
+        [how @ .., "graph"] => (how, Some(Recordings::default())),
+        how => (how, None),
+    };
     let (count, channels, (height, width)) = (config.classes.len(), config.channels, config.image_size);
     let config = VisionConfig::Vit(config);
     let mut random = Random::new(0, "images", &[]);
     let pixels: Vec<f32> = (0..batch * channels * height * width).map(|_| random.normal()).collect();
-    let images = Tensor::from_vec(pixels, (batch, channels, height, width), &Device::Cpu)?;
-    let mut weights = fresh(&config.shapes())?.trainable()?;
+    let images = Tensor::from_vec(pixels, (batch, channels, height, width), device)?;
+    let mut weights = fresh(&config.shapes(), DType::F32, device)?.trainable()?;
     if let [bits, rest @ ..] = quantized {
         let mut table = Recipe::table("vit-w2a32")?;
         if *bits == "w2a2" {
@@ -231,9 +281,9 @@ fn vision(config: VitConfig, batch: usize, quantized: &[&str], infer: bool) -> R
         distill: DistillKind::None,
         drop_path: None,
         heads: None,
-        recordings: None,
+        recordings,
     };
-    Ok(stepping(task, batch, weights.params()))
+    Ok(stepping(task, batch, weights.params(), device))
 }
 
 fn llama(
@@ -242,11 +292,14 @@ fn llama(
     mlp: usize,
     layers: usize,
     (heads, groups): (usize, usize),
+    positions: usize,
 ) -> Result<(LlamaConfig, serde_json::Value), Failure> {
     let json = serde_json::json!({
         "model_type": "llama", "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers,
         "num_attention_heads": heads, "num_key_value_heads": groups, "vocab_size": vocab,
-        "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "tie_word_embeddings": true,
+        "max_position_embeddings": positions, "rms_norm_eps": 1e-5,
+        // Only small models tie the two.
+        "tie_word_embeddings": hidden < 1024,
     });
     Ok((LlamaConfig::from_hf(Path::new("bench"), &json)?, json))
 }
@@ -254,14 +307,14 @@ fn llama(
 fn language(
     (config, json): (LlamaConfig, serde_json::Value),
     weights: Option<Weights>,
-    batch: usize,
-    len: usize,
-    method: &str,
-    rank: usize,
+    (batch, len): (usize, usize),
+    (method, rank): (&str, usize),
+    dtype: DType,
+    device: &Device,
 ) -> Result<Step, Failure> {
     let mut weights = match weights {
         Some(weights) => weights,
-        None => fresh(&config.shapes())?,
+        None => fresh(&config.shapes(), dtype, device)?,
     };
     let training = Training::new(0);
     if method == "full" {
@@ -292,7 +345,7 @@ fn language(
         samples: (0..batch as u32).collect(),
         trained: count,
     };
-    let model = Llama::new(&config, &weights, DType::F32)?;
+    let model = Llama::new(&config, &weights, dtype)?;
     let task = Predict { model, teacher: None, checkpointing: false, pass: Arc::clone(&training.pass) };
-    Ok(stepping(task, Rows { batch: text, number: 0 }, weights.params()))
+    Ok(stepping(task, Rows { batch: text, number: 0 }, weights.params(), device))
 }

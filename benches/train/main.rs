@@ -12,6 +12,8 @@ use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Instant;
 
+use candle_core::Device;
+
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
@@ -131,7 +133,7 @@ fn compare(case: &str, threads: usize, data: &str) -> Result<(), Failure> {
 
 /// Takes steps of one case as they are asked for.
 fn steps(case: &str, data: &str) -> Result<(), Failure> {
-    let mut step = cases::step(case, data)?;
+    let mut step = cases::step(case, data, &Device::Cpu)?;
     let peak = || qtune::train::peak_rss_bytes() / 1024;
     println!("ready {}", peak());
     for line in std::io::stdin().lines() {
