@@ -5,7 +5,7 @@
 //   inside = lo <= v <= hi     dx = g inside     dshift = sum dx     dshift_out = sum g
 //   ds = sum g (q - v inside) / sqrt(hi m), over the m elements that share the scale
 //
-// Scales and shifts are of the type of x, and so are their gradients. The scale of row r is number
+// Scales and shifts are f32, whatever x is, and so are their gradients. The scale of row r is number
 // (r / rows_per_scale) % scales: tokens, rows of a weight, and with scales = 1 the whole tensor; or each
 // column of a row has its own (COLUMNS, one part).
 //
@@ -29,11 +29,10 @@
 // How elements share scales.
 enum Kind { ROWS, COLUMNS, TENSOR };
 
-template <typename T>
 struct Site {
-  const T* s;
-  const T* shift;      // [parts * width] or null
-  const T* shift_out;  // the same
+  const float* s;
+  const float* shift;      // [parts * width] or null
+  const float* shift_out;  // the same
   uint32_t rows, width, parts;
   uint32_t rows_per_scale, scales;
   float lo, hi;
@@ -44,8 +43,7 @@ class ScaleOf {
   uint32_t rest, scale, rest_step, scale_step, rows_per_scale, scales;
 
  public:
-  template <typename T>
-  __device__ __forceinline__ ScaleOf(const Site<T>& site, uint32_t row, uint32_t stride)
+  __device__ __forceinline__ ScaleOf(const Site& site, uint32_t row, uint32_t stride)
       : rest(row % site.rows_per_scale),
         scale(row / site.rows_per_scale % site.scales),
         rest_step(stride % site.rows_per_scale),
@@ -72,8 +70,7 @@ struct Place {
   uint32_t at, column;
   uint32_t along;  // of its columns in the whole last axis
 
-  template <typename T>
-  __device__ __forceinline__ Place(const Site<T>& site, uint32_t threads, uint32_t v) {
+  __device__ __forceinline__ Place(const Site& site, uint32_t threads, uint32_t v) {
     const uint32_t in_block = blockDim.x / threads;
     team = blockIdx.x * in_block + threadIdx.x / threads;
     teams = gridDim.x * in_block;
@@ -83,21 +80,19 @@ struct Place {
   }
 
   // The place of its columns of a row among all elements.
-  template <typename T>
-  __device__ __forceinline__ uint64_t of_row(const Site<T>& site, uint32_t row) const {
+  __device__ __forceinline__ uint64_t of_row(const Site& site, uint32_t row) const {
     return uint64_t(row) * site.width + column;
   }
 };
 
-template <int V, typename T>
-__device__ __forceinline__ void per_column(const T* from, uint32_t at, float (&x)[V]) {
+template <int V>
+__device__ __forceinline__ void per_column(const float* from, uint32_t at, float (&x)[V]) {
 #pragma unroll
-  for (int v = 0; v < V; v++) x[v] = from == nullptr ? 0.0f : to_float(from[at + v]);
+  for (int v = 0; v < V; v++) x[v] = from == nullptr ? 0.0f : from[at + v];
 }
 
 template <bool CODES, bool BY_COLUMN, int V, typename T>
-__device__ __forceinline__ void forward(const Site<T>& site, const T* x, T* y, float* codes,
-                                        uint32_t threads) {
+__device__ __forceinline__ void forward(const Site& site, const T* x, T* y, float* codes, uint32_t threads) {
   // Rows in flight. More would take the registers of threads, which are in flight too.
   constexpr int ROWS = V == 1 ? 8 : V == 4 ? 4 : 2;
   const Place place(site, threads, V);
@@ -116,7 +111,7 @@ __device__ __forceinline__ void forward(const Site<T>& site, const T* x, T* y, f
       const uint32_t row = first + i * place.teams;
       if (row < site.rows) {
         rows[i] = load<V>(x + place.of_row(site, row));
-        if (!BY_COLUMN) scales[i] = to_float(site.s[of.number()]);
+        if (!BY_COLUMN) scales[i] = site.s[of.number()];
       }
       of.next();
     }
@@ -146,7 +141,7 @@ __device__ __forceinline__ void forward(const Site<T>& site, const T* x, T* y, f
 }
 
 template <bool CODES, typename T>
-__device__ __forceinline__ void choose_forward(const Site<T>& site, const T* x, T* y, float* codes,
+__device__ __forceinline__ void choose_forward(const Site& site, const T* x, T* y, float* codes,
                                                bool by_column, uint32_t threads, int wide) {
   if (wide) {
     if (by_column) {
@@ -173,7 +168,7 @@ struct Grads {
 };
 
 template <Kind KIND, int V, typename T>
-__device__ __forceinline__ void backward(const Site<T>& site, const T* x, const T* g, const Grads<T>& to,
+__device__ __forceinline__ void backward(const Site& site, const T* x, const T* g, const Grads<T>& to,
                                          uint32_t threads) {
   constexpr int ROWS_AT_ONCE = V == 1 ? 4 : 2;
   const Place place(site, threads, V);
@@ -200,7 +195,7 @@ __device__ __forceinline__ void backward(const Site<T>& site, const T* x, const 
       if (inside && row < site.rows) {
         xs[i] = load<V>(x + place.of_row(site, row));
         gs[i] = load<V>(g + place.of_row(site, row));
-        if (KIND != COLUMNS) scales[i] = to_float(site.s[of.number()]);
+        if (KIND != COLUMNS) scales[i] = site.s[of.number()];
       }
       of.next();
     }
@@ -250,8 +245,8 @@ __device__ __forceinline__ void backward(const Site<T>& site, const T* x, const 
 }
 
 template <int V, typename T>
-__device__ __forceinline__ void choose_backward(const Site<T>& site, const T* x, const T* g,
-                                                const Grads<T>& to, int kind, uint32_t threads) {
+__device__ __forceinline__ void choose_backward(const Site& site, const T* x, const T* g, const Grads<T>& to,
+                                                int kind, uint32_t threads) {
   if (kind == ROWS) {
     backward<ROWS, V>(site, x, g, to, threads);
   } else if (kind == COLUMNS) {
@@ -264,9 +259,9 @@ __device__ __forceinline__ void choose_backward(const Site<T>& site, const T* x,
 // ds[j] = factor * the sum of what the rows with scale j left: `outer` runs of `run` floats, `scales` runs
 // apart (ROWS: run = rows_per_scale * warps, outer = rows / (rows_per_scale * scales); TENSOR: run = teams *
 // warps, outer = 1). One block for each scale, 1024 threads at most.
-template <typename T>
-__device__ __forceinline__ void fold_scales(const float* sums, T* ds, uint32_t scales, uint32_t outer,
-                                            uint32_t run, double factor) {
+extern "C" __global__ void __launch_bounds__(1024)
+    lsq_fold_scales(const float* sums, float* ds, uint32_t scales, uint32_t outer, uint32_t run,
+                    double factor) {
   __shared__ double scratch[WARP];
   for (uint32_t scale = blockIdx.x; scale < scales; scale += gridDim.x) {
     double total = 0.0;
@@ -276,16 +271,15 @@ __device__ __forceinline__ void fold_scales(const float* sums, T* ds, uint32_t s
       total += double(sums[(turn * scales + scale) * run + (i - turn * run)]);
     }
     total = block_sum(total, scratch);
-    if (threadIdx.x == 0) ds[scale] = from_float<T>(float(total * factor));
+    if (threadIdx.x == 0) ds[scale] = float(total * factor);
   }
 }
 
 // out[c] = factor * the sum over the rows of sums [rows, width]: shifts with width = parts * width and rows =
 // teams / parts; scales of COLUMNS. Each warp takes every so manieth row of 32 columns. Any grid, 1024
 // threads at most.
-template <typename T>
-__device__ __forceinline__ void fold_columns(const float* sums, T* out, int64_t rows, int64_t width,
-                                             double factor) {
+extern "C" __global__ void __launch_bounds__(1024)
+    lsq_fold_columns(const float* sums, float* out, int64_t rows, int64_t width, double factor) {
   __shared__ double scratch[WARP][WARP];
   const int warps = int(blockDim.x) / WARP;
   for (int64_t tile = blockIdx.x; tile * WARP < width; tile += gridDim.x) {
@@ -299,7 +293,7 @@ __device__ __forceinline__ void fold_columns(const float* sums, T* out, int64_t 
     __syncthreads();
     if (warp_of() == 0 && column < width) {
       for (int warp = 1; warp < warps; warp++) total += scratch[warp][lane_of()];
-      out[column] = from_float<T>(float(total * factor));
+      out[column] = float(total * factor);
     }
     __syncthreads();
   }
@@ -312,34 +306,25 @@ __device__ __forceinline__ void fold_columns(const float* sums, T* out, int64_t 
 // kind: 0 rows, 1 columns, 2 the tensor. Shifts and their sums may be null.
 #define KERNELS(NAME, T)                                                                                     \
   extern "C" __global__ void __launch_bounds__(256, 3) lsq_##NAME(                                           \
-      const T* x, const T* s, const T* shift, const T* shift_out, T* y, SITE_ARGUMENTS) {                    \
-    const Site<T> site = {s, shift, shift_out, rows, width, parts, rows_per_scale, scales, lo, hi};          \
+      const T* x, const float* s, const float* shift, const float* shift_out, T* y, SITE_ARGUMENTS) {        \
+    const Site site = {s, shift, shift_out, rows, width, parts, rows_per_scale, scales, lo, hi};             \
     choose_forward<false>(site, x, y, nullptr, kind == COLUMNS, team, wide);                                 \
   }                                                                                                          \
-  extern "C" __global__ void __launch_bounds__(256, 3)                                                       \
-      lsq_codes_##NAME(const T* x, const T* s, const T* shift, float* codes, SITE_ARGUMENTS) {               \
-    const Site<T> site = {s, shift, nullptr, rows, width, parts, rows_per_scale, scales, lo, hi};            \
+  extern "C" __global__ void __launch_bounds__(256, 3) lsq_codes_##NAME(                                     \
+      const T* x, const float* s, const float* shift, float* codes, SITE_ARGUMENTS) {                        \
+    const Site site = {s, shift, nullptr, rows, width, parts, rows_per_scale, scales, lo, hi};               \
     choose_forward<true, T>(site, x, nullptr, codes, kind == COLUMNS, team, wide);                           \
   }                                                                                                          \
-  extern "C" __global__ void __launch_bounds__(256, 2)                                                       \
-      lsq_grad_##NAME(const T* x, const T* g, const T* s, const T* shift, T* dx, float* scale_sums,          \
-                      float* shift_sums, float* out_sums, SITE_ARGUMENTS) {                                  \
-    const Site<T> site = {s, shift, nullptr, rows, width, parts, rows_per_scale, scales, lo, hi};            \
+  extern "C" __global__ void __launch_bounds__(256, 2) lsq_grad_##NAME(                                      \
+      const T* x, const T* g, const float* s, const float* shift, T* dx, float* scale_sums,                  \
+      float* shift_sums, float* out_sums, SITE_ARGUMENTS) {                                                  \
+    const Site site = {s, shift, nullptr, rows, width, parts, rows_per_scale, scales, lo, hi};               \
     const Grads<T> to = {dx, scale_sums, shift_sums, out_sums};                                              \
     if (wide) {                                                                                              \
       choose_backward<WIDE<T>>(site, x, g, to, kind, team);                                                  \
     } else {                                                                                                 \
       choose_backward<1>(site, x, g, to, kind, team);                                                        \
     }                                                                                                        \
-  }                                                                                                          \
-  extern "C" __global__ void __launch_bounds__(1024)                                                         \
-      lsq_fold_scales_##NAME(const float* sums, T* ds, uint32_t scales, uint32_t outer, uint32_t run,        \
-                             double factor) {                                                                \
-    fold_scales(sums, ds, scales, outer, run, factor);                                                       \
-  }                                                                                                          \
-  extern "C" __global__ void __launch_bounds__(1024)                                                         \
-      lsq_fold_columns_##NAME(const float* sums, T* out, int64_t rows, int64_t width, double factor) {       \
-    fold_columns(sums, out, rows, width, factor);                                                            \
   }
 
 FOR_EACH_TYPE(KERNELS)

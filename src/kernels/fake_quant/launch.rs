@@ -125,7 +125,8 @@ impl Site {
         Ok(y)
     }
 
-    /// (dx, then in one storage ds, dshift where there is a shift before, and dout where there is one behind).
+    /// (dx in the type of x, then in one f32 storage ds, dshift where there is a shift before, and dout where there is one
+    /// behind).
     pub(super) fn backward_on_cuda(
         &self,
         x: On,
@@ -138,7 +139,7 @@ impl Site {
         let whole = self.width * self.parts;
         let dx = cuda::unwritten(device, x.1.shape(), dtype)?;
         let shifts = usize::from(before.is_some()) + usize::from(behind);
-        let rest = cuda::unwritten(device, self.scales + shifts * whole, dtype)?;
+        let rest = cuda::unwritten(device, self.scales + shifts * whole, DType::F32)?;
         let place = |(storage, layout): On| cuda::place(NAME, storage, layout);
         let (x_at, g_at, dx_at) = (place(x)?, place(g)?, cuda::start(&dx));
         // Two blocks on each multiprocessor of a large card; a team's sums beside four rows or more.
@@ -170,17 +171,17 @@ impl Site {
         let mut to = cuda::start(&rest);
         match walk.kind {
             Kind::Columns => {
-                fold_columns(device, &scale_sums, to, dtype, (teams, self.width), self.grad_scale())?;
+                fold_columns(device, &scale_sums, to, (teams, self.width), self.grad_scale())?;
             }
             Kind::Rows => {
                 let run = self.run / self.width * warps;
-                self.fold_scales(device, &scale_sums, to, dtype, (of_scales / self.scales / run, run))?;
+                self.fold_scales(device, &scale_sums, to, (of_scales / self.scales / run, run))?;
             }
-            Kind::Tensor => self.fold_scales(device, &scale_sums, to, dtype, (1, of_scales))?,
+            Kind::Tensor => self.fold_scales(device, &scale_sums, to, (1, of_scales))?,
         }
         to = to.at(self.scales);
         for sums in [shift_sums, out_sums].into_iter().flatten() {
-            fold_columns(device, &sums, to, dtype, (teams / self.parts, whole), 1.0)?;
+            fold_columns(device, &sums, to, (teams / self.parts, whole), 1.0)?;
             to = to.at(whole);
         }
         Ok((dx, rest))
@@ -192,11 +193,9 @@ impl Site {
         device: &CudaDevice,
         sums: &CudaStorage,
         ds: Place,
-        dtype: DType,
         (outer, run): (usize, usize),
     ) -> Result<()> {
-        let kernel = format!("lsq_fold_scales_{}", cuda::suffix(NAME, dtype)?);
-        let launch = Launch::new(device, "lsq", kernel).place(cuda::start(sums)).place(ds);
+        let launch = Launch::new(device, "lsq", "lsq_fold_scales").place(cuda::start(sums)).place(ds);
         let launch = launch.i32(self.scales).i32(outer).i32(run).f64(self.grad_scale());
         let threads = (outer * run).next_multiple_of(32).min(1024);
         // SAFETY: the sums are `outer` runs of each scale and ds has them all; scales are strided over.
@@ -209,12 +208,10 @@ fn fold_columns(
     device: &CudaDevice,
     sums: &CudaStorage,
     to: Place,
-    dtype: DType,
     (rows, width): (usize, usize),
     factor: f64,
 ) -> Result<()> {
-    let kernel = format!("lsq_fold_columns_{}", cuda::suffix(NAME, dtype)?);
-    let launch = Launch::new(device, "lsq", kernel).place(cuda::start(sums)).place(to);
+    let launch = Launch::new(device, "lsq", "lsq_fold_columns").place(cuda::start(sums)).place(to);
     // Eight rows to a warp, where there are enough.
     let warps = rows.div_ceil(8).clamp(1, 32);
     let launch = launch.i64(rows).i64(width).f64(factor);

@@ -213,7 +213,7 @@ fn alone(
     let site = Site::new("lsq", x.dims(), 1, s, &shifts, levels, axis)?;
     let before = match before {
         Some(before) => before.contiguous()?,
-        None => Tensor::zeros(site.width, x.dtype(), x.device())?,
+        None => Tensor::zeros(site.width, s.dtype(), x.device())?,
     };
     let op = Alone(Lsq { site, levels, axis, codes, shifts: (true, false) });
     x.contiguous()?.apply_op3(&s.contiguous()?, &before, op)
@@ -246,7 +246,10 @@ impl CustomOp3 for Alone {
         b: &CudaStorage,
         bl: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
-        Many::cuda_fwd(&self.0, &[(x, xl), (s, sl), (b, bl)])
+        match Many::cuda_fwd(&self.0, &[(x, xl), (s, sl), (b, bl)])? {
+            Some(y) => Ok(y),
+            None => bail!("lsq: no body for these operands"),
+        }
     }
 
     fn bwd(
@@ -344,13 +347,25 @@ fn run_lsq(
     (axis, parts): (Option<usize>, usize),
     codes: bool,
 ) -> Result<Tensor> {
+    if x.device().is_cuda() && x.dtype() != DType::F64 && s.dtype() != DType::F32 {
+        // There scales and shifts are f32, whatever x is.
+        let single = |t: Option<&Tensor>| t.map(cpu::wide).transpose();
+        let (before, behind) = (single(shift_in)?, single(shift_out)?);
+        let shifts = (before.as_ref(), behind.as_ref());
+        return run_lsq(op, x, &cpu::wide(s)?, shifts, levels, (axis, parts), codes);
+    }
     let shifts: Vec<&Tensor> = shift_in.into_iter().chain(shift_out).collect();
     let site = Site::new(op, x.dims(), parts, s, &shifts, levels, axis)?;
+    let mixed = x.device().is_cuda() && matches!(x.dtype(), DType::F16 | DType::BF16);
     let mut named = vec![("x", x), ("s", s)];
     named.extend(shift_in.map(|t| ("shift_in", t)));
     named.extend(shift_out.map(|t| ("shift_out", t)));
     let lsq = Lsq { site, levels, axis, codes, shifts: (shift_in.is_some(), shift_out.is_some()) };
-    match cpu::road_with_cuda(op, &named)? {
+    let road = match mixed {
+        true => cpu::road(op, &named[1..]).map(|_| Road::Kernel),
+        false => cpu::road_with_cuda(op, &named),
+    };
+    match road? {
         Road::Kernel => {
             let mut operands = vec![x.contiguous()?, s.contiguous()?];
             for shift in shifts {
