@@ -176,7 +176,6 @@ fn theirs(setting: &Setting, case: &str) -> Result<Figures, Failure> {
 
 /// Prints a side's row; its figures, where it has them.
 fn line(
-    setting: &Setting,
     what: &str,
     unit: &str,
     found: Result<Figures, Failure>,
@@ -216,9 +215,9 @@ pub fn training(setting: &Setting) -> Result<(), Failure> {
     let title = setting.pick("rank 64, 4 x 512 tokens", "tiny");
     head(&format!("Bone on a Llama of 1.1 thousand million parameters, bf16, {title}"), &COLUMNS);
     let rank = setting.pick(64, 8);
-    let peer = line(setting, "PEFT, MiSS bat", "tokens", theirs(setting, "bone"), None, |_, _| None);
+    let peer = line("PEFT, MiSS bat", "tokens", theirs(setting, "bone"), None, |_, _| None);
     let own = ours(setting, &format!("{llama}-bone-{rank}"));
-    line(setting, "qtune, Bone", "tokens", own, peer.as_ref(), |own, peer| {
+    line("qtune, Bone", "tokens", own, peer.as_ref(), |own, peer| {
         let speed = target(setting, ">= 1.2 x tokens a second", own.per_s >= 1.2 * peer.per_s);
         Some(format!("{speed}; {}", target(setting, "no more memory", own.peak <= peer.peak)))
     });
@@ -228,13 +227,10 @@ pub fn training(setting: &Setting) -> Result<(), Failure> {
         .iter()
         .map(|how| (format!("qtune{}", name(how)), ours(setting, &format!("{deit}{how}"))))
         .collect();
-    let peer =
-        line(setting, "PyTorch, bf16 autocast, compiled", "images", theirs(setting, "deit"), None, |_, _| {
-            None
-        });
+    let peer = line("PyTorch, bf16 autocast, compiled", "images", theirs(setting, "deit"), None, |_, _| None);
     for (what, found) in own {
         let quantized = what.contains("W2A2");
-        line(setting, &what, "images", found, peer.as_ref(), |own, peer| {
+        line(&what, "images", found, peer.as_ref(), |own, peer| {
             quantized.then(|| target(setting, "<= 1.3 x PyTorch's plain step", own.ms <= 1.3 * peer.ms))
         });
     }
