@@ -291,12 +291,8 @@ impl Transform for ActQuant {
         let x = &inputs[0];
         self.check_shift(x)?;
         let axis = self.axis_in(&divided(x.dims(), self.groups)?)?;
-        // Steps and shifts are f32; where activations are halves on a device the op takes them as those are.
-        let step = self.step.to_dtype(x.dtype())?;
-        let typed = |shift: &Option<Tensor>| shift.as_ref().map(|b| b.to_dtype(x.dtype())).transpose();
-        let (before, behind) = (typed(&self.shift_in)?, typed(&self.shift_out)?);
-        let shifts = (before.as_ref(), behind.as_ref());
-        Ok(kernels::lsq_shifted(x, &step, shifts, self.grid.levels(), (axis, self.groups))?)
+        let shifts = (self.shift_in.as_ref(), self.shift_out.as_ref());
+        Ok(kernels::lsq_shifted(x, &self.step, shifts, self.grid.levels(), (axis, self.groups))?)
     }
 
     fn params(&self) -> Vec<(&'static str, Var, Role)> {
