@@ -21,7 +21,7 @@
 // Bytes moved: q, o, and k and v for every tile of queries, mostly from the cache; products bound it.
 //
 //     attention_forward     128 threads; blocks batch * heads * ceil(queries / QUERIES)
-//     attention_delta       256 threads; blocks batch * queries * heads / 8
+//     attention_delta       256 threads; blocks batch * queries * heads * LANES / 256
 //     attention_grad_q      128 threads; blocks batch * heads * ceil(queries / QUERIES)
 //     attention_grad_kv     128 threads; blocks (batch * groups * ceil(keys / 64), ceil(padded depth / 128))
 //     attention_grad_bias   128 threads; blocks (bias_groups * heads * ceil(queries / 64) * ceil(keys / 32),
@@ -35,7 +35,8 @@
 //               grad_kv     21248   37632   54016   70400   135936
 //               grad_bias   15360   27648   39936   52224   101376
 //
-// More than 48 KiB are asked for with cuFuncSetAttribute.
+// LANES is the least power of two >= depth / 8, 32 at most. More than 48 KiB are asked for with
+// cuFuncSetAttribute.
 #include "attention.cuh"
 #include "tensor_core.cuh"
 
@@ -215,6 +216,11 @@ struct Queries {
   }
 
   __device__ __forceinline__ int t(int i, int half) const { return first + i * 16 + half * 8; }
+
+  // Whether the warp has queries, of which `there` are left, and one of them sees key k0 or a later one.
+  __device__ __forceinline__ bool see(int k0, int there, const Attention& s, const uint32_t* starts) const {
+    return there > 0 && k0 <= s.last(first - lane_of() / 4 + 16 * M - 1, starts);
+  }
 };
 
 // Adds the bias, if there is one, and hides what is not seen. With a bias logits are scaled and times log2 e
@@ -300,42 +306,44 @@ __device__ __forceinline__ void forward(const T* q, const T* k, const T* v, cons
     copy_commit();
     copy_wait<1>();
     __syncthreads();
-    float p[M][KEYS / 8][4];
-    rows_by_rows<DP, M, KEYS>(p, queries + own * LD<DP>, keys + stage * KEYS * LD<DP>);
-    const float factor = finish_logits(p, rows, k0, bias, starts, s, b, h);
+    if (rows.see(k0, there - own, s, starts)) {
+      float p[M][KEYS / 8][4];
+      rows_by_rows<DP, M, KEYS>(p, queries + own * LD<DP>, keys + stage * KEYS * LD<DP>);
+      const float factor = finish_logits(p, rows, k0, bias, starts, s, b, h);
 #pragma unroll
-    for (int i = 0; i < M; i++) {
+      for (int i = 0; i < M; i++) {
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        float high = -INFINITY;
+        for (int half = 0; half < 2; half++) {
+          float high = -INFINITY;
 #pragma unroll
-        for (int n = 0; n < KEYS / 8; n++) {
-          high = fmaxf(high, fmaxf(p[i][n][2 * half], p[i][n][2 * half + 1]));
-        }
-        // A row lies in four lanes.
-        high = fmaxf(top[i][half], warp_max(high, 4) * factor);
-        // Where nothing was seen yet exponentials are measured from 0, and are 0.
-        const float base = high == -INFINITY ? 0.0f : high;
-        const float shrink = exp2_fast(top[i][half] - base);
-        top[i][half] = high;
-        float total = 0.0f;
+          for (int n = 0; n < KEYS / 8; n++) {
+            high = fmaxf(high, fmaxf(p[i][n][2 * half], p[i][n][2 * half + 1]));
+          }
+          // A row lies in four lanes.
+          high = fmaxf(top[i][half], warp_max(high, 4) * factor);
+          // Where nothing was seen yet exponentials are measured from 0, and are 0.
+          const float base = high == -INFINITY ? 0.0f : high;
+          const float shrink = exp2_fast(top[i][half] - base);
+          top[i][half] = high;
+          float total = 0.0f;
 #pragma unroll
-        for (int n = 0; n < KEYS / 8; n++) {
+          for (int n = 0; n < KEYS / 8; n++) {
 #pragma unroll
-          for (int j = 2 * half; j < 2 * half + 2; j++) {
-            p[i][n][j] = exp2_fast(fmaf(p[i][n][j], factor, -base));
-            total += p[i][n][j];
+            for (int j = 2 * half; j < 2 * half + 2; j++) {
+              p[i][n][j] = exp2_fast(fmaf(p[i][n][j], factor, -base));
+              total += p[i][n][j];
+            }
+          }
+          sum[i][half] = fmaf(sum[i][half], shrink, total);
+#pragma unroll
+          for (int n = 0; n < DP / 8; n++) {
+            out[i][n][2 * half] *= shrink;
+            out[i][n][2 * half + 1] *= shrink;
           }
         }
-        sum[i][half] = fmaf(sum[i][half], shrink, total);
-#pragma unroll
-        for (int n = 0; n < DP / 8; n++) {
-          out[i][n][2 * half] *= shrink;
-          out[i][n][2 * half + 1] *= shrink;
-        }
       }
+      mix_rows<DP, DP, M, KEYS>(out, p, values + stage * KEYS * LD<DP>);
     }
-    mix_rows<DP, DP, M, KEYS>(out, p, values + stage * KEYS * LD<DP>);
     __syncthreads();
   }
 #pragma unroll
@@ -434,11 +442,13 @@ __device__ __forceinline__ void grad_q(const T* q, const T* k, const T* v, const
     copy_commit();
     copy_wait<1>();
     __syncthreads();
-    float ds[M][KEYS / 8][4];
-    const T* tile = keys + stage * KEYS * LD<DP>;
-    logit_grads<DP, M, KEYS>(ds, queries + own * LD<DP>, grads + own * LD<DP>, tile,
-                             values + stage * KEYS * LD<DP>, rows, low, delta, k0, bias, starts, s, b, h);
-    mix_rows<DP, DP, M, KEYS>(out, ds, tile);
+    if (rows.see(k0, there - own, s, starts)) {
+      float ds[M][KEYS / 8][4];
+      const T* tile = keys + stage * KEYS * LD<DP>;
+      logit_grads<DP, M, KEYS>(ds, queries + own * LD<DP>, grads + own * LD<DP>, tile,
+                               values + stage * KEYS * LD<DP>, rows, low, delta, k0, bias, starts, s, b, h);
+      mix_rows<DP, DP, M, KEYS>(out, ds, tile);
+    }
     __syncthreads();
   }
 #pragma unroll
@@ -525,38 +535,41 @@ __device__ __forceinline__ void grad_kv(const T* q, const T* k, const T* v, cons
     const T* tile = queries + stage * QUERIES * LD<DP>;
     const T* grad = grads + stage * QUERIES * LD<DP>;
     const Statistics& numbers = statistics[stage];
-    float p[1][QUERIES / 8][4], ds[1][QUERIES / 8][4];
-    rows_by_rows<DP, 1, QUERIES>(p, keys + own * LD<DP>, tile);
-    rows_by_rows<DP, 1, QUERIES>(ds, values + own * LD<DP>, grad);
-    const float factor = bias ? 1.0f : s.scale * LOG2_E;
-    // Entry (n, j) of a thread is of query q0 + column + 8 n + j % 2 and of key row + 8 (j / 2).
-    const int column_of = lane_of() % 4 * 2, row_of = k0 + own + lane_of() / 4;
-    if (bias || edge) {
+    // Keys behind the last, or behind all that these queries see, are nobody's.
+    if (own < there && k0 + own <= s.last(q0 + QUERIES - 1, starts)) {
+      float p[1][QUERIES / 8][4], ds[1][QUERIES / 8][4];
+      rows_by_rows<DP, 1, QUERIES>(p, keys + own * LD<DP>, tile);
+      rows_by_rows<DP, 1, QUERIES>(ds, values + own * LD<DP>, grad);
+      const float factor = bias ? 1.0f : s.scale * LOG2_E;
+      // Entry (n, j) of a thread is of query q0 + column + 8 n + j % 2 and of key row + 8 (j / 2).
+      const int column_of = lane_of() % 4 * 2, row_of = k0 + own + lane_of() / 4;
+      if (bias || edge) {
+#pragma unroll
+        for (int n = 0; n < QUERIES / 8; n++) {
+#pragma unroll
+          for (int j = 0; j < 4; j++) {
+            const int i = column_of + n * 8 + j % 2, t = q0 + i, key = row_of + j / 2 * 8;
+            if (bias) {
+              const bool real = t < s.queries && key < s.keys;
+              const float add = real ? to_float(bias[s.bias_row(b, h, t) + key]) : 0.0f;
+              p[0][n][j] = (p[0][n][j] * s.scale + add) * LOG2_E;
+            }
+            if (key < numbers.start[i] || key > s.last(t, starts)) p[0][n][j] = -INFINITY;
+          }
+        }
+      }
 #pragma unroll
       for (int n = 0; n < QUERIES / 8; n++) {
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-          const int i = column_of + n * 8 + j % 2, t = q0 + i, key = row_of + j / 2 * 8;
-          if (bias) {
-            const bool real = t < s.queries && key < s.keys;
-            const float add = real ? to_float(bias[s.bias_row(b, h, t) + key]) : 0.0f;
-            p[0][n][j] = (p[0][n][j] * s.scale + add) * LOG2_E;
-          }
-          if (key < numbers.start[i] || key > s.last(t, starts)) p[0][n][j] = -INFINITY;
+          const int i = column_of + n * 8 + j % 2;
+          p[0][n][j] = exp2_fast(fmaf(p[0][n][j], factor, -numbers.low[i]));
+          ds[0][n][j] = logit_grad(p[0][n][j], ds[0][n][j], numbers.delta[i]);
         }
       }
+      mix_rows<DP, OUT, 1, QUERIES>(out_v, p, grad + column);
+      mix_rows<DP, OUT, 1, QUERIES>(out_k, ds, tile + column);
     }
-#pragma unroll
-    for (int n = 0; n < QUERIES / 8; n++) {
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        const int i = column_of + n * 8 + j % 2;
-        p[0][n][j] = exp2_fast(fmaf(p[0][n][j], factor, -numbers.low[i]));
-        ds[0][n][j] = logit_grad(p[0][n][j], ds[0][n][j], numbers.delta[i]);
-      }
-    }
-    mix_rows<DP, OUT, 1, QUERIES>(out_v, p, grad + column);
-    mix_rows<DP, OUT, 1, QUERIES>(out_k, ds, tile + column);
     __syncthreads();
     turn = following;
   }
@@ -605,12 +618,14 @@ __device__ __forceinline__ void grad_bias(const T* q, const T* k, const T* v, co
     load_statistics(low, delta, rows, lse, deltas, s, b, h);
     copy_wait<0>();
     __syncthreads();
-    logit_grads<DP, 1, KEYS>(ds, queries + own * LD<DP>, grads + own * LD<DP>, keys, values, rows, low, delta,
-                             k0, bias, starts, s, b, h);
+    if (rows.see(k0, there - own, s, starts)) {
+      logit_grads<DP, 1, KEYS>(ds, queries + own * LD<DP>, grads + own * LD<DP>, keys, values, rows, low,
+                               delta, k0, bias, starts, s, b, h);
 #pragma unroll
-    for (int n = 0; n < KEYS / 8; n++) {
+      for (int n = 0; n < KEYS / 8; n++) {
 #pragma unroll
-      for (int j = 0; j < 4; j++) sum[0][n][j] += ds[0][n][j];
+        for (int j = 0; j < 4; j++) sum[0][n][j] += ds[0][n][j];
+      }
     }
     __syncthreads();
   }

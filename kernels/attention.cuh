@@ -2,7 +2,7 @@
 #pragma once
 
 #include "arith/attention.h"
-#include "common.cuh"
+#include "row.cuh"
 
 // Passed by value to every kernel. q and o are [batch, queries, heads * depth], k and v [batch, keys,
 // groups * depth], head h reading group h / (heads / groups); bias [bias_groups, heads, bias_rows, keys],
@@ -68,19 +68,26 @@ static __device__ __forceinline__ Starts starts_of(const uint32_t* starts, const
   return {int(least), int(largest)};
 }
 
-// Rows of dO * O summed, [batch, heads, queries]: what every entry of dP is measured from. A warp takes a
-// head of a query.
+// Rows of dO * O summed, [batch, heads, queries]: what every entry of dP is measured from. A run of lanes, a
+// power of two of them, takes a head of a query, 16 bytes a lane at a time.
 template <typename T>
 __device__ __forceinline__ void attention_delta(const T* o, const T* g, float* delta, const Attention& s) {
-  const int64_t warp = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / WARP;
-  const int64_t all = int64_t(s.batch) * s.queries * s.heads;
-  if (warp >= all) return;
-  const int h = int(warp % s.heads);
-  const int64_t place = warp / s.heads;
+  constexpr int N = WIDE<T>;
+  int lanes = 1;
+  while (lanes < WARP && lanes * N < s.depth) lanes *= 2;
+  const unsigned row = blockIdx.x * (blockDim.x / unsigned(lanes)) + threadIdx.x / unsigned(lanes);
+  const bool real = row < unsigned(s.batch) * unsigned(s.queries) * unsigned(s.heads);
+  const bool wide = s.wide(o) && s.wide(g);
   float sum = 0.0f;
-  for (int i = lane_of(); i < s.depth; i += WARP) {
-    sum = fmaf(to_float(o[warp * s.depth + i]), to_float(g[warp * s.depth + i]), sum);
+  for (int at = lane_of() % lanes * N; real && at < s.depth; at += lanes * N) {
+    float x[N], y[N];
+    floats_of(load_part<N>(o + int64_t(row) * s.depth, at, s.depth, wide, 0.0f), x);
+    floats_of(load_part<N>(g + int64_t(row) * s.depth, at, s.depth, wide, 0.0f), y);
+#pragma unroll
+    for (int i = 0; i < N; i++) sum = fmaf(x[i], y[i], sum);
   }
-  sum = warp_sum(sum);
-  if (lane_of() == 0) delta[s.statistic(int(place / s.queries), h, int(place % s.queries))] = sum;
+  sum = warp_sum(sum, lanes);
+  if (!real || lane_of() % lanes != 0) return;
+  const unsigned h = row % unsigned(s.heads), place = row / unsigned(s.heads);
+  delta[s.statistic(int(place / unsigned(s.queries)), int(h), int(place % unsigned(s.queries)))] = sum;
 }

@@ -11,7 +11,7 @@
 // Heads of d columns are padded with zeros to the next of 32, 64, 128, 256.
 //
 //     attention_forward     256 threads; blocks batch * heads * ceil(queries / SIDE)
-//     attention_delta       256 threads; blocks batch * queries * heads / 8
+//     attention_delta       256 threads; blocks batch * queries * heads * LANES / 256
 //     attention_grad_q      256 threads; blocks batch * heads * ceil(queries / SIDE)
 //     attention_grad_kv     256 threads; blocks batch * groups * ceil(keys / SIDE)
 //     attention_grad_bias   256 threads; blocks (bias_groups * heads * ceil(queries / SIDE) *
@@ -24,7 +24,8 @@
 //               grad_kv     54272   87040   152576  137728
 //               grad_bias   36864   69632   135168  133120
 //
-// More than 48 KiB are asked for with cuFuncSetAttribute.
+// LANES is the least power of two >= depth / 4, 32 at most. More than 48 KiB are asked for with
+// cuFuncSetAttribute.
 #include "attention.cuh"
 
 constexpr int THREADS = 256, ACROSS = 16;

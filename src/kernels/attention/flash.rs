@@ -154,7 +154,8 @@ impl Call {
             bias_rows,
         ];
         let mut fields = [0u32; 10];
-        for (field, size) in fields.iter_mut().zip(sizes) {
+        let rows = self.batch * self.heads * self.queries;
+        for (field, size) in fields.iter_mut().zip(sizes).chain([(&mut 0, rows)]) {
             let Ok(size) = i32::try_from(size) else {
                 bail!("attention: a size of {size} is beyond 31 bits")
             };
@@ -317,8 +318,9 @@ impl CustomOp3 for Gradients {
         let suffix = cuda::suffix(name, dtype)?;
         let launch = Launch::new(device, tiles.module, format!("attention_delta_{suffix}"));
         let launch = launch.place(o).place(g).place(cuda::start(&delta)).structure(&words);
+        let lanes = call.depth.div_ceil(cuda::wide(dtype)).next_power_of_two().min(32);
         // SAFETY: as above.
-        unsafe { launch.run((rows.div_ceil(8), 1, 1), (256, 1, 1), 0)? };
+        unsafe { launch.run((rows.div_ceil(256 / lanes), 1, 1), (256, 1, 1), 0)? };
         let begin = |kernel: &str| -> Result<Launch> {
             let launch = call.kernel(device, &tiles, kernel, dtype)?;
             let launch = launch.place(q).place(k).place(v).maybe(bias).maybe(starts);
