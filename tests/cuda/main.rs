@@ -10,6 +10,7 @@ mod attention;
 mod beside;
 mod device;
 mod images;
+mod language;
 mod losses;
 mod optim;
 mod packed;
