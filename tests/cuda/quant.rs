@@ -1,8 +1,8 @@
 //! Fake quantization: StatsQ, LSQ, and codes on given steps.
 
 use crate::device::{agrees_within, bits, close, device, values, F32, TYPES};
-use candle_core::{DType, Device, Tensor};
-use qtune::kernels::{self, reference, Levels};
+use candle_core::{DType, Device, Tensor, Var};
+use qtune::kernels::{self, reference, tape, Levels};
 
 /// Bits of results that must be equal, a NaN being a NaN.
 #[track_caller]
@@ -217,6 +217,57 @@ fn lsq() {
                     &|t| kernels::lsq(&t[0], &t[1], None, levels, axis),
                     &|t| reference::lsq(&t[0], &t[1], None, levels, axis),
                 );
+            }
+        }
+    }
+}
+
+/// Scales and shifts stay f32 beside activations of halves, and so do their gradients.
+#[test]
+fn lsq_of_halves_on_scales_of_f32() {
+    let Some(device) = device() else { return };
+    for (shape, parts, axis) in
+        [(&[2usize, 5, 12] as &[usize], 3, Some(1)), (&[7, 33], 1, None), (&[9, 3, 40], 1, Some(2))]
+    {
+        let (last, axes) = (shape[shape.len() - 1], shape.len());
+        let mut seen = shape.to_vec();
+        (seen[axes - 2], seen[axes - 1]) = (seen[axes - 2] * parts, last / parts);
+        let s = values(&[axis.map_or(1, |a| seen[a])], 2).abs().unwrap().affine(0.2, 0.15).unwrap();
+        let b = [3, 4].map(|seed| (values(&[last], seed) * 0.3).unwrap());
+        let op = |t: &[Tensor]| {
+            let shifts = (t.get(2), t.get(3));
+            kernels::lsq_shifted(&t[0], &t[1], shifts, Levels::signed(3), (axis, parts))
+        };
+        for (dtype, tolerance) in TYPES {
+            let x = (values(shape, 1) * 0.7).unwrap();
+            let (there, here) = both(&x, dtype, &device);
+            let all = [there, s.clone(), b[0].clone(), b[1].clone()].map(|t| t.to_device(&device).unwrap());
+            let want = op(&[here.clone(), s.clone(), b[0].clone(), b[1].clone()]).unwrap();
+            // Nothing but the result is rounded.
+            same("y", &op(&all).unwrap(), &want.to_dtype(dtype).unwrap());
+            for taped in [false, true] {
+                let of = |t: &[Tensor], dtype: DType| -> Vec<Tensor> {
+                    let vars: Vec<Var> = t.iter().map(|t| Var::from_tensor(t).unwrap()).collect();
+                    let t: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
+                    let g = values(shape, 77).to_dtype(dtype).unwrap().to_dtype(t[0].dtype()).unwrap();
+                    let g = g.to_device(t[0].device()).unwrap();
+                    if !taped {
+                        let y = (op(&t).unwrap() * g).unwrap().sum_all().unwrap();
+                        let found = y.backward().unwrap();
+                        return t.iter().map(|t| found.get(t).unwrap().clone()).collect();
+                    }
+                    let (y, tape) = tape::record(|| op(&t)).unwrap();
+                    let mut found = tape.onward(&y, g, &t.iter().collect::<Vec<_>>()).unwrap();
+                    t.iter().map(|t| found.remove(t).unwrap()).collect()
+                };
+                let got = of(&all, dtype);
+                let want = of(&[here.clone(), s.clone(), b[0].clone(), b[1].clone()], dtype);
+                for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+                    assert_eq!(got.dtype(), if i == 0 { dtype } else { DType::F32 });
+                    let what = format!("{shape:?}, {dtype:?}, taped {taped}, gradient {i}");
+                    // Walked, the sums are of gradients that candle rounds on the way to the widened operands.
+                    close(&what, got, want, if i > 0 && taped { F32 } else { 4.0 * tolerance });
+                }
             }
         }
     }

@@ -302,7 +302,8 @@ impl CustomOp2 for LsqGrad {
 
 /// LSQ fake quantization of x (any shape): `s: [A]` holds one scale per entry of `axis`, or `[1]`
 /// for the whole of x where `axis` is `None`; `shift_in: [C]`, added before, lies along the last
-/// axis. Gradients reach x, s and the shift. Errs when the lengths do not fit.
+/// axis. Gradients reach x, s and the shift. Errs when the lengths do not fit, and where dtypes differ: but on a CUDA
+/// device s and shifts may be f32 beside an x of f16 or bf16.
 pub fn lsq(
     x: &Tensor,
     s: &Tensor,
@@ -347,7 +348,8 @@ fn run_lsq(
     (axis, parts): (Option<usize>, usize),
     codes: bool,
 ) -> Result<Tensor> {
-    if x.device().is_cuda() && x.dtype() != DType::F64 && s.dtype() != DType::F32 {
+    let on_cuda = x.device().is_cuda() && matches!(x.dtype(), DType::F32 | DType::F16 | DType::BF16);
+    if on_cuda && s.dtype() == x.dtype() && s.dtype() != DType::F32 {
         // There scales and shifts are f32, whatever x is.
         let single = |t: Option<&Tensor>| t.map(cpu::wide).transpose();
         let (before, behind) = (single(shift_in)?, single(shift_out)?);
@@ -356,13 +358,12 @@ fn run_lsq(
     }
     let shifts: Vec<&Tensor> = shift_in.into_iter().chain(shift_out).collect();
     let site = Site::new(op, x.dims(), parts, s, &shifts, levels, axis)?;
-    let mixed = x.device().is_cuda() && matches!(x.dtype(), DType::F16 | DType::BF16);
     let mut named = vec![("x", x), ("s", s)];
     named.extend(shift_in.map(|t| ("shift_in", t)));
     named.extend(shift_out.map(|t| ("shift_out", t)));
     let lsq = Lsq { site, levels, axis, codes, shifts: (shift_in.is_some(), shift_out.is_some()) };
-    let road = match mixed {
-        true => cpu::road(op, &named[1..]).map(|_| Road::Kernel),
+    let road = match on_cuda && s.dtype() == DType::F32 && s.device().same_device(x.device()) {
+        true => cpu::road_with_cuda(op, &named[1..]),
         false => cpu::road_with_cuda(op, &named),
     };
     match road? {
