@@ -336,7 +336,11 @@ impl Tracker {
             let track = Track { last, direction, ema, total, sign, ..Track::default() };
             tracks.insert(name.clone(), track);
         }
-        Ok(Tracker { tracks, ..Tracker::default() })
+        Ok(Tracker {
+            tracks,
+            #[cfg(feature = "cuda")]
+            there: IndexMap::new(),
+        })
     }
 }
 

@@ -49,7 +49,7 @@ fn statsq() {
     for (i, shape) in SHAPES.into_iter().enumerate() {
         for b in [1 + i as u8 % 8, 2, 3] {
             let w = values(&shape, u64::from(b));
-            agrees_within(&device, &[w.clone()], 1.0, &|t| kernels::statsq(&t[0], b), &|t| {
+            agrees_within(&device, std::slice::from_ref(&w), 1.0, &|t| kernels::statsq(&t[0], b), &|t| {
                 kernels::statsq(&t[0], b)
             });
             for (dtype, _) in TYPES {
@@ -105,7 +105,7 @@ fn annealing() {
         for (b, band) in [(2u8, 0.1), (3, 0.005), (4, 0.3)] {
             let w = values(&shape, u64::from(b));
             let op = |t: &[Tensor]| kernels::statsq_annealed(&t[0], b, band);
-            agrees_within(&device, &[w.clone()], 1.0, &op, &op);
+            agrees_within(&device, std::slice::from_ref(&w), 1.0, &op, &op);
             for (dtype, _) in TYPES {
                 let (there, here) = both(&w, dtype, &device);
                 let free = kernels::statsq_free(&there, b, band).unwrap();

@@ -70,14 +70,18 @@ impl Cache {
         let at = Arc::as_ptr(&context) as usize;
         let key = (at, module, name.to_string());
         if !self.kernels.contains_key(&key) {
-            if !self.modules.contains_key(&(at, module)) {
-                let Some(found) = MODULES.iter().find(|m| m.name == module) else {
-                    bail!("cuda: no module {module} was compiled")
-                };
-                let loaded = context.load_module(Ptx::from_binary(found.image.to_vec())).w()?;
-                self.modules.insert((at, module), loaded);
-            }
-            let function = match self.modules[&(at, module)].load_function(name) {
+            let loaded = match self.modules.get(&(at, module)) {
+                Some(loaded) => loaded.clone(),
+                None => {
+                    let Some(found) = MODULES.iter().find(|m| m.name == module) else {
+                        bail!("cuda: no module {module} was compiled")
+                    };
+                    let loaded = context.load_module(Ptx::from_binary(found.image.to_vec())).w()?;
+                    self.modules.insert((at, module), loaded.clone());
+                    loaded
+                }
+            };
+            let function = match loaded.load_function(name) {
                 Ok(function) => function,
                 Err(error) => bail!("cuda: kernels/{module}.cu has no {name}: {error}"),
             };

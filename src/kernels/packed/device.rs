@@ -43,8 +43,9 @@ pub(super) struct OnDevice {
 }
 
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant)] // one of each weight
 enum Form {
-    Tiled(Box<Tiled>),
+    Tiled(Tiled),
     /// As it comes: `bits` a code, `group` columns a step.
     Plain {
         codes: CudaStorage,
@@ -144,7 +145,7 @@ impl OnDevice {
                     }
                 };
                 let (lift, few) = (lift(&rows.step), Default::default());
-                Form::Tiled(Box::new(Tiled { tiles, words, sets, lift, unit, few }))
+                Form::Tiled(Tiled { tiles, words, sets, lift, unit, few })
             }
         };
         let context = device.cuda_stream().context().clone();
@@ -395,7 +396,7 @@ impl OnDevice {
         let Form::Tiled(of) = &self.form else { return Ok(None) };
         let Some(unit) = &of.unit else { return Ok(None) };
         let multiprocessors = cuda::multiprocessors(device)? as usize;
-        Ok(of.tiles.whole(tokens, self.shared, multiprocessors).map(|whole| (&**of, unit, whole)))
+        Ok(of.tiles.whole(tokens, self.shared, multiprocessors).map(|whole| (of, unit, whole)))
     }
 
     /// Whether there is a product of whole numbers for so many tokens.

@@ -143,7 +143,7 @@ impl Tiles {
             pitch => ((self.width() / pitch).max(1), pitch.min(self.width())),
         };
         let held = self.width() * self.across().div_ceil(slices);
-        WARPS * depth * (self.bytes() + 128 * sets) + 8 * n * (held / span) + columns * 64 * (held / 32 | 1)
+        WARPS * depth * (self.bytes() + 128 * sets) + 8 * n * (held / span) + columns * 64 * ((held / 32) | 1)
     }
 
     /// For 1 to 16 `columns` of activations (of f32 two a token); none where a row is too long.

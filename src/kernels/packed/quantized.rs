@@ -171,7 +171,8 @@ pub fn packed_quantized_matmul(
         return Ok(None);
     }
     let here = x.device().is_cpu() && x.dtype() == DType::F32;
-    if !here && !(has_body(x) && has_whole(x, rows)?) {
+    let there = has_body(x) && has_whole(x, rows)?;
+    if !here && !there {
         return Ok(None);
     }
     let x = check(op, x, rows)?.detach();
