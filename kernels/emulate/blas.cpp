@@ -164,6 +164,7 @@ API(cublasGemmStridedBatchedEx, Handle* handle, int op_a, int op_b, int m, int n
     return refuse(NOT_SUPPORTED, "bytes whose columns do not begin at multiples of 4");
   }
   const auto inside = [&](const void* at, int type, long ld, long rows, long columns, long long stride) {
+    const std::lock_guard<std::recursive_mutex> guard(emulate::whole());
     const char* const from = static_cast<const char*>(at);
     const long long last = (batch - 1) * stride;
     return rows == 0 || columns == 0 ||

@@ -27,6 +27,7 @@ enum Result {
 };
 
 static std::recursive_mutex mutex;
+std::recursive_mutex& emulate::whole() { return mutex; }
 static bool begun;
 static thread_local void* current;
 static int primary;

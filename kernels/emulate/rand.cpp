@@ -27,6 +27,7 @@ static double normal(const Generator* g, uint64_t at) {
 
 template <typename T, typename F>
 static int generate(Generator* g, T* to, size_t count, F f) {
+  const std::lock_guard<std::recursive_mutex> guard(emulate::whole());
   if (!emulate::device_range(to, count * sizeof(T)))
     emulate::fail("curand: not in one allocation of the device");
   return emulate::submit(g->stream, "curand",

@@ -4,6 +4,7 @@
 #include <stdint.h>
 
 #include <functional>
+#include <mutex>
 #include <vector>
 
 struct uint3 {
@@ -91,6 +92,7 @@ size_t run(const Module& module, const Kernel& kernel, dim3 grid, dim3 block, si
 void* allocate(size_t bytes);
 bool release(void* at);
 bool device_range(const void* at, size_t bytes);
+std::recursive_mutex& whole();  // Held by every call of the driver; for whoever else looks at memory.
 bool device_pointer(const void* at);
 void pinned(void* at, size_t bytes);  // Of the host, but for kernels too; 0 bytes: no more.
 void poison(void* at);
