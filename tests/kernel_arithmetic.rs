@@ -13,6 +13,7 @@ use qtune::optim::lion::{Lion, LionConfig};
 use qtune::optim::sgd::{Sgd, SgdConfig};
 use qtune::optim::{Optimizer, OptimizerConfig};
 use qtune::random::Random;
+use qtune::train::oscillation::{Track, MOMENTUM};
 use qtune::train::step::{self, Rule};
 use qtune::weights::{Param, Role};
 
@@ -31,10 +32,16 @@ struct Check(tempfile::TempDir);
 
 impl Check {
     fn compile() -> Option<Check> {
+        Check::compiled("check.c")
+    }
+
+    /// A program of kernels/arith.
+    fn compiled(name: &str) -> Option<Check> {
         let dir = tempfile::tempdir().unwrap();
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels/arith/check.c");
+        let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
         let mut cc = Command::new(std::env::var_os("CC").unwrap_or("cc".into()));
-        cc.args(["-O2", "-ffp-contract=off"]).arg(source).arg("-o").arg(dir.path().join("check")).arg("-lm");
+        cc.args(["-O2", "-ffp-contract=off", "-I"]).arg(&kernels).arg(kernels.join("arith").join(name));
+        cc.arg("-o").arg(dir.path().join("check")).arg("-lm");
         match cc.output() {
             Ok(out) => assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr)),
             Err(e) => {
@@ -562,5 +569,55 @@ fn sgd_and_what_clips() {
             _ => 1.0,
         });
         same(&format!("scale of clip {clip}"), &check.one("clip_scale", &[&norms, &[clip]]), &want);
+    }
+}
+
+/// What the headers of packed weights, of rows, of random draws and of attention say of themselves.
+#[test]
+fn headers_that_check_themselves() {
+    for name in ["check_packed.c", "check_rows.c"] {
+        let Some(check) = Check::compiled(name) else { return };
+        let out = Command::new(check.0.path().join("check")).output().unwrap();
+        let said = String::from_utf8_lossy(&out.stdout);
+        assert!(out.status.success() && !said.is_empty(), "{name}: {said}");
+    }
+}
+
+#[test]
+fn oscillation() {
+    let Some(check) = Check::compile() else { return };
+    let mut random = Random::new(5, "codes", &[]);
+    let count = 4000;
+    let mut codes = || -> Vec<f32> { (0..count).map(|_| (random.uniform() * 4.0).floor() - 2.0).collect() };
+    let first = codes();
+    let mut track = Track::default();
+    assert_eq!(track.observe(&first, MOMENTUM), 0);
+    let zeros = || vec![0f32; count];
+    let (mut last, mut direction, mut ema, mut total) = (first, zeros(), zeros(), zeros());
+    for _ in 0..6 {
+        let next = codes();
+        let changed = track.observe(&next, MOMENTUM);
+        let inputs: [&[f32]; 7] = [&next, &last, &direction, &ema, &total, &[MOMENTUM], &[1.0 - MOMENTUM]];
+        let got = check.run("turns_after", &inputs);
+        same("means", &got[2], track.ema());
+        let whole = |v: &[f32]| v.iter().map(|&x| x as i64).collect::<Vec<_>>();
+        assert_eq!(whole(&got[0]), whole(&next));
+        assert_eq!(whole(&got[1]), track.direction().iter().map(|&d| i64::from(d)).collect::<Vec<_>>());
+        assert_eq!(whole(&got[3]), track.total().iter().map(|&t| i64::from(t)).collect::<Vec<_>>());
+        assert_eq!(got[4].iter().sum::<f32>() as usize, changed);
+        [last, direction, ema, total] = [got[0].clone(), got[1].clone(), got[2].clone(), got[3].clone()];
+    }
+
+    let mut sign = zeros();
+    for round in 0..4 {
+        let mut gradient: Vec<f32> = (0..count).map(|_| random.normal()).collect();
+        gradient.iter_mut().step_by(7).for_each(|g| *g = 0.0);
+        gradient[round] = f32::NAN;
+        track.observe_gradient(&gradient);
+        let got = check.run("sign_after", &[&sign, &gradient]);
+        for (i, &turned) in got[1].iter().enumerate() {
+            assert_eq!(turned == 1.0, track.gradient_turned(i), "round {round}, {i}");
+        }
+        sign = got[0].clone();
     }
 }

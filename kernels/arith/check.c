@@ -14,6 +14,7 @@
 
 #include "functions.h"
 #include "optim.h"
+#include "oscillation.h"
 #include "quantize.h"
 
 /* X(name, inputs, outputs, statement): from a[0], a[1], .. to r[0], r[1], .. */
@@ -79,6 +80,23 @@
   })                                                                                                         \
   /* norm, clip */                                                                                           \
   X(clip_scale, 2, 1, r[0] = clip_scale(a[0], a[1]))                                                         \
+  /* code, last, direction, ema, total, momentum, rest */                                                    \
+  X(turns_after, 7, 5, {                                                                                     \
+    const Turns t = {(int8_t)a[1], (int8_t)a[2], a[3], (uint32_t)a[4]};                                      \
+    int changed;                                                                                             \
+    const Turns next = turns_after(t, (int8_t)a[0], a[5], a[6], &changed);                                   \
+    r[0] = next.last;                                                                                        \
+    r[1] = next.direction;                                                                                   \
+    r[2] = next.ema;                                                                                         \
+    r[3] = (float)next.total;                                                                                \
+    r[4] = (float)changed;                                                                                   \
+  })                                                                                                         \
+  /* sign, g */                                                                                              \
+  X(sign_after, 2, 2, {                                                                                      \
+    int8_t turned;                                                                                           \
+    r[0] = sign_after((int8_t)a[0], a[1], &turned);                                                          \
+    r[1] = turned;                                                                                           \
+  })                                                                                                         \
   /* free, moved, before */                                                                                  \
   X(held_or, 3, 1, r[0] = held_or(a[0], a[1], a[2]))
 
