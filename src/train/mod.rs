@@ -323,12 +323,9 @@ impl<S: Supply> Trainer<'_, S> {
                 first,
             };
             let samples: Vec<u32> = batches.iter().flat_map(<S::Task as Task>::samples).collect();
-            let broken = |at: usize, message: &str, samples: &[u32]| {
-                format!("phase {}, step {at}: {message}; samples {}", config.name, few(samples))
-            };
             let step = match step::take(task, &batches, &params, &mut rule, self.device) {
                 Err(Error::NotFinite(message)) => {
-                    self.not_finite(broken(at, &message, &samples), &params, optimizer)?;
+                    self.not_finite(broken(&config.name, at, &message, &samples), &params, optimizer)?;
                     self.state.phase_step += 1;
                     self.state.step += 1;
                     continue;
@@ -350,7 +347,6 @@ impl<S: Supply> Trainer<'_, S> {
             self.say_still(lr, &params, &step.moved.still);
             let done = at + 1;
             let last = done == rate.steps;
-            let stop = signal::asked();
             let log_due = done.is_multiple_of(recipe.train.log_steps) || last;
             let eval_due = recipe.train.eval_steps;
             let eval_due = last || (eval_due > 0 && done.is_multiple_of(eval_due));
@@ -360,14 +356,10 @@ impl<S: Supply> Trainer<'_, S> {
             };
             waiting.push(Waiting { at, samples, moved: step.moved, loss: step.loss, top1: step.top1 });
             // Nobody waits for a device at every step.
-            let due = log_due || eval_due || checkpoint || first || stop.is_some() || self.seen.is_none();
+            let due = log_due || eval_due || checkpoint || first || self.seen.is_none();
             let due = due || self.device.is_cpu();
             if due {
-                for (at, message, samples) in self.read(&mut waiting, &params)? {
-                    // Nothing moved at that step.
-                    optimizer.left_out(&params);
-                    self.not_finite(broken(at, &message, &samples), &params, optimizer)?;
-                }
+                self.settle(&config.name, &mut waiting, &params, optimizer)?;
             }
             seconds += begun.elapsed().as_secs_f64();
             seen += step.counted;
@@ -417,6 +409,10 @@ impl<S: Supply> Trainer<'_, S> {
                 }
             }
             let best = self.state.best.is_some_and(|(_, step)| step == self.state.step);
+            let stop = signal::asked();
+            if stop.is_some() {
+                self.settle(&config.name, &mut waiting, &params, optimizer)?;
+            }
             if (checkpoint || best || stop.is_some()) && !last {
                 self.save(weights, optimizer, tracker)?;
             }
@@ -471,6 +467,22 @@ impl<S: Supply> Trainer<'_, S> {
             }
         }
         self.progress.note(&format!("{message}: step left out"));
+        Ok(())
+    }
+
+    /// Reads what steps left on their device, and acts on those whose loss or gradient was not finite.
+    fn settle(
+        &mut self,
+        phase: &str,
+        waiting: &mut Vec<Waiting>,
+        params: &[Param],
+        optimizer: &mut dyn Optimizer,
+    ) -> Result<()> {
+        for (at, message, samples) in self.read(waiting, params)? {
+            // Nothing moved at that step.
+            optimizer.left_out(params);
+            self.not_finite(broken(phase, at, &message, &samples), params, optimizer)?;
+        }
         Ok(())
     }
 
@@ -628,6 +640,11 @@ impl<S: Supply> Trainer<'_, S> {
 
 /// Steps that a run may leave out.
 const MOST_SKIPPED: usize = 100;
+
+/// What is said of a step that was not finite.
+fn broken(phase: &str, at: usize, message: &str, samples: &[u32]) -> String {
+    format!("phase {phase}, step {at}: {message}; samples {}", few(samples))
+}
 
 /// The first few of `samples`.
 fn few(samples: &[u32]) -> String {
