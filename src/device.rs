@@ -2,14 +2,15 @@
 
 use candle_core::{Device, DeviceLocation, Shape, Tensor};
 
-#[cfg(not(feature = "cuda"))]
-use crate::Error;
-use crate::Result;
+use crate::{Error, Result};
 
 /// CUDA device `ordinal`. Errs where the program was built without CUDA or the device does not open.
 #[cfg(feature = "cuda")]
 pub fn cuda(ordinal: usize) -> Result<Device> {
-    Ok(crate::kernels::cuda::open(ordinal)?)
+    crate::kernels::cuda::open(ordinal).map_err(|error| {
+        let error = error.to_string();
+        Error::usage(format!("--device cuda:{ordinal}: {}", error.lines().next().unwrap_or_default()))
+    })
 }
 
 /// CUDA device `ordinal`. Errs where the program was built without CUDA or the device does not open.

@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use candle_core::{DType, Tensor};
 
 use crate::kernels::packed::{CodeMatrix, Isa};
-use crate::weights::{Activation, Expr, Granularity, Packed, Weight, Weights};
+use crate::weights::{half_on_cuda, Activation, Expr, Granularity, Packed, Weight, Weights};
 use crate::{kernels, Error, On, Result};
 
 /// `y = x Wᵀ + b`, `x [.., in]`, `W [out, in]` (or any shape with `in` elements a row), `y [.., out]`.
@@ -253,11 +253,6 @@ impl Embedding {
             other => other,
         })
     }
-}
-
-/// Whether products of `x` are those of its own format, to which weights are rounded: elsewhere what is trained sets it.
-fn half_on_cuda(x: &Tensor) -> bool {
-    x.device().is_cuda() && matches!(x.dtype(), DType::F16 | DType::BF16)
 }
 
 /// What a model is given, in the number format of its activations: bf16 on a CUDA device where products are, else as it

@@ -21,6 +21,7 @@ pub use checkpoint::{Checkpoint, Pickle};
 pub use fit::Fit;
 pub use packed::{Centering, Grid, Packed, Quantized};
 pub use tap::{Activation, Calibration, Granularity, GridRule, Shifts, Signedness, Site, Tap};
+pub(crate) use weight::half_on_cuda;
 pub use weight::{Expr, Gate, Role, Transform, Weight};
 
 use crate::{Error, Result};

@@ -35,7 +35,7 @@ pub trait Transform: Send + Sync + Debug {
     /// `x [.., in]` times the transposed result, `[.., out]`.
     fn matmul(&self, x: &Tensor, inputs: &[Weight]) -> Result<Tensor> {
         let inputs = inputs.iter().map(Weight::tensor).collect::<Result<Vec<_>>>()?;
-        Ok(kernels::linear(x, &self.apply(&inputs)?, None)?)
+        Ok(kernels::linear(x, &in_format_of(x, &self.apply(&inputs)?)?, None)?)
     }
 
     /// Rows of the result, `[.., cols]` for `ids` of any shape.
@@ -189,7 +189,7 @@ impl Weight {
         match self.expr() {
             Expr::Dense(w) => frozen(x, w),
             Expr::Stored { .. } => frozen(x, &self.tensor()?),
-            Expr::Latent(w) => Ok(kernels::linear(x, w.as_tensor(), None)?),
+            Expr::Latent(w) => Ok(kernels::linear(x, &in_format_of(x, w.as_tensor())?, None)?),
             Expr::Packed(packed) if kernels::rounds_activations() && !x.track_op() => {
                 Ok(kernels::packed_matmul_int8(x, packed.rows())?)
             }
@@ -337,10 +337,23 @@ impl Weight {
     }
 }
 
+/// Whether products of `x` are those of its own format, to which weights are rounded: elsewhere the weight sets it.
+pub(crate) fn half_on_cuda(x: &Tensor) -> bool {
+    x.device().is_cuda() && matches!(x.dtype(), DType::F16 | DType::BF16)
+}
+
+/// A weight as products of `x` take it.
+fn in_format_of(x: &Tensor, w: &Tensor) -> Result<Tensor> {
+    match half_on_cuda(x) {
+        true => Ok(w.to_dtype(x.dtype())?),
+        false => Ok(w.clone()),
+    }
+}
+
 /// `x w^T` with a frozen weight: where their number formats differ, in f32, the result in that of `x`.
 fn frozen(x: &Tensor, w: &Tensor) -> Result<Tensor> {
-    if x.dtype() == w.dtype() {
-        return Ok(kernels::frozen_matmul(x, w)?);
+    if x.dtype() == w.dtype() || half_on_cuda(x) {
+        return Ok(kernels::frozen_matmul(x, &in_format_of(x, w)?)?);
     }
     let y = kernels::frozen_rows_matmul(&x.to_dtype(DType::F32)?, w)?;
     Ok(y.to_dtype(x.dtype())?)
